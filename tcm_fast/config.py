@@ -1,0 +1,365 @@
+"""Configuration: one frozen dataclass per component, filled from a preset, a file and the command line.
+
+A preset is a TOML file in `presets/`; its tables are the sections below, its keys their fields.
+Unknown keys are errors that suggest the right name. Nothing here imports torch: the command line's
+help has to come up at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+PhaseName = Literal["edm", "ect", "tcm", "ict", "cd"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+Weighting = Literal["inv_dt", "inv_cout_sq", "inv_cout", "inv_sqrt_dt", "one"]
+
+PHASES: tuple[str, ...] = typing.get_args(PhaseName)
+PRESETS = Path(__file__).parent / "presets"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from."""
+
+    source: str = ""
+    """`digits:train` (built in), a folder, a zip, an npz, cifar-10-binary.tar.gz or image parquet."""
+    resolution: int | None = None
+    """Centre-crop and resize to this many pixels; None takes the images as they are."""
+    flip: bool = False
+    """Mirror half of the images left to right."""
+    skip_corrupt: bool = False
+    """Go on without the images that cannot be read."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network; fields are named as EDM names them, None is the architecture's own default."""
+
+    name: str = "ddpmpp"
+    model_channels: int | None = None
+    channel_mult: tuple[int, ...] | None = None
+    num_blocks: int | None = None
+    attn_resolutions: tuple[int, ...] | None = None
+    label_dropout: float | None = None
+    class_conditional: bool = False
+    """Train with the data's class labels."""
+
+    def architecture(self) -> dict[str, Any]:
+        """The arguments of `build_network` that were given."""
+        skip = {"name", "class_conditional"}
+        given = {k: v for k, v in vars(self).items() if k not in skip and v is not None}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """What every training phase has: length, optimizer, averages."""
+
+    images: int = 0
+    """Length of the phase in images."""
+    batch_size: int = 512
+    """Images per optimizer step, over all ranks and micro-batches."""
+    optimizer: Literal["radam", "adam", "adamw"] = "radam"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_images: int = 0
+    """The learning rate rises linearly over this many images."""
+    decay_start: int | None = None
+    """The learning rate falls as 1/sqrt(i) after this many iterations."""
+    grad_clip: float | None = None
+    """Largest norm of the gradient over all parameters."""
+    dropout: float = 0.0
+    ema: tuple[str, ...] = ("constant:0.9999",)
+    """Weight averages: constant:BETA, halflife:IMAGES or power:GAMMA. The first one is sampled and
+    handed to the next phase."""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__.removesuffix("Config").lower()
+        require(self.images >= 0, f"{name}.images: must not be negative, got {self.images}")
+        require(self.batch_size >= 1, f"{name}.batch_size: must be positive, got {self.batch_size}")
+        require(self.lr > 0, f"{name}.lr: must be positive, got {self.lr}")
+        require(0 <= self.dropout < 1, f"{name}.dropout: must lie in [0, 1), got {self.dropout}")
+        require(len(self.ema) > 0, f"{name}.ema: needs at least one average, got none")
+
+
+@dataclass(frozen=True)
+class EdmConfig(PhaseConfig):
+    """Pre-training: denoising at every noise level (Karras et al. 2022)."""
+
+    optimizer: Literal["radam", "adam", "adamw"] = "adam"
+    lr: float = 1e-3
+    t_mean: float = -1.2
+    """Mean of ln t."""
+    t_std: float = 1.2
+    """Standard deviation of ln t."""
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig(PhaseConfig):
+    """What the consistency phases share: which pairs of noise levels, which distance."""
+
+    t_mean: float = -1.1
+    """Mean of ln t."""
+    t_std: float = 2.0
+    """Standard deviation of ln t."""
+    t_min: float = 0.002
+    t_max: float = 80.0
+    truncate: bool = True
+    """Draw ln t from [ln t_min, ln t_max] only; the original ECT does not."""
+    r_min: float = 1e-6
+    """Smallest inner noise level; the original ECT has 0."""
+    q: float = 2.0
+    """r/t approaches 1 as 1 - 1/q^(stage+1)."""
+    double: int = 25_000
+    """Iterations per stage of that schedule."""
+    limit: float = 0.999
+    """The ratio r/t stops here."""
+    c: float = 1e-8
+    """Constant of the pseudo-Huber distance."""
+    weighting: Weighting = "inv_dt"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__.removesuffix("Config").lower()
+        require(
+            0 < self.t_min < self.t_max,
+            f"{name}.t_min: must lie in (0, t_max={self.t_max:g}), got {self.t_min:g}",
+        )
+        require(self.t_std > 0, f"{name}.t_std: must be positive, got {self.t_std}")
+        require(
+            0 <= self.r_min < self.t_min,
+            f"{name}.r_min: must lie in [0, t_min={self.t_min:g}), got {self.r_min:g}",
+        )
+        require(self.q > 1, f"{name}.q: must be greater than 1, got {self.q}")
+        require(self.double >= 1, f"{name}.double: must be at least 1, got {self.double}")
+        require(
+            0 < self.limit < 1,
+            f"{name}.limit: the ratio r/t must stay in (0, 1), got {self.limit}",
+        )
+        require(self.c >= 0, f"{name}.c: must not be negative, got {self.c}")
+
+
+@dataclass(frozen=True)
+class EctConfig(ConsistencyConfig):
+    """Stage 1: consistency training over all noise levels ("Consistency Models Made Easy")."""
+
+    images: int = 350_000 * 512
+    dropout: float = 0.2
+
+
+@dataclass(frozen=True)
+class TcmConfig(ConsistencyConfig):
+    """Stage 2: truncated consistency training (Lee et al., ICLR 2025). ln t is Student-t distributed
+    with location t_mean, scale t_std and df degrees of freedom, truncated to [ln t_prime, ln t_max]."""
+
+    lr: float = 5e-5
+    batch_size: int = 1024
+    images: int = 300_000 * 1024
+    dropout: float = 0.2
+    t_mean: float = 0.0
+    t_std: float = 0.2
+    df: float = 0.01
+    t_prime: float = 1.0
+    """Where the student ends: below it the frozen stage-1 network is the consistency function."""
+    rho: float = 0.25
+    """Share of the global batch that lies exactly at t_prime."""
+    boundary_weight: float = 0.1
+    """Weight of the boundary loss, w_b."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.t_min <= self.t_prime < self.t_max,
+            f"tcm.t_prime: must lie in [t_min={self.t_min:g}, t_max={self.t_max:g}), "
+            f"got {self.t_prime:g}",
+        )
+        require(self.df > 0, f"tcm.df: must be positive, got {self.df}")
+        require(
+            0 < self.rho < 1,
+            f"tcm.rho: the boundary's share must lie in (0, 1), got {self.rho}",
+        )
+        require(
+            self.boundary_weight >= 0,
+            f"tcm.boundary_weight: must not be negative, got {self.boundary_weight}",
+        )
+
+
+@dataclass(frozen=True)
+class IctConfig(ConsistencyConfig):
+    """Improved consistency training (Song & Dhariwal 2023), a baseline: discrete noise levels."""
+
+    images: int = 400_000 * 1024
+    batch_size: int = 1024
+    dropout: float = 0.3
+    s0: int = 10
+    """Noise levels at the start."""
+    s1: int = 1280
+    """Noise levels at the end."""
+    c: float = 0.0
+    """Constant of the pseudo-Huber distance; 0 is 0.00054 sqrt(C H W)."""
+
+
+@dataclass(frozen=True)
+class CdConfig(EctConfig):
+    """Consistency distillation, a baseline: the pre-trained network takes one Euler step t -> r."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How samples are judged during training."""
+
+    features: str = ""
+    """Feature space of the Fréchet distance: `digits`, a file, or empty for none."""
+    num: int = 0
+    """Samples to compare; 0 takes as many as there are reference images."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: data, network, phases and how they are carried out."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    edm: EdmConfig = field(default_factory=EdmConfig)
+    ect: EctConfig = field(default_factory=EctConfig)
+    tcm: TcmConfig = field(default_factory=TcmConfig)
+    ict: IctConfig = field(default_factory=IctConfig)
+    cd: CdConfig = field(default_factory=CdConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    phases: tuple[PhaseName, ...] = ("edm", "ect", "tcm")
+    """Phases to run, in order; each starts from the previous one's first average."""
+    seed: int = 0
+    precision: Precision = "fp32"
+    micro_batches: int = 1
+    """Cut each rank's share of the batch into this many passes; the result is the same."""
+    max_steps: int | None = None
+    """Stop each phase after this many optimizer steps."""
+    log_every: int = 50
+    """Steps between log lines."""
+    save_every: int = 5000
+    """Steps between checkpoints."""
+    grid_every: int = 2000
+    """Steps between sample grids."""
+    keep: int = 2
+    """Checkpoints kept besides the last of each phase."""
+    device: str = "auto"
+    """cuda, cpu, or auto: a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batches", "log_every", "save_every", "grid_every", "keep"):
+            require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
+        require(
+            self.max_steps is None or self.max_steps >= 1,
+            f"max_steps: must be at least 1, got {self.max_steps}",
+        )
+        require(
+            0 <= self.seed < 2**63, f"seed: must lie in [0, 2**63), got {self.seed}"
+        )
+
+    def phase(self, name: str) -> PhaseConfig:
+        """The section of a phase."""
+        return getattr(self, name)
+
+    def steps(self, name: str) -> int:
+        """Optimizer steps of a phase: its images over its batch, cut by max_steps."""
+        phase = self.phase(name)
+        steps = math.ceil(phase.images / phase.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in PRESETS.glob("*.toml"))
+
+
+def load_preset(name: str) -> Config:
+    """The configuration of a preset. ValueError for an unknown name, with the nearest ones."""
+    path = PRESETS / f"{name}.toml"
+    if name not in preset_names():
+        raise ValueError(f"preset: {suggest(name, preset_names())}, got {name!r}")
+    return load_config(path)
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a configuration from TOML, or from the JSON that a run has saved."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config: no such file: {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path} cannot be read: {error}") from None
+    return from_dict(Config, values)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as JSON; `--config` reads it back."""
+    path.write_text(json.dumps(to_dict(config), indent=1) + "\n", encoding="utf-8")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: Any, where: str = "") -> Any:
+    """Build a configuration dataclass from nested dictionaries; ValueError for an unknown key (with
+    the nearest name) or a value of the wrong kind."""
+    label = where.rstrip(".") or "config"
+    if not isinstance(values, dict):
+        raise ValueError(f"{label}: must be a table of fields, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"{where}{key}: {suggest(key, list(hints))}")
+        arguments[key] = _convert(hints[key], value, f"{where}{key}")
+    return cls(**arguments)
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """'unknown, did you mean x' (or all that is known, where nothing is near)."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"unknown, did you mean {near[0]!r}" if near else f"unknown, use one of {', '.join(known)}"
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, f"{where}.")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        require(value in args, f"{where}: must be one of {', '.join(args)}, got {value!r}")
+        return value
+    if origin is tuple:
+        require(isinstance(value, (list, tuple)), f"{where}: must be a list, got {value!r}")
+        if args[-1] is not Ellipsis:
+            require(len(value) == len(args), f"{where}: needs {len(args)} values, got {len(value)}")
+        return tuple(_convert(args[0], v, where) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    is_right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    require(is_right, f"{where}: must be of type {kind.__name__}, got {value!r}")
+    return value
