@@ -27,8 +27,8 @@ from tcm_fast.times import IMAGE, STAGE1, STUDENT, TimePlan
 class Batch:
     """One micro-batch on the device, sorted by where its targets come from.
 
-    images: uint8 [n,C,H,W]; labels: one-hot fp32 [n,K] or None; t, r, delta, coefficient: float64
-    [n] (r, delta None in pre-training); boundary: bool [n]; counts: numbers of rows whose target is
+    images: uint8 [n,C,H,W]; labels: one-hot fp32 [n,K] or None; t, r, delta, share: float64 [n]
+    (r, delta None in pre-training); boundary: bool [n]; counts: numbers of rows whose target is
     computed by the student, by the stage-1 network, and given by the image, known to the host; key:
     seed, step and global sample numbers of noise and dropout.
     """
@@ -38,8 +38,8 @@ class Batch:
     t: torch.Tensor
     r: torch.Tensor | None
     delta: torch.Tensor | None
-    coefficient: torch.Tensor
     boundary: torch.Tensor
+    share: torch.Tensor
     counts: tuple[int, int, int]
     key: DropoutKey
 
@@ -57,11 +57,11 @@ def make_batch(
     device = images.device
     zeros = np.zeros_like(plan.t)
     columns = [plan.t, zeros if plan.r is None else plan.r, zeros if plan.delta is None else plan.delta]
-    columns += [plan.coefficient, plan.boundary, np.arange(len(plan.t))]
+    columns += [plan.boundary, plan.share, np.arange(len(plan.t))]
     table = torch.from_numpy(np.stack([np.asarray(c, np.float64)[part] for c in columns]))
     if device.type == "cuda":
         table = table.pin_memory()
-    t, r, delta, coefficient, boundary, sample = table.to(device, non_blocking=True)
+    t, r, delta, boundary, share, sample = table.to(device, non_blocking=True)
     source = plan.source[part]
     assert (np.diff(source) >= 0).all()
     return Batch(
@@ -70,8 +70,8 @@ def make_batch(
         t=t,
         r=None if plan.r is None else r,
         delta=None if plan.delta is None else delta,
-        coefficient=coefficient,
         boundary=boundary > 0,
+        share=share,
         counts=tuple(int((source == kind).sum()) for kind in (STUDENT, STAGE1, IMAGE)),  # type: ignore[arg-type]
         key=DropoutKey(seed=seed, step=step, layer=0, sample=sample.to(torch.int64)),
     )
@@ -115,16 +115,14 @@ class Objective(nn.Module):
         return self._frozen[0]
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch's share of the step's loss (a scalar with a gradient), and two sums for the log
-        [2]: its shares of the mean loss off and on the boundary, without w_b."""
+        """The batch's part of the step's loss (a scalar with a gradient), and of the mean loss off and
+        on the boundary (two numbers for the log, [2])."""
         is_edm = isinstance(self.config, EdmConfig)
         losses = self._denoising(batch) if is_edm else self._consistency(batch)
-        coefficient = batch.coefficient.to(losses.dtype)
-        on, off = batch.boundary.to(losses.dtype), (~batch.boundary).to(losses.dtype)
-        boundary_weight = getattr(self.config, "boundary_weight", 1.0) or 1.0
-        shares = losses.detach() * coefficient
-        stats = torch.stack([(shares * off).sum(), (shares * on).sum() / boundary_weight])
-        return (losses * coefficient).sum(), stats
+        shares = losses * batch.share.to(losses.dtype)
+        consistency, boundary = (shares * ~batch.boundary).sum(), (shares * batch.boundary).sum()
+        loss = consistency + getattr(self.config, "boundary_weight", 0.0) * boundary
+        return loss, torch.stack([consistency, boundary]).detach()
 
     def _raw(self, net: Precond, x: torch.Tensor, batch: Batch, t: torch.Tensor, rows: slice):
         """Raw output of a network on some rows, with the rows' labels and dropout masks."""

@@ -120,17 +120,17 @@ class TimePlan:
     """The noise levels of one optimizer step, for every sample of the global batch.
 
     t, r, delta (= t - r): float64 [B]; r and delta are None in pre-training.
-    coefficient: float64 [B], a sample's share of the step's loss, so that their weighted sum over
-        all ranks and micro-batches is the loss of the global batch.
     boundary: bool [B], the samples at t'.
+    share: float64 [B], a sample's part in the mean over the global batch's boundary samples, or over
+        its others: sums over ranks and micro-batches are means over the global batch.
     source: int8 [B], where the target comes from: STUDENT, STAGE1 (r < t') or IMAGE (r = r_min).
     """
 
     t: np.ndarray
     r: np.ndarray | None
     delta: np.ndarray | None
-    coefficient: np.ndarray
     boundary: np.ndarray
+    share: np.ndarray
     source: np.ndarray
 
     def parts(self, count: int) -> list[np.ndarray]:
@@ -168,15 +168,15 @@ def plan_times(
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, images_seen], np.uint64)))
     size = config.batch_size
     boundary = np.zeros(size, bool)
-    coefficient = np.full(size, 1 / size)
+    share = np.full(size, 1 / size)
     source = np.zeros(size, np.int8)
     if isinstance(config, EdmConfig):
         t = draw_t(rng.random(size), mean=config.t_mean, std=config.t_std)
-        return TimePlan(t, None, None, coefficient, boundary, source)
+        return TimePlan(t, None, None, boundary, share, source)
     assert isinstance(config, ConsistencyConfig)
     if isinstance(config, IctConfig):
         t, r = _draw_ict(config, ict_levels(config, iteration, iterations), rng, size)
-        return TimePlan(t, r, t - r, coefficient, boundary, source)
+        return TimePlan(t, r, t - r, boundary, share, source)
 
     t = _draw_outer(config, rng, size)
     if isinstance(config, TcmConfig):
@@ -188,12 +188,12 @@ def plan_times(
             )
         boundary[rng.permutation(size)[:quota]] = True
         t[boundary] = config.t_prime
-        coefficient = np.where(boundary, config.boundary_weight / quota, 1 / (size - quota))
+        share = np.where(boundary, 1 / quota, 1 / (size - quota))
     r, delta = inner_level(t, ratio(config, iteration), config.r_min)
     if isinstance(config, TcmConfig):
         source[r < config.t_prime] = STAGE1
     source[r <= config.r_min] = IMAGE  # the target is y to within r_min: no network is needed
-    return TimePlan(t, r, delta, coefficient, boundary, source)
+    return TimePlan(t, r, delta, boundary, share, source)
 
 
 def _draw_outer(config: ConsistencyConfig, rng: np.random.Generator, size: int) -> np.ndarray:

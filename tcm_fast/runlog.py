@@ -1,0 +1,101 @@
+"""What a run says while it goes: progress on the terminal, log.jsonl, TensorBoard where installed."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+QUIET_INTERVAL = 15.0  # seconds between lines where there is no terminal to draw a bar on
+
+
+class RunLog:
+    """Writes a run's events; on ranks other than 0 it does nothing (`active=False`)."""
+
+    def __init__(self, directory: Path, *, active: bool = True) -> None:
+        self.active = active
+        self.console = Console(stderr=True, quiet=not active)
+        self._file = (directory / "log.jsonl").open("a", encoding="utf-8") if active else None
+        self._board = _tensorboard(directory) if active else None
+        self._progress: Progress | None = None
+        self._last_line = 0.0
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def warn(self, event: str, text: str, **fields: Any) -> None:
+        """A warning: on the terminal, in the log and as a Python warning."""
+        self.say(f"warning: {text}")
+        self.write(event, message=text, **fields)
+        warnings.warn(text, stacklevel=2)
+
+    def write(self, event: str, **fields: Any) -> None:
+        """One line of log.jsonl."""
+        if self._file is None:
+            return
+        record = {"event": event, "time": round(time.time(), 3), **fields}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def start_phase(self, name: str, steps: int, done: int) -> None:
+        """Open the progress bar of a phase."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
+        self._progress = Progress(*columns, console=self.console, disable=not self._is_live)
+        self._task = self._progress.add_task(name, total=steps, completed=done, status="")
+        self._progress.start()
+        self._last_line = time.monotonic()
+
+    def step(self, done: int) -> None:
+        """Move the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done)
+
+    def metrics(self, phase: str, images: int, values: dict[str, float]) -> None:
+        """Log the numbers of the last steps."""
+        self.write("train", phase=phase, images=images, **values)
+        if self._board is not None:
+            for key, value in values.items():
+                self._board.add_scalar(f"{phase}/{key}", value, images)
+        shown = ("loss", "boundary", "images_per_second")
+        text = "  ".join(f"{k.replace('_per_second', '/s')} {values[k]:.4g}" for k in shown if k in values)
+        if self._is_live and self._progress is not None:
+            self._progress.update(self._task, status=text)
+        elif time.monotonic() - self._last_line > QUIET_INTERVAL:
+            self._last_line = time.monotonic()
+            self.say(f"{phase}: {images:,} images  {text}")
+
+    def end_phase(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def close(self) -> None:
+        self.end_phase()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    @property
+    def _is_live(self) -> bool:
+        return self.console.is_terminal and self.active
+
+
+def _tensorboard(directory: Path) -> Any | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory / "tensorboard"))

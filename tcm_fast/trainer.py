@@ -1,0 +1,384 @@
+"""The loop: phases one after another, each a plain sequence of steps, from images to checkpoints.
+
+    plan times -> fetch images -> loss of each micro-batch -> optimizer -> averages
+
+A step depends on (configuration, seed, images seen) and on the state that a checkpoint holds, on
+nothing else; so a resumed run repeats an unbroken one.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from tcm_fast import checkpoint, distributed, metrics
+from tcm_fast.config import PHASES, Config, PhaseConfig, save_config, to_dict
+from tcm_fast.data import ImageStream, load_images
+from tcm_fast.networks import Precond, build_network
+from tcm_fast.objectives import Objective, make_batch
+from tcm_fast.optim import Ema, build_optimizer, learning_rate
+from tcm_fast.runlog import RunLog
+from tcm_fast.sampler import sample, save_grid
+from tcm_fast.times import plan_times, ratio
+
+CONSISTENCY = ("ect", "tcm", "ict", "cd")
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COLLAPSED = 0.25  # spread of one-step samples, relative to the data's, below which to warn
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal, after a checkpoint."""
+
+
+@dataclass
+class Phase:
+    """Everything that one phase changes or needs while it runs."""
+
+    name: str
+    config: PhaseConfig
+    seed: int
+    steps: int
+    student: Precond
+    frozen: Precond | None
+    objective: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    emas: list[Ema]
+    step: int = 0
+    """Optimizer steps of this phase."""
+    first_iteration: int = 0
+    """Iterations before this phase: stage 2 counts on from stage 1."""
+    seconds: float = 0.0
+
+    @property
+    def images(self) -> int:
+        return self.step * self.config.batch_size
+
+    @property
+    def iteration(self) -> int:
+        return self.first_iteration + self.step
+
+    def average(self, index: int = 0) -> Precond:
+        """A copy of the student with the weights of one of its averages, in eval mode."""
+        net = copy.deepcopy(self.student).eval().requires_grad_(False)
+        for parameter, value in zip(net.parameters(), self.emas[index].average, strict=True):
+            parameter.copy_(value)
+        net.info = self.info()
+        return net
+
+    def info(self) -> dict[str, Any]:
+        """What a network file says of its training."""
+        return {
+            "phase": self.name,
+            "t_prime": getattr(self.config, "t_prime", None),
+            "images": self.images,
+            "iterations": self.iteration,
+        }
+
+
+@dataclass
+class PhaseResult:
+    """One row of the summary."""
+
+    phase: str
+    images: int
+    seconds: float
+    frechet: dict[int, float] = field(default_factory=dict)
+    report: Any = None
+
+
+class Trainer:
+    """Trains the phases of a configuration and leaves checkpoints, grids and a log in a folder.
+
+    Args:
+        config: the resolved configuration.
+        out: the run's folder.
+        init: a network file (or run) that the first phase starts from, instead of the phase before.
+        resume: continue the newest complete checkpoint in `out`, if there is one.
+
+    Raises:
+        ValueError, FileNotFoundError: what the user has to change.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        out: str | Path,
+        *,
+        init: str | Path | None = None,
+        resume: bool | str | Path = False,
+    ) -> None:
+        self.config, self.out = config, Path(out)
+        self.workers = distributed.join(config.device)
+        self.device = self.workers.device
+        torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+
+        data = config.data
+        self.data = load_images(
+            data.source, skip_corrupt=data.skip_corrupt, resolution=data.resolution
+        )
+        if config.network.class_conditional and self.data.labels is None:
+            raise ValueError(
+                f"network.class_conditional: needs labels, but {data.source} has none (put each "
+                "class in a sub-folder)"
+            )
+        for name in config.phases:
+            self._check_batch(name)
+        self.resumed = checkpoint.open_run(self.out, resume) if self.workers.is_main else None
+        self.resumed = self.workers.share(self.resumed)
+        self.init = checkpoint.load_network(init, device=self.device) if init else None
+        self._build(dropout=0.0)  # the network's own errors come before anything is written
+        if self.workers.is_main:
+            (self.out / "grids").mkdir(parents=True, exist_ok=True)
+            save_config(config, self.out / "config.json")
+        self.log = RunLog(self.out, active=self.workers.is_main)
+        self.space = metrics.feature_space(config.eval.features) if config.eval.features else None
+        self.data_spread = metrics.spread(self.data.images)
+        self._stop = False
+
+    # ---- the run --------------------------------------------------------------------------------
+
+    def run(self) -> list[PhaseResult]:
+        """Train every phase that is not done yet.
+
+        Raises:
+            Interrupted: a signal came; the run has been saved.
+            TrainingError: the numbers went bad.
+        """
+        previous, names = self.init, list(self.config.phases)
+        results = []
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            restored = None if self.resumed is None else self._restore()
+            if restored is not None:
+                if restored.name not in names:
+                    raise ValueError(
+                        f"phases: the checkpoint to resume is in {restored.name}, which is not among "
+                        f"{', '.join(names)}"
+                    )
+                names = names[names.index(restored.name) :]
+            for name in names:
+                phase = restored or self._begin(name, previous)
+                restored = None
+                results.append(self._train(phase))
+                previous = phase.average()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.log.close()
+        return results
+
+    def _train(self, phase: Phase) -> PhaseResult:
+        """One phase, from where it stands to its end."""
+        config, log = self.config, self.log
+        stream = ImageStream(
+            self.data, seed=phase.seed, device=self.device, flip=config.data.flip
+        )
+        log.start_phase(phase.name, phase.steps, phase.step)
+        stats = torch.zeros(2, device=self.device)
+        logged = phase.step
+        mark = time.monotonic()
+        while phase.step < phase.steps:
+            stats += self._step(phase, stream)
+            phase.step += 1
+            is_last = phase.step == phase.steps
+            if phase.step % config.log_every == 0 or is_last or self._stop:
+                elapsed = time.monotonic() - mark
+                self._log_step(phase, stats / (phase.step - logged), logged, elapsed)
+                phase.seconds += elapsed
+                stats.zero_()
+                logged, mark = phase.step, time.monotonic()
+            log.step(phase.step)
+            if phase.step % config.grid_every == 0 and not is_last:
+                self._grid(phase)
+                mark = time.monotonic()  # pictures and checkpoints are not training speed
+            if self._agreed_to_stop() and not is_last:
+                self._save(phase)
+                log.end_phase()
+                raise Interrupted(f"{phase.name}: stopped after {phase.images:,} images, saved")
+            if phase.step % config.save_every == 0 and not is_last:
+                self._save(phase)
+                mark = time.monotonic()
+        log.end_phase()
+        self._save(phase, milestone=True)
+        return self._finish(phase)
+
+    def _step(self, phase: Phase, stream: ImageStream) -> torch.Tensor:
+        """One optimizer step; returns the mean losses off and on the boundary, [2], on the device."""
+        config, workers = self.config, self.workers
+        plan = plan_times(
+            phase.config,
+            seed=phase.seed,
+            images_seen=phase.images,
+            iteration=phase.iteration,
+            iterations=phase.first_iteration + phase.steps,
+        )
+        micro = config.micro_batches
+        parts = plan.parts(workers.world * micro)[workers.rank * micro :][:micro]
+        stats = torch.zeros(2, device=self.device)
+        phase.optimizer.zero_grad(set_to_none=True)
+        for index, part in enumerate(parts):
+            images, labels = stream.batch(phase.images + part)
+            if not config.network.class_conditional:
+                labels = None
+            batch = make_batch(plan, part, images, labels, seed=phase.seed, step=phase.iteration)
+            is_last = index == micro - 1
+            module = phase.objective
+            waits = isinstance(module, DistributedDataParallel) and not is_last
+            with module.no_sync() if waits else nullcontext():
+                loss, share = module(batch)
+                # DistributedDataParallel divides by the world size; the loss is a sum over ranks.
+                phase.scaler.scale(loss * workers.world).backward()
+            stats += share
+        for group in phase.optimizer.param_groups:
+            group["lr"] = learning_rate(phase.config, phase.images, phase.iteration)
+        if phase.config.grad_clip is not None:
+            phase.scaler.unscale_(phase.optimizer)
+            torch.nn.utils.clip_grad_norm_(phase.student.parameters(), phase.config.grad_clip)
+        phase.scaler.step(phase.optimizer)
+        phase.scaler.update()
+        size = phase.config.batch_size
+        for ema in phase.emas:
+            ema.update(phase.iteration + 1, phase.images + size, size)
+        return stats
+
+    # ---- beginning, saving, finishing a phase ---------------------------------------------------
+
+    def _begin(self, name: str, previous: Precond | None) -> Phase:
+        """A fresh phase: student, average and frozen network all start from `previous`."""
+        config = self.config.phase(name)
+        student = self._build(config.dropout)
+        if previous is not None:
+            self._check_shapes(name, student, previous)
+            student.load_state_dict(previous.state_dict())
+        elif name in ("tcm", "cd"):
+            needed = "a stage-1 network: train ect first" if name == "tcm" else "a teacher: train edm first"
+            raise ValueError(f"phase {name}: needs {needed}, or give one with --init FILE")
+        info = getattr(previous, "info", {}) if previous is not None else {}
+        continues = name in CONSISTENCY and info.get("phase") in CONSISTENCY
+        frozen = copy.deepcopy(student) if name in ("tcm", "cd") else None
+        phase = self._assemble(name, student, frozen)
+        phase.first_iteration = int(info.get("iterations", 0)) if continues else 0
+        return phase
+
+    def _assemble(self, name: str, student: Precond, frozen: Precond | None) -> Phase:
+        config = self.config.phase(name)
+        student.train()
+        objective: torch.nn.Module = Objective(
+            name, config, student, frozen, dtype=DTYPES[self.config.precision]
+        )
+        if self.workers.world > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            objective = DistributedDataParallel(
+                objective, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        index = PHASES.index(name)
+        return Phase(
+            name=name,
+            config=config,
+            seed=int(np.random.SeedSequence([self.config.seed, index]).generate_state(1)[0]),
+            steps=self.config.steps(name),
+            student=student,
+            frozen=frozen,
+            objective=objective,
+            optimizer=build_optimizer(student.parameters(), config),
+            scaler=torch.amp.GradScaler(
+                self.device.type, init_scale=16.0, growth_interval=20_000,
+                enabled=self.config.precision == "fp16",
+            ),  # fmt: skip
+            emas=[Ema(rule, student.parameters()) for rule in config.ema],
+        )
+
+    def _build(self, dropout: float) -> Precond:
+        """The run's network, equal on every rank and for every seed of the global generator."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            net = build_network(
+                self.config.network.name,
+                img_resolution=self.data.resolution,
+                img_channels=self.data.channels,
+                label_dim=self.data.num_classes if self.config.network.class_conditional else 0,
+                dropout=dropout,
+                **self.config.network.architecture(),
+            )
+        net = net.to(self.device)
+        return net.to(memory_format=torch.channels_last) if self.device.type == "cuda" else net
+
+    def _restore(self) -> Phase:
+        """The phase as its checkpoint left it."""
+        saved = checkpoint.load_checkpoint(self.resumed)
+        state = saved.state
+        name = state["phase"]
+        config = self.config.phase(name)
+        student = self._build(config.dropout)
+        saved.restore_network(student, "model")
+        frozen = None
+        if name in FROZEN_FILE:
+            frozen = copy.deepcopy(student)
+            saved.restore_network(frozen, FROZEN_FILE[name])
+        phase = self._assemble(name, student, frozen)
+        phase.step = state["step"]
+        phase.first_iteration = state["first_iteration"]
+        phase.seconds = state["seconds"]
+        saved.restore_optimizer(phase.optimizer, student)
+        for index, ema in enumerate(phase.emas):
+            tensors = saved.network_tensors(f"ema-{index}")
+            names = [n for n, _ in student.named_parameters()]
+            for average, parameter in zip(ema.average, names, strict=True):
+                average.copy_(tensors[parameter])
+        if state["scaler"]:
+            phase.scaler.load_state_dict(state["scaler"])
+        self.log.say(f"resumed {name} after {phase.images:,} images from {self.resumed}")
+        return phase
+
+    def _save(self, phase: Phase, *, milestone: bool = False) -> None:
+        """A checkpoint of everything, by the main process."""
+        if self.workers.is_main:
+            networks = {"model": phase.student}
+            networks |= {f"ema-{i}": phase.average(i) for i in range(len(phase.emas))}
+            if phase.frozen is not None:
+                networks[FROZEN_FILE[phase.name]] = phase.frozen
+            checkpoint.save_checkpoint(
+                self.out,
+                networks=networks,
+                optimizer=phase.optimizer,
+                info=phase.info() | {"class_names": list(self.data.class_names)},
+                state={
+                    "step": phase.step,
+                    "first_iteration": phase.first_iteration,
+                    "seconds": phase.seconds,
+                    "seed": self.config.seed,
+                    "scaler": phase.scaler.state_dict(),
+                    "config": to_dict(self.config),
+                },
+                keep=self.config.keep,
+                milestone=milestone,
+            )
+        self.workers.barrier()
+
+    def _finish(self, phase: Phase) -> PhaseResult:
+        """The grid and the numbers at the end of a phase."""
+        self._grid(phase)
+        result = PhaseResult(phase.name, phase.images, phase.seconds)
+        if self.space is not None and self.workers.is_main:
+            net = phase.average()
+            for steps in (1, 2) if phase.name in CONSISTENCY else (18,):
+                report = metrics.evaluate_network(net, self.data, self.space, steps=steps)
+                result.frechet[steps] = report.frechet
+                result.report = result.report or report
+            self.log.write("eval", phase=phase.name, images=phase.images, frechet=result.frechet)
+        return result
