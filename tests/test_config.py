@@ -1,0 +1,120 @@
+"""Configuration: presets, files, overrides and their errors."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tcm_fast.config import (
+    Config,
+    EctConfig,
+    TcmConfig,
+    from_dict,
+    load_config,
+    load_preset,
+    preset_names,
+    save_config,
+    to_dict,
+)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_survive_a_round_trip(name, tmp_path):
+    config = load_preset(name)
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
+
+
+def test_cifar10_is_the_published_recipe():
+    config = load_preset("cifar10")
+    assert (config.steps("ect"), config.steps("tcm")) == (350_000, 300_000)
+    assert (config.ect.batch_size, config.tcm.batch_size) == (512, 1024)
+    assert (config.ect.lr, config.tcm.lr) == (1e-4, 5e-5)
+    assert (config.ect.q, config.ect.double, config.ect.limit) == (2.0, 25_000, 0.999)
+    assert (config.tcm.t_prime, config.tcm.rho, config.tcm.boundary_weight) == (1.0, 0.25, 0.1)
+    assert (config.tcm.df, config.tcm.t_mean, config.tcm.t_std) == (0.01, 0.0, 0.2)
+    assert (config.ect.c, config.ect.weighting) == (1e-8, "inv_dt")
+    assert config.edm.ema == ("halflife:500000",)
+
+
+@pytest.mark.parametrize("size", "s m l xl".split())
+def test_imagenet64_is_the_published_recipe(size):
+    config = load_preset(f"imagenet64-{size}")
+    assert (config.steps("ect"), config.steps("tcm")) == (150_000, 400_000)
+    assert (config.ect.c, config.ect.weighting) == (0.06, "inv_cout_sq")
+    assert (config.ect.q, config.ect.double, config.ect.limit) == (4.0, 10_000, 0.9961)
+    assert config.tcm.ema == ("power:16.97",)
+    assert config.edm.ema == ("power:16.97", "power:6.94")
+    assert config.network.class_conditional
+    assert config.precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tcm": {"roh": 0.1}}, "tcm.roh: unknown, did you mean 'rho'"),
+        ({"tmc": {}}, "tmc: unknown, did you mean 'tcm'"),
+        ({"seed": "one"}, "seed: must be of type int, got 'one'"),
+        ({"data": {"flip": 1}}, "data.flip: must be of type bool, got 1"),
+        ({"precision": "fp8"}, "precision: must be one of fp32, tf32, fp16, bf16, got 'fp8'"),
+        ({"edm": {"betas": [0.9]}}, "edm.betas: needs 2 values, got 1"),
+        ({"network": {"channel_mult": 2}}, "network.channel_mult: must be a list, got 2"),
+        ({"data": "digits"}, "data: must be a table of fields, got 'digits'"),
+    ],
+)
+def test_mistakes_are_named(values, message):
+    with pytest.raises(ValueError, match="^" + message.replace("(", r"\(").replace("[", r"\[")):
+        from_dict(Config, values)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "word"),
+    [
+        (TcmConfig, {"t_prime": 90.0}, "tcm.t_prime"),
+        (TcmConfig, {"t_prime": 0.001}, "tcm.t_prime"),
+        (TcmConfig, {"rho": 0.0}, "tcm.rho"),
+        (TcmConfig, {"rho": 1.0}, "tcm.rho"),
+        (EctConfig, {"limit": 1.0}, "ect.limit"),
+        (EctConfig, {"q": 1.0}, "ect.q"),
+        (EctConfig, {"dropout": 1.0}, "ect.dropout"),
+        (EctConfig, {"lr": 0.0}, "ect.lr"),
+        (EctConfig, {"ema": ()}, "ect.ema"),
+    ],
+)
+def test_values_out_of_range_are_refused(section, values, word):
+    with pytest.raises(ValueError, match=word):
+        section(**values)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'cifar10'"):
+        load_preset("cifar-10")
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config: no such file"):
+        load_config(tmp_path / "missing.toml")
+    (tmp_path / "bad.toml").write_text("seed = ")
+    with pytest.raises(ValueError, match=r"bad\.toml cannot be read"):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_a_phase_takes_its_images_or_the_given_steps():
+    config = from_dict(Config, {"ect": {"images": 1000, "batch_size": 64}})
+    assert config.steps("ect") == 16
+    assert dataclasses.replace(config, max_steps=3).steps("ect") == 3
+
+
+NAMES = st.sampled_from(["seed", "tcm", "phases", "precision", "sede"]) | st.text("abc_.", max_size=8)
+
+
+@given(st.dictionaries(NAMES, st.none() | st.integers() | st.text("ab", max_size=4)))
+def test_any_table_is_a_configuration_or_a_value_error(values):
+    try:
+        config = from_dict(Config, values)
+    except ValueError as error:
+        assert any(name in str(error) for name in values)
+    else:
+        assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
