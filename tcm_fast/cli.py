@@ -1,0 +1,279 @@
+"""The command line: `tcm-fast train | sample | eval | data | doctor`, nothing but arguments and words.
+
+torch is imported when a command runs, not before: `--help` has to come up at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
+
+from tcm_fast.config import Config, PhaseName, load_config, load_preset, preset_names
+
+USER_MISTAKE, INTERRUPTED = 2, 130
+
+
+@dataclass
+class Train:
+    """Train: pre-training (edm), stage 1 (ect), stage 2 (tcm), one after another or singly."""
+
+    preset: str | None = None
+    """Start from this recipe: see `tcm-fast train --help` for the names."""
+    data: str | None = None
+    """Images: a folder, zip, npz, archive or parquet; short for --data.source."""
+    out: Path | None = None
+    """Folder of the run; by default runs/NAME."""
+    phase: PhaseName | None = None
+    """Train this phase only."""
+    init: Path | None = None
+    """Network file or run that the first phase starts from."""
+    resume: str | None = None
+    """auto: continue the newest complete checkpoint of the run, or begin; or a checkpoint's folder."""
+    config: Path | None = None
+    """Start from this TOML file, or from the config.json of another run."""
+    settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    """Every field of the configuration."""
+
+
+@dataclass
+class Sample:
+    """Draw images from a trained network."""
+
+    source: Positional[Path]
+    """A run, a checkpoint or a network file."""
+    num: int = 64
+    """Number of images."""
+    steps: int | None = None
+    """Network evaluations per image: 1, 2, ... (a pre-trained edm network takes 18 Heun steps)."""
+    seed: int = 0
+    out: Path = Path("samples.png")
+    """A .png (grid), an .npz, or a folder of PNGs."""
+    classes: tuple[int, ...] | None = None
+    """Class numbers, repeated in turn (class-conditional networks)."""
+    times: tuple[float, ...] | None = None
+    """Noise levels to return to after the first step, in falling order."""
+    start: int = 0
+    """Number of the first image: image i of a seed is always the same."""
+    batch_size: int | None = None
+    allow_below_t_prime: bool = False
+    """Use a stage-2 network at noise levels for which it was not trained."""
+    overwrite: bool = False
+    device: str = "auto"
+
+
+@dataclass
+class Eval:
+    """Judge a network: Fréchet distance, recognisable samples, memorised samples."""
+
+    source: Positional[Path]
+    """A run, a checkpoint or a network file."""
+    data: str | None = None
+    """Images to compare with; by default those of the run."""
+    features: str | None = None
+    """Feature space: digits, inception, or a TorchScript file; by default that of the run."""
+    steps: tuple[int, ...] = (1, 2)
+    num: int = 0
+    """Samples; 0 takes as many as there are images to compare with."""
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass
+class Pack:
+    """Pack images into a zip that both this program and EDM's can read."""
+
+    source: Positional[str]
+    destination: Positional[Path]
+    resolution: int | None = None
+    """Centre-crop and resize to this many pixels."""
+    skip_corrupt: bool = False
+    overwrite: bool = False
+
+
+@dataclass
+class Info:
+    """Describe a set of images."""
+
+    source: Positional[str]
+    resolution: int | None = None
+    skip_corrupt: bool = False
+
+
+@dataclass
+class Data:
+    """Look at images, or pack them."""
+
+    action: OmitSubcommandPrefixes[
+        Annotated[Pack, subcommand("pack")] | Annotated[Info, subcommand("info")]
+    ]
+
+
+@dataclass
+class Doctor:
+    """Say what this machine offers: versions, GPU, which backends are active and why not."""
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """The command that the arguments ask for. Presets and files are the defaults that flags override."""
+    command = Annotated[Train, subcommand("train", default=_train_defaults(argv))]
+    for kind in (Sample, Eval, Data, Doctor):
+        command |= Annotated[kind, subcommand(kind.__name__.lower())]  # type: ignore[assignment]
+    epilog = f"Presets: {', '.join(preset_names())}."
+    return tyro.cli(command, prog="tcm-fast", args=list(argv), description=f"{SUMMARY} {epilog}")  # type: ignore[call-overload]
+
+
+SUMMARY = "Train and sample truncated consistency models: images in one or two network calls."
+
+
+def _train_defaults(argv: Sequence[str]) -> Train:
+    """What --preset, --config or --resume give before any other flag is read."""
+    if argv[:1] != ["train"]:
+        return Train()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("preset", "config", "out", "resume", "data"):
+        parser.add_argument(f"--{name}")
+    try:
+        first, _ = parser.parse_known_args(list(argv[1:]))
+    except argparse.ArgumentError:
+        return Train()  # a flag without its value: tyro says so
+    if first.preset and first.config:
+        raise ValueError("train: give --preset or --config, not both")
+    name = first.preset or (Path(first.config).stem if first.config else "run")
+    out = Path(first.out) if first.out else Path("runs") / name
+    saved = out / "config.json"
+    if first.resume and saved.is_file():
+        settings = load_config(saved)
+    elif first.preset:
+        settings = load_preset(first.preset)
+    else:
+        settings = load_config(first.config) if first.config else Config()
+    if first.data:
+        settings = replace(settings, data=replace(settings.data, source=first.data))
+    return Train(out=out, settings=settings)
+
+
+# ---- the commands -------------------------------------------------------------------------------
+
+
+def train(args: Train) -> int:
+    settings = args.settings
+    if args.phase:
+        settings = replace(settings, phases=(args.phase,))
+    if not settings.data.source:
+        raise ValueError(
+            "train: no images, give --data FOLDER (or zip, npz, archive), or --preset digits to try it"
+        )
+    assert args.out is not None
+    resume: bool | Path = False if args.resume is None else args.resume == "auto" or Path(args.resume)
+    from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
+
+    try:
+        trainer = Trainer(settings, args.out, init=args.init, resume=resume)
+        results = trainer.run()
+    except TrainingError as error:
+        print(f"tcm-fast: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as stopped:
+        print(f"tcm-fast: {stopped}; to go on: {resume_command(args)}", file=sys.stderr)
+        return INTERRUPTED
+    if trainer.workers.is_main:
+        summary(trainer, results)
+    return 0
+
+
+def resume_command(args: Train) -> str:
+    preset = f"--preset {args.preset} " if args.preset else ""
+    phase = f"--phase {args.phase} " if args.phase else ""
+    return f"tcm-fast train {preset}{phase}--out {args.out} --resume auto"
+
+
+def sample(args: Sample) -> int:
+    from tcm_fast import sampler
+    from tcm_fast.checkpoint import load_network, load_stage1
+    from tcm_fast.distributed import pick_device
+
+    device = pick_device(args.device)
+    net = load_network(args.source, device=device)
+    stage1 = load_stage1(args.source, device=device)
+    batches = sampler.sample_batches(
+        net,
+        args.num,
+        steps=args.steps,
+        seed=args.seed,
+        labels=list(args.classes) if args.classes else None,
+        times=args.times,
+        batch_size=args.batch_size,
+        stage1=stage1,
+        allow_below_t_prime=args.allow_below_t_prime,
+        start=args.start,
+        progress=sys.stderr.isatty(),
+    )
+    sampler.write_samples(batches, args.out, overwrite=args.overwrite, start=args.start)
+    print(f"{args.num} images of seed {args.seed} in {args.out}")
+    return 0
+
+
+def evaluate(args: Eval) -> int:
+    raise NotImplementedError
+
+
+def data(args: Data) -> int:
+    from tcm_fast import data as images
+
+    action = args.action
+    if isinstance(action, Pack):
+        count = images.pack(
+            action.source,
+            action.destination,
+            resolution=action.resolution,
+            skip_corrupt=action.skip_corrupt,
+            overwrite=action.overwrite,
+        )
+        print(f"{count} images in {action.destination}")
+        return 0
+    found = images.describe(
+        action.source, resolution=action.resolution, skip_corrupt=action.skip_corrupt
+    )
+    for key, value in found.items():
+        print(f"{key:>16}: {value}")
+    return 0
+
+
+def doctor(args: Doctor) -> int:
+    raise NotImplementedError
+
+
+COMMANDS = {Train: train, Sample: sample, Eval: evaluate, Data: data, Doctor: doctor}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; a user's mistake ends in one sentence on stderr and exit status 2."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        command = parse(arguments or ["--help"])
+        status = COMMANDS[type(command)](command)
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, OSError) as error:
+        if not is_users_mistake(error):
+            raise
+        print(f"tcm-fast: {error}", file=sys.stderr)
+        status = USER_MISTAKE
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    sys.exit(status)
+
+
+def is_users_mistake(error: BaseException) -> bool:
+    """Whether our own code raised it, to tell the user something: what a library raises deep inside is
+    a defect of ours, and shows its traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    return module.partition(".")[0] == "tcm_fast"

@@ -1,0 +1,130 @@
+"""The consistency loss against its formulas written out in float64, gradients included."""
+
+import math
+
+import pytest
+import torch
+
+from tcm_fast.kernels.consistency_loss import WEIGHTINGS, consistency_loss
+
+SD = 0.5
+
+
+def inputs(n=5, shape=(3, 8, 8), dtype=torch.float64, gap=0.05, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def randn():
+        return torch.randn(n, *shape, generator=g, dtype=torch.float64).to(dtype)
+
+    t = torch.exp(torch.randn(n, generator=g, dtype=torch.float64))
+    r = t * (1 - gap)
+    y, noise = randn(), randn()
+    x_t = y + t.to(dtype).reshape(-1, 1, 1, 1) * noise
+    x_r = y + r.to(dtype).reshape(-1, 1, 1, 1) * noise
+    return dict(output=randn(), x_t=x_t, t=t, target_output=randn(), x_r=x_r, r=r, delta=t - r)
+
+
+def naive(output, x_t, t, target_output, x_r, r, *, delta, c, weighting, is_clean=None):
+    """One sample at a time, plain numbers."""
+    losses = []
+    for i in range(len(t)):
+        ti, ri = float(t[i]), float(r[i])
+
+        def denoised(x, f, s):
+            v = s * s + SD * SD
+            return SD * SD / v * x + s * SD / math.sqrt(v) * f
+
+        target = denoised(x_r[i], target_output[i], ri)
+        if is_clean is not None and is_clean[i]:
+            target = target_output[i]
+        difference = denoised(x_t[i], output[i], ti) - target
+        distance = torch.sqrt((difference**2).sum() + c * c) - c
+        c_out = ti * SD / math.sqrt(ti * ti + SD * SD)
+        weight = {
+            "inv_dt": 1 / float(delta[i]),
+            "inv_sqrt_dt": float(delta[i]) ** -0.5,
+            "inv_cout": 1 / c_out,
+            "inv_cout_sq": 1 / c_out**2,
+            "one": 1.0,
+        }[weighting]
+        losses.append(weight * distance)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("c", [1e-8, 0.06])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 64, 64), (3, 5, 7)])
+def test_value_and_gradient_are_the_formula(weighting, c, shape):
+    values = inputs(shape=shape)
+    output = values.pop("output").requires_grad_()
+    upstream = torch.randn(5, dtype=torch.float64)
+    loss = consistency_loss(output, **values, c=c, weighting=weighting)
+    expected = naive(output, **values, c=c, weighting=weighting)
+    torch.testing.assert_close(loss, expected)
+    (grad,) = torch.autograd.grad(loss, output, upstream)
+    (expected_grad,) = torch.autograd.grad(expected, output, upstream)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_clean_rows_take_the_image_as_their_target():
+    values = inputs()
+    flags = torch.tensor([True, False, True, False, False])
+    loss = consistency_loss(**values, c=0.06, weighting="inv_dt", is_clean=flags)
+    expected = naive(**values, c=0.06, weighting="inv_dt", is_clean=flags)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("c", [1e-8, 0.06])
+def test_a_zero_difference_has_zero_loss_and_gradient(c):
+    values = inputs(dtype=torch.float32)
+    values["x_r"], values["target_output"] = values["x_t"].clone(), values["output"].clone()
+    values["r"] = values["t"]
+    values["output"].requires_grad_()
+    loss = consistency_loss(**values, c=c, weighting="inv_dt")
+    loss.sum().backward()
+    assert loss.tolist() == [0.0] * 5
+    assert (values["output"].grad == 0).all()
+
+
+def test_the_target_has_no_gradient():
+    values = inputs()
+    values["target_output"].requires_grad_()
+    values["output"].requires_grad_()
+    consistency_loss(**values, c=0.06, weighting="one").sum().backward()
+    assert values["target_output"].grad is None
+
+
+def test_weights_may_be_a_tensor_or_a_function():
+    values = inputs()
+    one = consistency_loss(**values, c=0.06, weighting="one")
+    weight = torch.arange(1.0, 6.0, dtype=torch.float64)
+    torch.testing.assert_close(consistency_loss(**values, c=0.06, weighting=weight), weight * one)
+    by_function = consistency_loss(**values, c=0.06, weighting=lambda t, r: 1 / (t - r))
+    by_name = consistency_loss(**values, c=0.06, weighting="inv_dt")
+    torch.testing.assert_close(by_function, by_name)
+
+
+def test_fp32_is_as_exact_as_fp32_can_be():
+    exact = consistency_loss(**inputs(), c=0.06, weighting="inv_dt")
+    single = consistency_loss(**inputs(dtype=torch.float32), c=0.06, weighting="inv_dt")
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), exact, rtol=2e-5, atol=0)
+
+
+def test_an_empty_batch_works():
+    values = {k: v[:0] for k, v in inputs().items()}
+    assert consistency_loss(**values, c=0.06, weighting="inv_dt").shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(c=0.0), "c must be positive, got 0.0"),
+        (dict(weighting="inv"), "weighting must be one of"),
+        (dict(r=torch.ones(4)), r"r must be \[5\], got \[4\]"),
+        (dict(x_r=torch.ones(5, 3, 8, 7)), r"x_r must be \[5, 3, 8, 8\], got \[5, 3, 8, 7\]"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=f"consistency_loss: {message}"):
+        consistency_loss(**(inputs() | dict(c=0.06, weighting="one") | change))
