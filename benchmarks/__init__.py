@@ -1,0 +1,1 @@
+"""Benchmarks: the baseline and what is measured against it; installed as tcm_fast.benchmarks."""
