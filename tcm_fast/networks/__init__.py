@@ -1,0 +1,70 @@
+"""The networks, by name."""
+
+import inspect
+from typing import Any
+
+from tcm_fast.config import load_preset, preset_names, require, suggest
+from tcm_fast.networks.ddpmpp import SongUNet
+from tcm_fast.networks.precond import Precond
+
+__all__ = ["NETWORKS", "Precond", "build_network"]
+
+NETWORKS = {"ddpmpp": SongUNet}
+LATER = ("ncsnpp", "adm", "edm2")
+_OWN = ("img_resolution", "in_channels", "out_channels", "label_dim")  # what build_network derives
+
+
+def build_network(
+    name: str,
+    *,
+    img_resolution: int,
+    img_channels: int,
+    label_dim: int = 0,
+    sigma_data: float = 0.5,
+    **architecture: Any,
+) -> Precond:
+    """A freshly initialised denoiser, in fp32 on torch's default device and in train mode.
+
+    Args:
+        name: `ddpmpp`, or a preset's name for the network of that preset.
+        img_resolution: height and width of the images, which the network must be able to halve.
+        img_channels: channels of the images.
+        label_dim: number of classes, 0 for an unconditional network.
+        sigma_data: standard deviation of the data.
+        architecture: named as EDM names it (model_channels, channel_mult, num_blocks,
+            attn_resolutions, dropout, label_dropout, ...); the defaults are the CIFAR-10 recipe's.
+
+    Returns:
+        The module `net(x, t, labels=None) -> D`; weights are initialised from torch's generator.
+
+    Raises:
+        ValueError: an unknown name or argument, with the nearest known one; sizes that do not fit.
+    """
+    if name not in NETWORKS and name in preset_names():
+        preset = load_preset(name).network
+        name, architecture = preset.name, preset.architecture() | architecture
+    if name in LATER:
+        raise ValueError(f"build_network: {name!r} is not available in this version")
+    if name not in NETWORKS:
+        known = [*NETWORKS, *LATER, *preset_names()]
+        raise ValueError(f"build_network: {suggest(name, known)}, got {name!r}")
+    network = NETWORKS[name]
+    parameters = inspect.signature(network).parameters
+    defaults = {key: p.default for key, p in parameters.items() if key not in _OWN}
+    for key in architecture:
+        if key not in defaults:
+            raise ValueError(f"build_network: {key}: {suggest(key, list(defaults))}")
+    require(img_channels >= 1, f"img_channels: must be at least 1, got {img_channels}")
+    require(label_dim >= 0, f"label_dim: must be at least 0, got {label_dim}")
+    options = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in (defaults | architecture).items()
+    }
+    model = network(img_resolution, img_channels, img_channels, label_dim, **options)
+    sizes = {
+        "img_resolution": img_resolution,
+        "img_channels": img_channels,
+        "label_dim": label_dim,
+        "sigma_data": sigma_data,
+    }
+    return Precond(model, **sizes, spec={"name": name, **sizes, **options})
