@@ -1,4 +1,4 @@
-"""Networks and checkpoints on disk: safetensors and JSON, written whole or not at all, never pickled.
+"""Networks and checkpoints on disk: safetensors and JSON, whole or absent, never pickled.
 
 A run keeps its checkpoints in folders of their own:
 
@@ -9,8 +9,9 @@ A run keeps its checkpoints in folders of their own:
         optimizer.safetensors   moments and step counts, by parameter name
         state.json              progress, configuration, versions, size and SHA-256 of each file
 
-Every network file carries what rebuilds the network (metadata key "tcm_fast"). state.json is written
-last and the folder gets its name when everything is on the disk: what bears the name is complete.
+Every network file carries what rebuilds the network (metadata key "tcm_fast"). state.json is
+written last and the folder gets its name when everything is on the disk: what bears the name is
+complete.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def save_network(
     metadata: Mapping[str, Any],
     state: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a network as one safetensors file that `load_network` can rebuild without anything else.
+    """Write a network as one safetensors file, from which alone `load_network` can rebuild it.
 
     Args:
         path: the file; one that exists is replaced in one piece.
@@ -144,7 +145,7 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> Precon
 
 
 def load_stage1(path: str | Path, device: str | torch.device = "cpu") -> Precond | None:
-    """The frozen stage-1 network that lies beside the network that `load_network(path)` loads, or None."""
+    """The stage-1 network that lies beside the one that `load_network(path)` loads, or None."""
     file = _network_file(Path(path)).with_name("stage1.safetensors")
     return load_network(file, device) if file.is_file() else None
 
@@ -242,7 +243,7 @@ def flatten_optimizer(
     Learning rate and other options are not in it: they follow from the configuration.
 
     Raises:
-        ValueError: the optimizer holds state of a parameter that was not named, or that is no tensor.
+        ValueError: the optimizer holds state of an unnamed parameter, or that is no tensor.
     """
     names = {parameter: name for name, parameter in named_parameters}
     tensors = {}
@@ -307,7 +308,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. `state` is its state.json; tensors are read when they are asked for."""
+    """A verified checkpoint. `state` is its state.json; tensors are read when asked for."""
 
     path: Path
     state: dict[str, Any]
@@ -322,7 +323,7 @@ class Checkpoint:
         _fill(net, *_read_network(file), file)
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, net: Precond) -> None:
-        """Load the optimizer's state, for the parameters of `net`. ValueError where it does not fit."""
+        """Load the optimizer's state, for the parameters of `net`. ValueError unless it fits."""
         kind = type(optimizer).__name__
         if kind != self.state["optimizer"]:
             raise ValueError(
@@ -347,8 +348,8 @@ def save_checkpoint(
 
     Args:
         run: the run's folder.
-        networks: "model" (whose parameters the optimizer holds), "ema-0", ..., "stage1"; a pair is a
-            network with state-dict values that take the place of its own.
+        networks: "model" (whose parameters the optimizer holds), "ema-0", ..., "stage1"; a pair is
+            a network with state-dict values that take the place of its own.
         optimizer: its state is stored by the names of the model's parameters.
         info: phase, t_prime, images, iterations, class_names of model and averages. Other networks
             keep their own `info`.
@@ -426,8 +427,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def find_checkpoints(run: str | Path) -> list[Found]:
     """All checkpoints of a run: first the incomplete ones, then the complete ones, oldest first.
 
-    Complete means that state.json is readable and every file that it lists has its size; contents are
-    verified when one is loaded."""
+    Complete means that state.json is readable and every file that it lists has its size; contents
+    are verified when one is loaded."""
     return [found for found, _ in _scan(Path(run))]
 
 
@@ -441,8 +442,8 @@ def open_run(out: str | Path, resume: bool | str | Path = False) -> Path | None:
 
     Args:
         out: the run's folder.
-        resume: False begins; True or "auto" takes the newest complete checkpoint in `out`, if there is
-            one; a path names a checkpoint, or a run whose newest one is taken.
+        resume: False begins; True or "auto" takes the newest complete checkpoint in `out`, if there
+            is one; a path names a checkpoint, or a run whose newest one is taken.
 
     Raises:
         FileExistsError: `out` is a file, or holds another run.
@@ -458,8 +459,8 @@ def open_run(out: str | Path, resume: bool | str | Path = False) -> Path | None:
     if not resume:
         if holds_run:
             raise FileExistsError(
-                f"out: {out} already holds a run; continue it with --resume auto, or choose another "
-                "folder with --out"
+                f"out: {out} already holds a run; continue it with --resume auto, or choose "
+                "another folder with --out"
             )
         return None
     path = Path(resume)
@@ -521,8 +522,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint: {file} is not the state of a checkpoint")
     if state["format"] != FORMAT:
         raise ValueError(
-            f"checkpoint: {file} has to be of format {FORMAT}, got {state['format']!r} (from another "
-            "version of tcm_fast?)"
+            f"checkpoint: {file} has to be of format {FORMAT}, got {state['format']!r} (from "
+            "another version of tcm_fast?)"
         )
     if state.pop("sha256", None) != _digest(state):
         raise ValueError(f"checkpoint: {file} is damaged (its SHA-256 differs)")
@@ -615,8 +616,8 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _prune(run: Path, phase: str, keep: int) -> None:
-    """Delete a phase's checkpoints beyond the `keep` newest and the milestones, and those that a newer
-    one of the same number of images replaces. What cannot be deleted stays."""
+    """Delete a phase's checkpoints beyond the `keep` newest and the milestones, and those that a
+    newer one of the same number of images replaces. What cannot be deleted stays."""
     complete = [(f.path, s) for f, s in _scan(run) if f.ok and s["phase"] == phase]
     latest = {state["images"]: path for path, state in complete}
     rolling = [path for path, state in complete if not state["milestone"]]
