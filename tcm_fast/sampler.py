@@ -325,15 +325,16 @@ def _batches(
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     if num < 1:
         raise ValueError(f"num: must be at least 1, got {num}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: must lie in [0, 2**63), got {seed}")
     if not (start >= 0 and start + num <= 2**32):
         raise ValueError(f"start: images are numbered from 0 to 2**32 - 1, got {start} + {num}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
     rows = _label_rows(net, num, labels, start)
     place = torch.device(device) if device is not None else _device_of(net)
-    for other in set(nets):
-        if device is not None or _device_of(other) != place:
-            other.to(place)
+    for model in set(nets):
+        model.to(place)
     size = batch_size or _default_batch_size(net.img_resolution, place)
 
     @torch.inference_mode()
