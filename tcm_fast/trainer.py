@@ -9,6 +9,7 @@ nothing else; so a resumed run repeats an unbroken one.
 from __future__ import annotations
 
 import copy
+import math
 import signal
 import time
 from contextlib import nullcontext
@@ -18,21 +19,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 from tcm_fast import checkpoint, distributed, metrics
-from tcm_fast.config import PHASES, Config, PhaseConfig, save_config, to_dict
+from tcm_fast.config import PHASES, Config, ConsistencyConfig, PhaseConfig, save_config, to_dict
 from tcm_fast.data import ImageStream, load_images
 from tcm_fast.networks import Precond, build_network
 from tcm_fast.objectives import Objective, make_batch
 from tcm_fast.optim import Ema, build_optimizer, learning_rate
 from tcm_fast.runlog import RunLog
-from tcm_fast.sampler import sample, save_grid
+from tcm_fast.sampler import HEUN_STEPS, sample, save_grid
 from tcm_fast.times import plan_times, ratio
 
 CONSISTENCY = ("ect", "tcm", "ict", "cd")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FROZEN_FILE = {"tcm": "stage1", "cd": "teacher"}
 COLLAPSED = 0.25  # spread of one-step samples, relative to the data's, below which to warn
+GRID = 64  # images of a sample grid
 
 
 class TrainingError(RuntimeError):
@@ -96,8 +101,8 @@ class PhaseResult:
     phase: str
     images: int
     seconds: float
-    frechet: dict[int, float] = field(default_factory=dict)
-    report: Any = None
+    reports: dict[int | None, metrics.Report] = field(default_factory=dict)
+    """Quality by number of sampling steps; None is a pre-trained network's Heun solver."""
 
 
 class Trainer:
@@ -147,6 +152,7 @@ class Trainer:
             save_config(config, self.out / "config.json")
         self.log = RunLog(self.out, active=self.workers.is_main)
         self.space = metrics.feature_space(config.eval.features) if config.eval.features else None
+        self.eval_count = config.eval.num or len(self.data.images)
         self.data_spread = metrics.spread(self.data.images)
         self._stop = False
 
@@ -263,8 +269,7 @@ class Trainer:
         config = self.config.phase(name)
         student = self._build(config.dropout)
         if previous is not None:
-            self._check_shapes(name, student, previous)
-            student.load_state_dict(previous.state_dict())
+            load_weights(student, previous, name)
         elif name in ("tcm", "cd"):
             needed = "a stage-1 network: train ect first" if name == "tcm" else "a teacher: train edm first"
             raise ValueError(f"phase {name}: needs {needed}, or give one with --init FILE")
@@ -317,6 +322,17 @@ class Trainer:
             )
         net = net.to(self.device)
         return net.to(memory_format=torch.channels_last) if self.device.type == "cuda" else net
+
+    def _check_batch(self, name: str) -> None:
+        """The batch of a phase must be cut evenly, and tcm's must hold a boundary sample."""
+        pieces = self.workers.world * self.config.micro_batches
+        size = self.config.phase(name).batch_size
+        if size % pieces:
+            raise ValueError(
+                f"{name}.batch_size: must be divisible by ranks x micro-batches = "
+                f"{self.workers.world} x {self.config.micro_batches}, got {size}"
+            )
+        plan_times(self.config.phase(name), seed=0, images_seen=0)
 
     def _restore(self) -> Phase:
         """The phase as its checkpoint left it."""
@@ -372,13 +388,125 @@ class Trainer:
 
     def _finish(self, phase: Phase) -> PhaseResult:
         """The grid and the numbers at the end of a phase."""
-        self._grid(phase)
+        net = phase.average()
+        self._grid(phase, net)
         result = PhaseResult(phase.name, phase.images, phase.seconds)
         if self.space is not None and self.workers.is_main:
-            net = phase.average()
-            for steps in (1, 2) if phase.name in CONSISTENCY else (18,):
-                report = metrics.evaluate_network(net, self.data, self.space, steps=steps)
-                result.frechet[steps] = report.frechet
-                result.report = result.report or report
-            self.log.write("eval", phase=phase.name, images=phase.images, frechet=result.frechet)
+            for steps in (1, 2) if phase.name in CONSISTENCY else (None,):
+                samples = sample(net, self.eval_count, steps=steps, stage1=phase.frozen).numpy()
+                result.reports[steps] = metrics.evaluate(samples, self.data, self.space)
+            frechet = {str(k or "heun"): r.frechet for k, r in result.reports.items()}
+            self.log.write("eval", phase=phase.name, images=phase.images, frechet=frechet)
+        self.workers.barrier()
         return result
+
+    def _grid(self, phase: Phase, net: Precond | None = None) -> None:
+        """Samples of the first average as a picture; a warning where they are all alike."""
+        if not self.workers.is_main:
+            return
+        images = sample(net or phase.average(), GRID, steps=1 if phase.name in CONSISTENCY else None)
+        name = f"{phase.name}-{phase.images:09d}.png"
+        save_grid(images, self.out / "grids" / name, overwrite=True)
+        if phase.name not in CONSISTENCY:
+            return
+        spread = metrics.spread(images.numpy())
+        self.log.write("spread", phase=phase.name, images=phase.images, samples=spread)
+        if spread < COLLAPSED * self.data_spread:
+            self.log.warn(
+                "collapse",
+                f"{phase.name}: one-step samples are nearly alike after {phase.images:,} images "
+                f"(they vary by {spread:.3g} grey levels, the data by {self.data_spread:.3g}): "
+                "the consistency function has collapsed; a boundary weight above 0 prevents it",
+            )
+
+    # ---- watching -------------------------------------------------------------------------------
+
+    def _log_step(self, phase: Phase, stats: torch.Tensor, since: int, seconds: float) -> None:
+        """Read the mean losses of the last steps from the device, log them, stop on bad numbers."""
+        consistency, boundary = self.workers.sum(stats).tolist()
+        loss = consistency + getattr(phase.config, "boundary_weight", 0.0) * boundary
+        values = {"loss": loss}
+        if phase.name == "tcm":
+            values |= {"consistency": consistency, "boundary": boundary}
+        if isinstance(phase.config, ConsistencyConfig) and phase.name != "ict":
+            values["ratio"] = ratio(phase.config, phase.iteration - 1)
+        values["lr"] = phase.optimizer.param_groups[0]["lr"]
+        size = phase.config.batch_size
+        values["images_per_second"] = (phase.step - since) * size / max(seconds, 1e-9)
+        self.log.metrics(phase.name, phase.images, values)
+        if not math.isfinite(loss):
+            last = checkpoint.newest_checkpoint(self.out)
+            raise TrainingError(
+                f"{phase.name}: the loss is not finite between images {since * size:,} and "
+                f"{phase.images:,}; go on from {last or 'the beginning'} with a lower "
+                f"--{phase.name}.lr or a wider --precision"
+            )
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._stop:
+            raise KeyboardInterrupt  # asked twice: do not wait for the step
+        self._stop = True
+
+    def _agreed_to_stop(self) -> bool:
+        """Whether a signal has reached any process; with several they ask one another every so often."""
+        return self.workers.any(self._stop) if self.workers.world > 1 else self._stop
+
+
+def load_weights(student: Precond, previous: Precond, phase: str) -> None:
+    """Start a phase from another network's weights. ValueError where the networks differ."""
+    ours, theirs = student.state_dict(), previous.state_dict()
+    wrong = [
+        f"{name} is {list(theirs[name].shape) if name in theirs else 'missing'}, "
+        f"must be {list(value.shape)}"
+        for name, value in ours.items()
+        if name not in theirs or theirs[name].shape != value.shape
+    ]
+    wrong += [f"{name} is not known" for name in theirs if name not in ours]
+    if wrong:
+        raise ValueError(f"init: the network does not fit phase {phase}: {'; '.join(wrong[:3])}")
+    student.load_state_dict(theirs)
+
+
+# ---- the end ------------------------------------------------------------------------------------
+
+
+def summary(trainer: Trainer, results: list[PhaseResult]) -> None:
+    """The table of a finished run, and what to do next."""
+    table = Table(title=f"{trainer.out}", title_justify="left")
+    for column in ("phase", "images", "time", "images/s"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    judged = [r for r in results if r.reports]
+    if judged:
+        for column in ("Fréchet, 1 step", "2 steps", "confident", "memorised"):
+            table.add_column(column, justify="right")
+    for result in results:
+        row = [result.phase, f"{result.images:,}", f"{result.seconds:.0f} s"]
+        row.append(f"{result.images / max(result.seconds, 1e-9):,.0f}")
+        if judged:
+            row += _quality(result)
+        table.add_row(*row)
+    if judged:
+        best = next(iter(judged[-1].reports.values()))
+        table.add_section()
+        table.add_row(
+            "real data", "", "", "", f"{best.yardstick:.2f}", "", f"{best.confident_real:.2f}",
+            f"{best.memorised_real:.3f}",
+        )  # fmt: skip
+        table.add_row("noise", "", "", "", "", "", f"{best.confident_noise:.2f}", "")
+    Console().print(table)
+    print(NEXT.format(out=trainer.out))
+
+
+NEXT = """Next:
+  tcm-fast sample {out} --num 100 --steps 1 --out samples.png
+  tcm-fast eval {out}
+  tcm-fast train --preset digits --data YOUR_IMAGES --out runs/yours   # a folder, zip, npz, ..."""
+
+
+def _quality(result: PhaseResult) -> list[str]:
+    if not result.reports:
+        return ["", "", "", ""]
+    first, last = result.reports.values() if len(result.reports) > 1 else (*result.reports.values(), None)
+    note = f"{first.frechet:.2f}" + ("" if last else f" ({HEUN_STEPS} Heun steps)")
+    two = f"{last.frechet:.2f}" if last else ""
+    return [note, two, f"{first.confident:.2f}", f"{first.memorised:.3f}"]
