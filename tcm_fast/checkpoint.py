@@ -141,7 +141,10 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> Precon
             f"network: {file} describes one that cannot be built, {_reason(error)}"
         ) from error
     _fill(net, header, tensors, file)
-    return net.to(device).eval()
+    net = net.to(device).eval()
+    if torch.device(device).type == "cuda":
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
 
 
 def load_stage1(path: str | Path, device: str | torch.device = "cpu") -> Precond | None:
@@ -213,8 +216,8 @@ def _fill(net: Precond, header: dict[str, Any], tensors: Tensors, source: Path) 
     """Put a file's tensors into a network, and what the file says of them beside it."""
     _check_fit(f"network: {source}", net.state_dict(), tensors)
     net.load_state_dict(tensors)
-    net.info = {k: v for k, v in header.items() if k not in ("format", "network")}
-    net.source = source
+    info = {key: value for key, value in header.items() if key not in ("format", "network")}
+    net.info, net.source = info, source  # type: ignore[assignment]
 
 
 def _check_fit(what: str, expected: Tensors, given: Tensors) -> None:

@@ -249,8 +249,7 @@ def _networks_at(
 ) -> list[Precond]:
     """Which network computes each time: below t' the stage-1 network."""
     t_prime = _info(net).get("t_prime")
-    below = [t for t in times if t_prime is not None and t < t_prime]
-    if not below:
+    if t_prime is None or times[-1] >= t_prime:
         return [net] * len(times)
     stage1 = stage1 or getattr(net, "stage1", None)
     source = getattr(net, "source", None)
@@ -260,7 +259,7 @@ def _networks_at(
         if allow_below_t_prime:
             return [net] * len(times)
         raise ValueError(
-            f"times: {below[0]:g} lies below t'={t_prime:g}, where this network was not trained, "
+            f"times: {times[-1]:g} lies below t'={t_prime:g}, where this network was not trained, "
             f"and its stage-1 network is not there; use times of at least {t_prime:g}, or allow it "
             "with --allow-below-t-prime"
         )
@@ -497,7 +496,7 @@ def save_npz(
         if len(arrays["labels"]) != len(images):
             raise ValueError(f"labels: must be {len(images)}, got {len(arrays['labels'])}")
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def _array(images: torch.Tensor | np.ndarray) -> np.ndarray:
