@@ -1,8 +1,9 @@
-"""Group normalisation with what surrounds it in a diffusion U-Net's block: the embedding added before,
-scale, shift, SiLU and dropout after (Wu & He 2018; Karras et al. 2022, appendix C)."""
+"""Group normalisation with what surrounds it in a diffusion U-Net's block: the embedding added
+before, scale, shift, SiLU and dropout after (Wu & He 2018; Karras et al. 2022, appendix C)."""
 
 import torch
 import torch.nn.functional as F
+
 from tcm_fast.kernels.dropout import DropoutKey, dropout
 
 # -- reference ------------------------------------------------------------------------------------
@@ -23,22 +24,23 @@ def group_norm_silu_reference(
     dropout_key=None,
 ):
     dtype = torch.promote_types(x.dtype, torch.float32)
+    is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_channels_last else torch.contiguous_format
     y = x.to(dtype)
     if add is not None:
         y = y + add.to(dtype)[:, :, None, None]
-    if y.device.type == "cpu" and torch.is_grad_enabled():
-        # torch 2.13 crashes in the backward pass of a channels_last input on a CPU where the weight
-        # needs a gradient and the input does not.
-        needs_crash_guard = not y.requires_grad and (weight.requires_grad or bias.requires_grad)
-        y = y.contiguous() if needs_crash_guard else y
-    y = F.group_norm(y, num_groups, weight.to(dtype), bias.to(dtype), eps)
+    if y.is_cpu:
+        # The channels_last path of torch 2.13 on a CPU takes the variance as E[x²] - E[x]², and its
+        # backward pass crashes where the gradient of the weight is asked for and not that of x.
+        y = y.contiguous()
+    y = torch.group_norm(y, num_groups, weight.to(dtype), bias.to(dtype), eps)
     if scale is not None:
         y = y * (1 + scale.to(dtype)[:, :, None, None])
     if shift is not None:
         y = y + shift.to(dtype)[:, :, None, None]
     if silu:
         y = F.silu(y)
-    y = y.to(x.dtype)
+    y = y.to(x.dtype).contiguous(memory_format=layout)
     if dropout_p > 0:
         y = dropout(y, dropout_p, dropout_key)
     return y
@@ -74,7 +76,7 @@ def group_norm_silu(
         dropout_key: keys the mask; required where dropout_p > 0.
 
     Returns:
-        [N,C,H,W] in x's dtype and memory format; everything in between is fp32 (float64 for float64).
+        [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64).
 
     Raises:
         TypeError: x is not a floating tensor.

@@ -1,4 +1,4 @@
-"""Self-attention over the pixels of a feature map, on q, k and v as the 1x1 convolution leaves them."""
+"""Self-attention over the pixels of a feature map, from the q, k, v of a 1x1 convolution."""
 
 import math
 
@@ -17,12 +17,18 @@ def qkv_attention_reference(qkv, num_heads, *, normalize=False, scale=None):
     # One copy brings all three to [n, head, pixel, channel of the head], which every fused backend
     # of scaled_dot_product_attention takes; the interleaved views would fall back to its slow path.
     split = qkv.reshape(n, num_heads, d, 3, height * width).permute(3, 0, 1, 4, 2).contiguous()
+    wide = torch.promote_types(qkv.dtype, torch.float32)
     if normalize:
-        wide = split.to(torch.promote_types(qkv.dtype, torch.float32))
-        rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) / math.sqrt(d)
-        split = (wide / (NORM_EPS + rms)).to(qkv.dtype)
+        x = split.to(wide)
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(d)
+        split = (x / (NORM_EPS + rms)).to(qkv.dtype)
     q, k, v = split.unbind(0)
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if qkv.is_cpu and qkv.dtype == wide and height * width <= 64:
+        # So short, the fused operation takes up to three times as long there.
+        logits = q @ k.mT * (1 / math.sqrt(d) if scale is None else scale)
+        out = logits.softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     out = out.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)
     is_channels_last = qkv.is_contiguous(memory_format=torch.channels_last)
     return out if is_channels_last else out.contiguous()
@@ -45,8 +51,8 @@ def qkv_attention(
         scale: factor on the logits; None is 1/√(channels of a head).
 
     Returns:
-        [N,C,H,W] in the dtype and memory format of qkv. The softmax is computed in fp32 (float64 for
-        float64).
+        [N,C,H,W] in the dtype and memory format of qkv; the softmax is computed in fp32 (float64
+        for float64).
 
     Raises:
         TypeError: qkv is not a floating tensor.

@@ -35,8 +35,8 @@ class SongUNet(nn.Module):
         channel_mult: widths of the levels; every level halves the resolution.
         channel_mult_emb: width of the embedding over model_channels.
         num_blocks: residual blocks of an encoder level (a decoder level has one more).
-        attn_resolutions: levels with self-attention: in every encoder block, and in the last decoder
-            block. The lowest level's first decoder block has it always.
+        attn_resolutions: levels with self-attention: in every encoder block, and in the last
+            decoder block. The lowest level's first decoder block has it always.
         dropout: share dropped before each second convolution.
         label_dropout: share of the labels set to 0 in training, for classifier-free guidance.
         resample_filter: taps of the up- and down-sampling filter.
@@ -62,7 +62,20 @@ class SongUNet(nn.Module):
         resample_filter: Sequence[int] = BOX_FILTER,
     ):
         super().__init__()
-        _check(img_resolution, model_channels, channel_mult, num_blocks, dropout, label_dropout)
+        levels = len(channel_mult)
+        require(levels >= 1, "channel_mult: needs at least one level, got none")
+        require(
+            img_resolution >= 1 and img_resolution % 2 ** (levels - 1) == 0,
+            f"img_resolution: must be divisible by {2 ** (levels - 1)} for the {levels} levels of "
+            f"channel_mult, got {img_resolution}",
+        )
+        require(
+            model_channels >= 4 and model_channels % 2 == 0,
+            f"model_channels: must be even and at least 4, got {model_channels}",
+        )
+        require(num_blocks >= 1, f"num_blocks: must be at least 1, got {num_blocks}")
+        for name, p in (("dropout", dropout), ("label_dropout", label_dropout)):
+            require(0 <= p < 1, f"{name}: must lie in [0, 1), got {p}")
         self.dropout, self.label_dropout = dropout, label_dropout
         emb_channels = model_channels * channel_mult_emb
         self.map_noise = PositionalEmbedding(model_channels, endpoint=True)
@@ -82,7 +95,7 @@ class SongUNet(nn.Module):
             )  # fmt: skip
 
         widths = [model_channels * mult for mult in channel_mult]
-        resolutions = [img_resolution >> level for level in range(len(widths))]
+        resolutions = [img_resolution >> level for level in range(levels)]
         lowest = resolutions[-1]
 
         self.enc = nn.ModuleDict()
@@ -125,8 +138,8 @@ class SongUNet(nn.Module):
         augment_labels: torch.Tensor | None = None,
         dropout_key: DropoutKey | None = None,
     ) -> torch.Tensor:
-        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the weights' dtype, noise_labels (c_noise)
-        [N], class_labels one-hot [N,label_dim], augment_labels [N,augment_dim]."""
+        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the weights' dtype, noise_labels [N]
+        (c_noise), class_labels one-hot [N,label_dim] and augment_labels [N,augment_dim]."""
         if dropout_key is None and self.training and (self.dropout > 0 or self.label_dropout > 0):
             dropout_key = fresh_key(len(x), x.device)
         emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key)
@@ -150,7 +163,7 @@ class SongUNet(nn.Module):
         augment_labels: torch.Tensor | None = None,
         dropout_key: DropoutKey | None = None,
     ) -> torch.Tensor:
-        """The embedding [N,emb_channels] of noise level, class and augmentation, in the weights' dtype."""
+        """The embedding [N,emb_channels] of noise level, class and augmentation."""
         dtype = self.map_layer0.weight.dtype
         with torch.autocast(noise_labels.device.type, enabled=False):
             cos, sin = self.map_noise(noise_labels).chunk(2, 1)
@@ -175,27 +188,3 @@ class SongUNet(nn.Module):
         weight = next(iter(self.dec.values())).conv0.weight
         is_channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         return torch.channels_last if is_channels_last else torch.contiguous_format
-
-
-def _check(
-    img_resolution: int,
-    model_channels: int,
-    channel_mult: Sequence[int],
-    num_blocks: int,
-    dropout: float,
-    label_dropout: float,
-) -> None:
-    halvings = len(channel_mult) - 1
-    require(halvings >= 0, "channel_mult: needs at least one level, got none")
-    require(
-        img_resolution >= 1 and img_resolution % 2**halvings == 0,
-        f"img_resolution: must be divisible by {2**halvings} for the {halvings + 1} levels of "
-        f"channel_mult, got {img_resolution}",
-    )
-    require(
-        model_channels >= 4 and model_channels % 2 == 0,
-        f"model_channels: must be even and at least 4, got {model_channels}",
-    )
-    require(num_blocks >= 1, f"num_blocks: must be at least 1, got {num_blocks}")
-    for name, p in (("dropout", dropout), ("label_dropout", label_dropout)):
-        require(0 <= p < 1, f"{name}: must lie in [0, 1), got {p}")

@@ -16,7 +16,7 @@ BOX_FILTER = (1, 1)
 def fresh_key(n: int, device: torch.device) -> DropoutKey:
     """A key for `n` samples that nobody else uses, drawn from torch's default CPU generator."""
     seed = torch.randint(2**31, (), device="cpu").to(device, non_blocking=True)
-    return DropoutKey(seed=seed, step=0, sample=torch.arange(n, device=device))
+    return DropoutKey(seed=seed, step=0, layer=0, sample=torch.arange(n, device=device))
 
 
 class Linear(nn.Linear):
@@ -69,7 +69,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.up and self.is_box and self.kernel_size == (1, 1):
-            # Repeating pixels commutes with a pointwise convolution, which then has a quarter to do.
+            # Repeating pixels commutes with a pointwise convolution: a quarter of the work.
             return self._upsample(super().forward(x))
         if self.up:
             x = self._upsample(x)
@@ -95,7 +95,7 @@ class Conv2d(nn.Conv2d):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over min(32, C/4) groups, with whatever `group_norm_silu` fuses into it."""
+    """Group normalisation over min(32, C/4) groups, with what `group_norm_silu` fuses into it."""
 
     def __init__(self, num_channels: int, eps: float):
         super().__init__()
@@ -113,7 +113,7 @@ class GroupNorm(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """cos|sin of c_noise [N] at geometrically spaced frequencies from 1 to 1/10000: [N,channels]."""
+    """cos|sin of c_noise [N] at frequencies spaced geometrically from 1 to 1/10000: [N,C]."""
 
     def __init__(self, num_channels: int, *, endpoint: bool, max_positions: int = 10_000):
         super().__init__()

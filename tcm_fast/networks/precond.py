@@ -69,7 +69,7 @@ class Precond(nn.Module):
         *,
         dropout_key: DropoutKey | None = None,
     ) -> torch.Tensor:
-        """The network's own output F(x_in, ln(t)/4), with x_in = c_in(t) x; otherwise as `forward`."""
+        """The network's own output F(x_in, ln(t)/4), x_in = c_in(t) x; otherwise as `forward`."""
         self._check(x_in, t, labels)
         return self._raw(x_in, t, labels, dropout_key)
 
