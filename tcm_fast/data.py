@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from tcm_fast.image_files import ImageArrays, ImageFiles, reason
 T = TypeVar("T")
 
 ASSETS = Path(__file__).parent / "assets"
-BUILT_IN = ("digits", "digits:train", "digits:test")
+HALVES = (":train", ":test")
 SLICE = 32  # images per task: less and threads spend their time on the queue
 SHOW_PROGRESS_FROM = 10_000  # images; fewer are there before one would read the bar
 NAMED = 3  # unreadable images that an error names
@@ -109,7 +109,7 @@ def load_images(
     Args:
         source: one of
             - `digits`: 1 797 handwritten digits of 8×8 pixels, built in; `digits:train` and
-              `digits:test` are their class-balanced halves;
+              `digits:test` are their class-balanced halves (a folder of that name is `./digits`);
             - a folder of images, at any depth, in the sorted order of their paths; where each of
               them lies in some sub-folder, the sub-folders are the classes;
             - a zip of such a folder, or one with EDM's dataset.json (unpacked, too);
@@ -129,7 +129,8 @@ def load_images(
     if resolution is not None and resolution < 1:
         raise ValueError(f"data: resolution must be positive, got {resolution}")
     name = str(source)
-    path = ASSETS / "digits.npz" if name in BUILT_IN else Path(source)
+    half = next((h for h in HALVES if name == f"digits{h}"), "")
+    path = ASSETS / "digits.npz" if name == f"digits{half}" else Path(source)
     if not path.exists():
         raise FileNotFoundError(f"data: {source} does not exist, expected {image_files.KINDS}")
     try:
@@ -143,10 +144,8 @@ def load_images(
     height, width = found.images.shape[1:3]
     if height != width:
         raise _wrong_size(f"images of {name} are {width}x{height}")
-    data = ImageData(found.images, found.labels, name, found.class_names)
-    if name in BUILT_IN[1:]:
-        return split_halves(data)[BUILT_IN[1:].index(name)]
-    return data
+    data = ImageData(found.images, found.labels, name.removesuffix(half), found.class_names)
+    return split_halves(data)[HALVES.index(half)] if half else data
 
 
 def _decode_all(
@@ -293,10 +292,10 @@ class ImageStream:
     ) -> None:
         if seed < 0:
             raise ValueError(f"data: the seed must not be negative, got {seed}")
-        self.data, self.seed, self.flip = data, seed, flip
+        self.data, self.flip = data, flip
         self.device = torch.device(device)
         # Two epochs are all that a batch of a large set can touch.
-        self._permutation = lru_cache(maxsize=2)(self._make_permutation)
+        self._permutation = lru_cache(maxsize=2)(partial(_permutation, seed, len(data)))
         self._flip_key = np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1, np.uint64)
         images = torch.from_numpy(np.require(data.images, requirements=("C", "W")))
         self.resident = self.device.type != "cuda" or _fits(images, self.device)
@@ -316,10 +315,9 @@ class ImageStream:
 
     def flipped(self, positions: np.ndarray) -> np.ndarray:
         """Whether stream positions int64 [n] are mirrored, bool [n]."""
+        # SplitMix64 (Steele, Lea, Flood 2014): its state after `position` steps, mixed.
         z = np.asarray(positions).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + self._flip_key
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(
-            0xBF58476D1CE4E5B9
-        )  # SplitMix64's mixing function
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return (z >> np.uint64(63)).astype(bool)
 
@@ -354,9 +352,11 @@ class ImageStream:
         torch.index_select(self._images, 0, index, out=pinned)
         return pinned.to(self.device, non_blocking=True)
 
-    def _make_permutation(self, epoch: int) -> np.ndarray:
-        generator = np.random.Philox(np.random.SeedSequence([self.seed, epoch]))
-        return np.argsort(generator.random_raw(len(self.data)), kind="stable")
+
+def _permutation(seed: int, count: int, epoch: int) -> np.ndarray:
+    """A permutation int64 [count] of its own for every seed and epoch."""
+    generator = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+    return np.argsort(generator.random_raw(count), kind="stable")
 
 
 def _fits(images: torch.Tensor, device: torch.device) -> bool:
@@ -368,14 +368,14 @@ def split_halves(data: ImageData, seed: int = 0) -> tuple[ImageData, ImageData]:
     """Two halves of a set, disjoint, complete and the same for the same seed; they differ by at
     most one image, in total and in every class, keep the set's order and are called `name:train`
     and `name:test`. ValueError for a single image."""
-    generator = np.random.Philox(np.random.SeedSequence([seed]))
-    order = np.argsort(generator.random_raw(len(data)), kind="stable")
+    order = _permutation(seed, len(data), 0)
     if data.labels is not None:
         order = order[np.argsort(data.labels[order], kind="stable")]
     if len(order) < 2:
         raise ValueError(f"data: {data.name} has one image and cannot be split")
     train, test = np.sort(order[::2]), np.sort(order[1::2])
-    return data.select(train, f"{data.name}:train"), data.select(test, f"{data.name}:test")
+    first, second = (data.name + half for half in HALVES)
+    return data.select(train, first), data.select(test, second)
 
 
 # ---- data pack, data info -----------------------------------------------------------------------
