@@ -155,7 +155,9 @@ class OfficialStyleUNet(nn.Module):
             for index in range(num_blocks):
                 attention = res in attn_resolutions
                 outputs = mult * model_channels
-                self.enc[f"{res}x{res}_block{index}"] = block(channels, outputs, attention=attention)
+                self.enc[f"{res}x{res}_block{index}"] = block(
+                    channels, outputs, attention=attention
+                )
                 channels = outputs
                 skips.append(channels)
         for level, mult in reversed(list(enumerate(channel_mult))):
@@ -294,9 +296,7 @@ class OfficialStyleStep:
     ) -> None:  # fmt: skip
         self.student, self.stage1 = student, stage1
         self.t_prime, self.ratio, self.rho, self.beta = t_prime, ratio, rho, beta
-        self.loss = dict(
-            t_prime=t_prime, c=c, weighting=weighting, boundary_weight=boundary_weight
-        )
+        self.loss = dict(t_prime=t_prime, c=c, weighting=weighting, boundary_weight=boundary_weight)
         self.average = copy.deepcopy(student).requires_grad_(False)
         self.optimizer = torch.optim.RAdam(student.parameters(), lr=lr)
 

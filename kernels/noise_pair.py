@@ -34,7 +34,11 @@ def to_unit_range(images: torch.Tensor) -> torch.Tensor:
 
 
 def network_input(
-    x: torch.Tensor, t: torch.Tensor, sigma_data: float, dtype: torch.dtype, append_ones: bool = False
+    x: torch.Tensor,
+    t: torch.Tensor,
+    sigma_data: float,
+    dtype: torch.dtype,
+    append_ones: bool = False,
 ) -> torch.Tensor:
     """c_in(t) x in the compute dtype, with EDM2's constant channel where asked for."""
     scaled = (preconditioning(t.to(x.dtype), sigma_data)[2] * x).to(dtype)

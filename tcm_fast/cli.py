@@ -171,7 +171,9 @@ def train(args: Train) -> int:
             "train: no images, give --data FOLDER (or zip, npz, archive), or --preset digits to try it"
         )
     assert args.out is not None
-    resume: bool | Path = False if args.resume is None else args.resume == "auto" or Path(args.resume)
+    resume: bool | Path = (
+        False if args.resume is None else args.resume == "auto" or Path(args.resume)
+    )
     from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
 
     try:
@@ -196,26 +198,26 @@ def resume_command(args: Train) -> str:
 
 def sample(args: Sample) -> int:
     from tcm_fast import sampler
-    from tcm_fast.checkpoint import load_network, load_stage1
+    from tcm_fast.checkpoint import load_network
     from tcm_fast.distributed import pick_device
 
     device = pick_device(args.device)
     net = load_network(args.source, device=device)
-    stage1 = load_stage1(args.source, device=device)
+    labels = list(args.classes) if args.classes else None
     batches = sampler.sample_batches(
         net,
         args.num,
         steps=args.steps,
         seed=args.seed,
-        labels=list(args.classes) if args.classes else None,
+        labels=labels,
         times=args.times,
         batch_size=args.batch_size,
-        stage1=stage1,
         allow_below_t_prime=args.allow_below_t_prime,
         start=args.start,
         progress=sys.stderr.isatty(),
     )
-    sampler.write_samples(batches, args.out, overwrite=args.overwrite, start=args.start)
+    numbers = sampler.class_numbers(net, args.num, labels, args.start)
+    sampler.write_samples(batches, args.out, overwrite=args.overwrite, labels=numbers)
     print(f"{args.num} images of seed {args.seed} in {args.out}")
     return 0
 

@@ -264,14 +264,14 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("micro_batches", "log_every", "save_every", "grid_every", "keep"):
-            require(getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}")
+            require(
+                getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}"
+            )
         require(
             self.max_steps is None or self.max_steps >= 1,
             f"max_steps: must be at least 1, got {self.max_steps}",
         )
-        require(
-            0 <= self.seed < 2**63, f"seed: must lie in [0, 2**63), got {self.seed}"
-        )
+        require(0 <= self.seed < 2**63, f"seed: must lie in [0, 2**63), got {self.seed}")
 
     def phase(self, name: str) -> PhaseConfig:
         """The section of a phase."""
@@ -339,7 +339,9 @@ def from_dict(cls: type, values: Any, where: str = "") -> Any:
 def suggest(name: str, known: list[str]) -> str:
     """'unknown, did you mean x' (or all that is known, where nothing is near)."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"unknown, did you mean {near[0]!r}" if near else f"unknown, use one of {', '.join(known)}"
+    return (
+        f"unknown, did you mean {near[0]!r}" if near else f"unknown, use one of {', '.join(known)}"
+    )
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

@@ -56,7 +56,11 @@ def make_batch(
     """The samples `part` of a plan with their images [n,C,H,W] (and labels), in one host-to-device copy."""
     device = images.device
     zeros = np.zeros_like(plan.t)
-    columns = [plan.t, zeros if plan.r is None else plan.r, zeros if plan.delta is None else plan.delta]
+    columns = [
+        plan.t,
+        zeros if plan.r is None else plan.r,
+        zeros if plan.delta is None else plan.delta,
+    ]
     columns += [plan.boundary, plan.share, np.arange(len(plan.t))]
     table = torch.from_numpy(np.stack([np.asarray(c, np.float64)[part] for c in columns]))
     if device.type == "cuda":

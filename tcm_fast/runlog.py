@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,9 @@ class RunLog:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, event: str, text: str, **fields: Any) -> None:
-        """A warning: on the terminal, in the log and as a Python warning."""
+        """A warning, on the terminal and in the log."""
         self.say(f"warning: {text}")
         self.write(event, message=text, **fields)
-        warnings.warn(text, stacklevel=2)
 
     def write(self, event: str, **fields: Any) -> None:
         """One line of log.jsonl."""
@@ -69,7 +67,9 @@ class RunLog:
             for key, value in values.items():
                 self._board.add_scalar(f"{phase}/{key}", value, images)
         shown = ("loss", "boundary", "images_per_second")
-        text = "  ".join(f"{k.replace('_per_second', '/s')} {values[k]:.4g}" for k in shown if k in values)
+        text = "  ".join(
+            f"{k.replace('_per_second', '/s')} {values[k]:.4g}" for k in shown if k in values
+        )
         if self._is_live and self._progress is not None:
             self._progress.update(self._task, status=text)
         elif time.monotonic() - self._last_line > QUIET_INTERVAL:

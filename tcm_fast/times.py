@@ -84,9 +84,7 @@ def ratio(config: ConsistencyConfig, iteration: int) -> float:
     return min(1 - config.q ** -(stage + 1.0), config.limit)
 
 
-def inner_level(
-    t: np.ndarray, ratio: float, r_min: float = 1e-6
-) -> tuple[np.ndarray, np.ndarray]:
+def inner_level(t: np.ndarray, ratio: float, r_min: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:
     """r = max(t - Δ, r_min) with Δ = t (1-ratio) (1 + 8 sigmoid(-t)); returns r and Δ := t - r."""
     if not 0 < ratio < 1:
         raise ValueError(f"times: the ratio r/t must lie in (0, 1), got {ratio:g}")

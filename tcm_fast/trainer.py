@@ -28,15 +28,20 @@ from tcm_fast.config import PHASES, Config, ConsistencyConfig, PhaseConfig, save
 from tcm_fast.data import ImageStream, load_images
 from tcm_fast.networks import Precond, build_network
 from tcm_fast.objectives import Objective, make_batch
-from tcm_fast.optim import Ema, build_optimizer, learning_rate
+from tcm_fast.optim import Ema, EmaRule, build_optimizer, learning_rate
 from tcm_fast.runlog import RunLog
 from tcm_fast.sampler import HEUN_STEPS, sample, save_grid
 from tcm_fast.times import plan_times, ratio
 
 CONSISTENCY = ("ect", "tcm", "ict", "cd")
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 FROZEN_FILE = {"tcm": "stage1", "cd": "teacher"}
-COLLAPSED = 0.25  # spread of one-step samples, relative to the data's, below which to warn
+COLLAPSED = 0.25  # share of their widest spread below which one-step samples are nearly alike
 GRID = 64  # images of a sample grid
 
 
@@ -67,6 +72,8 @@ class Phase:
     first_iteration: int = 0
     """Iterations before this phase: stage 2 counts on from stage 1."""
     seconds: float = 0.0
+    widest_spread: float = 0.0
+    """Largest variation among one-step samples so far, in grey levels."""
 
     @property
     def images(self) -> int:
@@ -142,7 +149,7 @@ class Trainer:
                 "class in a sub-folder)"
             )
         for name in config.phases:
-            self._check_batch(name)
+            self._check_phase(name)
         self.resumed = checkpoint.open_run(self.out, resume) if self.workers.is_main else None
         self.resumed = self.workers.share(self.resumed)
         self.init = checkpoint.load_network(init, device=self.device) if init else None
@@ -153,7 +160,6 @@ class Trainer:
         self.log = RunLog(self.out, active=self.workers.is_main)
         self.space = metrics.feature_space(config.eval.features) if config.eval.features else None
         self.eval_count = config.eval.num or len(self.data.images)
-        self.data_spread = metrics.spread(self.data.images)
         self._stop = False
 
     # ---- the run --------------------------------------------------------------------------------
@@ -191,36 +197,36 @@ class Trainer:
     def _train(self, phase: Phase) -> PhaseResult:
         """One phase, from where it stands to its end."""
         config, log = self.config, self.log
-        stream = ImageStream(
-            self.data, seed=phase.seed, device=self.device, flip=config.data.flip
-        )
+        stream = ImageStream(self.data, seed=phase.seed, device=self.device, flip=config.data.flip)
+        self._grid(phase)
         log.start_phase(phase.name, phase.steps, phase.step)
         stats = torch.zeros(2, device=self.device)
-        logged = phase.step
+        begun = logged = phase.step
         mark = time.monotonic()
-        while phase.step < phase.steps:
+        stopped = False
+        while phase.step < phase.steps and not stopped:
             stats += self._step(phase, stream)
             phase.step += 1
-            is_last = phase.step == phase.steps
-            if phase.step % config.log_every == 0 or is_last or self._stop:
+            stopped = self._agreed_to_stop()
+            is_last = phase.step == phase.steps or stopped
+            if phase.step % config.log_every == 0 or is_last:
                 elapsed = time.monotonic() - mark
                 self._log_step(phase, stats / (phase.step - logged), logged, elapsed)
                 phase.seconds += elapsed
                 stats.zero_()
                 logged, mark = phase.step, time.monotonic()
             log.step(phase.step)
+            pause = time.monotonic()
             if phase.step % config.grid_every == 0 and not is_last:
                 self._grid(phase)
-                mark = time.monotonic()  # pictures and checkpoints are not training speed
-            if self._agreed_to_stop() and not is_last:
-                self._save(phase)
-                log.end_phase()
-                raise Interrupted(f"{phase.name}: stopped after {phase.images:,} images, saved")
             if phase.step % config.save_every == 0 and not is_last:
                 self._save(phase)
-                mark = time.monotonic()
+            mark += time.monotonic() - pause  # pictures and checkpoints are not training speed
         log.end_phase()
-        self._save(phase, milestone=True)
+        if logged > begun or phase.steps == 0:
+            self._save(phase, milestone=phase.step == phase.steps)
+        if stopped:
+            raise Interrupted(f"{phase.name}: stopped after {phase.images:,} images, saved")
         return self._finish(phase)
 
     def _step(self, phase: Phase, stream: ImageStream) -> torch.Tensor:
@@ -271,11 +277,17 @@ class Trainer:
         if previous is not None:
             load_weights(student, previous, name)
         elif name in ("tcm", "cd"):
-            needed = "a stage-1 network: train ect first" if name == "tcm" else "a teacher: train edm first"
+            needed = (
+                "a stage-1 network: train ect first"
+                if name == "tcm"
+                else "a teacher: train edm first"
+            )
             raise ValueError(f"phase {name}: needs {needed}, or give one with --init FILE")
         info = getattr(previous, "info", {}) if previous is not None else {}
         continues = name in CONSISTENCY and info.get("phase") in CONSISTENCY
-        frozen = copy.deepcopy(student) if name in ("tcm", "cd") else None
+        frozen = copy.deepcopy(student) if name in FROZEN_FILE else None
+        if frozen is not None:
+            frozen.info = info
         phase = self._assemble(name, student, frozen)
         phase.first_iteration = int(info.get("iterations", 0)) if continues else 0
         return phase
@@ -302,7 +314,9 @@ class Trainer:
             objective=objective,
             optimizer=build_optimizer(student.parameters(), config),
             scaler=torch.amp.GradScaler(
-                self.device.type, init_scale=16.0, growth_interval=20_000,
+                self.device.type,
+                init_scale=16.0,
+                growth_interval=20_000,
                 enabled=self.config.precision == "fp16",
             ),  # fmt: skip
             emas=[Ema(rule, student.parameters()) for rule in config.ema],
@@ -323,8 +337,11 @@ class Trainer:
         net = net.to(self.device)
         return net.to(memory_format=torch.channels_last) if self.device.type == "cuda" else net
 
-    def _check_batch(self, name: str) -> None:
-        """The batch of a phase must be cut evenly, and tcm's must hold a boundary sample."""
+    def _check_phase(self, name: str) -> None:
+        """The batch of a phase must be cut evenly, tcm's must hold a boundary sample, and its averages
+        must have a rule."""
+        for rule in self.config.phase(name).ema:
+            EmaRule.parse(rule)
         pieces = self.workers.world * self.config.micro_batches
         size = self.config.phase(name).batch_size
         if size % pieces:
@@ -404,19 +421,26 @@ class Trainer:
         """Samples of the first average as a picture; a warning where they are all alike."""
         if not self.workers.is_main:
             return
-        images = sample(net or phase.average(), GRID, steps=1 if phase.name in CONSISTENCY else None)
-        name = f"{phase.name}-{phase.images:09d}.png"
-        save_grid(images, self.out / "grids" / name, overwrite=True)
-        if phase.name not in CONSISTENCY:
-            return
-        spread = metrics.spread(images.numpy())
-        self.log.write("spread", phase=phase.name, images=phase.images, samples=spread)
-        if spread < COLLAPSED * self.data_spread:
+        steps = 1 if phase.name in CONSISTENCY else None
+        images = sample(net or phase.average(), GRID, steps=steps)
+        if phase.step:
+            name = f"{phase.name}-{phase.images:09d}.png"
+            save_grid(images, self.out / "grids" / name, overwrite=True)
+        if phase.name in CONSISTENCY:
+            self._watch_spread(phase, metrics.spread(images.numpy()))
+
+    def _watch_spread(self, phase: Phase, spread: float) -> None:
+        """Warn where one-step samples have become nearly alike: the consistency function collapses to
+        a constant, which satisfies every pair (t, r) that is not tied to the data (Lee et al. 2025)."""
+        self.log.write("spread", phase=phase.name, images=phase.images, grey_levels=spread)
+        phase.widest_spread = max(phase.widest_spread, spread)
+        if spread < COLLAPSED * phase.widest_spread:
             self.log.warn(
                 "collapse",
-                f"{phase.name}: one-step samples are nearly alike after {phase.images:,} images "
-                f"(they vary by {spread:.3g} grey levels, the data by {self.data_spread:.3g}): "
-                "the consistency function has collapsed; a boundary weight above 0 prevents it",
+                f"{phase.name}: one-step samples are nearly alike after {phase.images:,} images (they "
+                f"vary by {spread:.3g} grey levels, once {phase.widest_spread:.3g}, the data "
+                f"{metrics.spread(self.data.images):.3g}): the consistency function is collapsing; "
+                "raise --tcm.boundary-weight or lower the learning rate",
             )
 
     # ---- watching -------------------------------------------------------------------------------
@@ -506,7 +530,9 @@ NEXT = """Next:
 def _quality(result: PhaseResult) -> list[str]:
     if not result.reports:
         return ["", "", "", ""]
-    first, last = result.reports.values() if len(result.reports) > 1 else (*result.reports.values(), None)
+    first, last = (
+        result.reports.values() if len(result.reports) > 1 else (*result.reports.values(), None)
+    )
     note = f"{first.frechet:.2f}" + ("" if last else f" ({HEUN_STEPS} Heun steps)")
     two = f"{last.frechet:.2f}" if last else ""
     return [note, two, f"{first.confident:.2f}", f"{first.memorised:.3f}"]

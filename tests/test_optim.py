@@ -47,7 +47,9 @@ def test_power_average_has_edm2s_relative_width(gamma, width):
     mean = (weights * position).sum()
     std = ((weights * position**2).sum() - mean**2).sqrt().item()
     assert std == pytest.approx(width, rel=0.01)
-    assert std == pytest.approx(math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3)), rel=0.01)
+    assert std == pytest.approx(
+        math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3)), rel=0.01
+    )
 
 
 def test_halflife_average_ramps_up():
@@ -56,7 +58,9 @@ def test_halflife_average_ramps_up():
     assert rule.beta(10**6, 10**9, 512) == pytest.approx(0.5 ** (512 / 500_000))
 
 
-@pytest.mark.parametrize("text", ["constant", "constant:1.5", "constant:x", "mean:1", "power:-2", ""])
+@pytest.mark.parametrize(
+    "text", ["constant", "constant:1.5", "constant:x", "mean:1", "power:-2", ""]
+)
 def test_bad_rules_are_refused(text):
     with pytest.raises(ValueError, match="ema: must be constant:BETA"):
         EmaRule.parse(text)

@@ -42,9 +42,7 @@ def test_the_networks_are_the_same_function():
     ours, theirs = pair(0)
     x, t = torch.randn(4, 2, 8, 8), torch.tensor([0.01, 0.5, 2.0, 60.0])
     expected = ours.eval()(x, t)
-    torch.testing.assert_close(
-        denoise(theirs.eval(), x, t, None), expected, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(denoise(theirs.eval(), x, t, None), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_parameter_count_is_the_published_one():
@@ -102,6 +100,5 @@ def test_a_step_trains():
     assert losses[0] == pytest.approx(losses[1] + 0.1 * losses[2])
     assert any((before[k] != v).any() for k, v in student.state_dict().items())
     assert any(
-        (a != b).any()
-        for a, b in zip(step.average.parameters(), student.parameters(), strict=True)
+        (a != b).any() for a, b in zip(step.average.parameters(), student.parameters(), strict=True)
     )

@@ -1,0 +1,305 @@
+"""The loop: phases in turn, equal runs for equal seeds, interruption, accumulation, bad numbers."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tcm_fast import trainer as trainer_module
+from tcm_fast.checkpoint import find_checkpoints, load_checkpoint, load_network, newest_checkpoint
+from tcm_fast.config import Config, from_dict, load_config, save_config
+from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
+
+TINY = {
+    "network": {
+        "model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4],
+    },
+    "phases": ["edm", "ect", "tcm"],
+    "log_every": 2, "save_every": 3, "grid_every": 4,
+}  # fmt: skip
+PHASE = {"batch_size": 16, "images": 16 * 6, "dropout": 0.2, "lr": 1e-3, "ema": ["power:6.94"]}
+PAIRS = {"double": 4, "limit": 0.9, "c": 0.06}
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A small labelled set in an npz."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "images.npz"
+    np.savez(path, images=rng.integers(0, 256, (40, 8, 8, 1), np.uint8), labels=np.arange(40) % 3)
+    return path
+
+
+def tiny(images, **changes):
+    values = {**TINY, "data": {"source": str(images)}}
+    values |= dict.fromkeys(("ect", "tcm", "cd"), PHASE | PAIRS) | {"edm": PHASE}
+    values["ict"] = PHASE | {"s1": 20}
+    for key, value in changes.items():
+        values[key] = values[key] | value if isinstance(values.get(key), dict) else value
+    return from_dict(Config, values)
+
+
+def train(config, out, **options):
+    return Trainer(config, out, **options).run()
+
+
+def weights(out, file="model"):
+    """The tensors of the newest checkpoint's file."""
+    return load_checkpoint(newest_checkpoint(out)).network_tensors(file)
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_three_phases_leave_everything_behind(images, tmp_path):
+    out = tmp_path / "run"
+    config = tiny(images)
+    results = train(config, out)
+    assert [(r.phase, r.images) for r in results] == [("edm", 96), ("ect", 96), ("tcm", 96)]
+    assert load_config(out / "config.json") == config
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = {e["phase"]: e["loss"] for e in events if e["event"] == "train"}
+    assert losses.keys() == {"edm", "ect", "tcm"}
+    assert np.isfinite(list(losses.values())).all()
+    last = [e for e in events if e["event"] == "train"][-1]
+    assert last["loss"] == pytest.approx(last["consistency"] + 0.1 * last["boundary"])
+    assert last["ratio"] == 0.875  # iterations count on: stage 2 of the schedule, not 1
+    grids = sorted(p.name for p in (out / "grids").glob("*.png"))
+    assert grids == [f"{p}-{n:09d}.png" for p in ("ect", "edm", "tcm") for n in (64, 96)]
+    assert all(found.ok for found in find_checkpoints(out))
+
+
+def test_each_phase_starts_from_the_previous_average(images, tmp_path):
+    out = tmp_path / "run"
+    train(tiny(images, keep=9), out)
+    folder = out / "checkpoints"
+    ect, tcm = (load_checkpoint(folder / f"{name}-000000096") for name in ("ect", "tcm"))
+    assert_equal(tcm.network_tensors("stage1"), ect.network_tensors("ema-0"))
+    assert (ect.state["iterations"], tcm.state["iterations"]) == (6, 12)
+    assert tcm.state["t_prime"] == 1.0
+    start = tmp_path / "start"
+    config = tiny(images, phases=["ect"], ect={"lr": 1e-12})
+    train(config, start, init=folder / "edm-000000096")
+    edm = load_checkpoint(folder / "edm-000000096").network_tensors("ema-0")
+    for name, value in weights(start).items():
+        torch.testing.assert_close(value, edm[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("phase", ["ict", "cd"])
+def test_the_baselines_train(phase, images, tmp_path):
+    train(tiny(images, phases=["edm", phase]), tmp_path / "run")
+    info = load_network(tmp_path / "run").info
+    assert (info["phase"], info["images"]) == (phase, 96)
+
+
+def test_the_same_seed_gives_the_same_weights(images, tmp_path):
+    for name in ("a", "b"):
+        train(tiny(images, max_steps=50, edm={"images": 800}, phases=["edm"]), tmp_path / name)
+    train(tiny(images, seed=1, phases=["edm"]), tmp_path / "c")
+    assert_equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert load_network(tmp_path / "a").info["images"] == 800
+    other = weights(tmp_path / "c")
+    assert any(not torch.equal(v, other[k]) for k, v in weights(tmp_path / "a").items())
+
+
+@pytest.mark.parametrize("stop_at", [("edm", 2), ("ect", 5), ("tcm", 1), ("tcm", 4)])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stop_at, images, tmp_path, monkeypatch):
+    config = tiny(images)
+    train(config, tmp_path / "whole")
+    step = Trainer._step
+
+    def stopping(self, phase, stream):
+        if (phase.name, phase.step) == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, phase, stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopping)
+        with pytest.raises(Interrupted, match=f"{stop_at[0]}: stopped after"):
+            train(config, tmp_path / "cut")
+    train(config, tmp_path / "cut", resume=True)
+    for file in ("model", "ema-0", "stage1"):
+        assert_equal(weights(tmp_path / "whole", file), weights(tmp_path / "cut", file))
+
+
+def test_resume_auto_begins_where_there_is_nothing(images, tmp_path):
+    results = train(tiny(images, phases=["edm"]), tmp_path / "run", resume=True)
+    assert results[0].images == 96
+
+
+def test_a_finished_run_resumes_to_its_results(images, tmp_path):
+    config = tiny(images)
+    train(config, tmp_path / "run")
+    before = weights(tmp_path / "run")
+    results = train(config, tmp_path / "run", resume=True)
+    assert [r.phase for r in results] == ["tcm"]
+    assert_equal(before, weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("phase", ["edm", "ect", "tcm"])
+def test_accumulation_divides_properly(phase, images, tmp_path):
+    """Weights after a few steps do not depend on the number of micro-batches."""
+    start = tmp_path / "start"
+    train(tiny(images, phases=["edm", "ect"], max_steps=2), start)
+    for micro in (1, 4):
+        config = tiny(images, phases=[phase], max_steps=3, micro_batches=micro)
+        train(config, tmp_path / str(micro), init=start)
+    one, four = weights(tmp_path / "1"), weights(tmp_path / "4")
+    difference = sum((one[k] - four[k]).square().sum() for k in one).sqrt()
+    norm = sum(one[k].square().sum() for k in one).sqrt()
+    assert difference / norm < 1e-5
+
+
+def test_several_averages_are_kept(images, tmp_path):
+    config = tiny(images, phases=["edm"], edm={"ema": ["power:6.94", "constant:0.5"]})
+    train(config, tmp_path / "run")
+    averages = [weights(tmp_path / "run", f"ema-{i}") for i in (0, 1)]
+    assert any(not torch.equal(averages[0][k], averages[1][k]) for k in averages[0])
+
+
+def test_class_labels_reach_the_network(images, tmp_path):
+    config = tiny(images, network={"class_conditional": True}, max_steps=2)
+    train(config, tmp_path / "run")
+    net = load_network(tmp_path / "run")
+    assert net.label_dim == 3
+    assert net.info["class_names"]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_other_precisions_train(precision, images, tmp_path):
+    results = train(tiny(images, precision=precision, max_steps=2), tmp_path / "run")
+    assert len(results) == 3
+    assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())
+    assert all(v.dtype == torch.float32 for v in weights(tmp_path / "run").values())
+
+
+def test_numbers_that_are_not_finite_stop_the_run(images, tmp_path):
+    config = tiny(images, phases=["edm"], edm={"lr": 1e30, "images": 320})
+    with pytest.raises(TrainingError, match="edm: the loss is not finite .* lower --edm.lr"):
+        train(config, tmp_path / "run")
+
+
+def test_collapse_is_noticed(images, tmp_path, monkeypatch):
+    run = Trainer(tiny(images), tmp_path / "run")
+    phase = run._begin("edm", None)
+    for spread in (10.0, 50.0, 20.0):
+        run._watch_spread(phase, spread)
+    log = tmp_path / "run" / "log.jsonl"
+    assert "collapse" not in log.read_text()
+    run._watch_spread(phase, 12.0)
+    assert json.loads(log.read_text().splitlines()[-1])["event"] == "collapse"
+
+
+def test_the_summary_names_the_next_commands(images, tmp_path, capsys):
+    run = Trainer(tiny(images, phases=["edm"]), tmp_path / "run")
+    summary(run, run.run())
+    shown = capsys.readouterr().out
+    assert f"tcm-fast sample {tmp_path / 'run'}" in shown
+    assert "96" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"micro_batches": 3},
+            r"edm.batch_size: must be divisible by ranks x micro-batches = 1 x 3",
+        ),
+        ({"tcm": {"batch_size": 2}}, "at least one boundary sample"),
+        ({"network": {"channel_mult": [1, 1, 1, 1, 1]}}, "resolution"),
+        ({"network": {"name": "edm2"}}, "edm2"),
+        ({"device": "tpu"}, "device: must be cpu, cuda"),
+        ({"data": {"source": "nowhere"}}, "nowhere does not exist"),
+        ({"edm": {"ema": ["mean:1"]}}, "ema: must be"),
+    ],
+)
+def test_mistakes_end_before_anything_is_written(changes, message, images, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Trainer(tiny(images, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_that_are_missing(tmp_path):
+    path = tmp_path / "images.npz"
+    np.savez(path, images=np.zeros((4, 8, 8, 1), np.uint8))
+    with pytest.raises(ValueError, match=r"network.class_conditional: needs labels"):
+        Trainer(tiny(path, network={"class_conditional": True}), tmp_path / "run")
+
+
+def test_a_folder_with_another_run_is_left_alone(images, tmp_path):
+    config = tiny(images, phases=["edm"])
+    train(config, tmp_path / "run")
+    before = sorted(p.name for p in (tmp_path / "run").rglob("*"))
+    with pytest.raises(
+        FileExistsError, match="already holds a run; continue it with --resume auto"
+    ):
+        Trainer(config, tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
+
+
+def test_stage_2_needs_stage_1(images, tmp_path):
+    with pytest.raises(ValueError, match="needs a stage-1 network: train ect first.*--init"):
+        train(tiny(images, phases=["tcm"]), tmp_path / "run")
+
+
+def test_an_initial_network_of_another_shape_is_refused(images, tmp_path):
+    train(tiny(images, phases=["edm"], max_steps=1), tmp_path / "small")
+    config = tiny(images, phases=["ect"], network={"model_channels": 32})
+    with pytest.raises(ValueError, match="init: the network does not fit phase ect"):
+        train(config, tmp_path / "run", init=tmp_path / "small")
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(images, tmp_path, monkeypatch):
+    config = tiny(images, phases=["edm"])
+    save = trainer_module.checkpoint.save_checkpoint
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            monkeypatch.setattr(os, "fsync", full)
+        return save(*args, **kwargs)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer_module.checkpoint, "save_checkpoint", failing)
+    with pytest.raises(OSError, match="could not be saved.*No space left.*is intact"):
+        train(config, tmp_path / "run")
+    monkeypatch.undo()
+    assert load_checkpoint(newest_checkpoint(tmp_path / "run")).state["images"] == 48
+    assert train(config, tmp_path / "run", resume=True)[0].images == 96
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_do_not_change_the_result(ranks, images, tmp_path):
+    """torchrun with gloo against one process: three steps of each phase."""
+    config = dataclasses.replace(tiny(images), max_steps=3, device="cpu")
+    train(config, tmp_path / "one")
+    save_config(config, tmp_path / "config.json")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+        "--master-port", str(29_500 + os.getpid() % 1000), "-m", "tcm_fast", "train",
+        "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "many"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, many = weights(tmp_path / "one"), weights(tmp_path / "many")
+    difference = sum((one[k] - many[k]).square().sum() for k in one).sqrt()
+    norm = sum(one[k].square().sum() for k in one).sqrt()
+    assert difference / norm < 1e-5
