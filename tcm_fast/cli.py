@@ -223,7 +223,66 @@ def sample(args: Sample) -> int:
 
 
 def evaluate(args: Eval) -> int:
-    raise NotImplementedError
+    from rich.console import Console
+    from rich.table import Table
+
+    from tcm_fast import metrics
+    from tcm_fast.checkpoint import load_network
+    from tcm_fast.data import load_images
+    from tcm_fast.distributed import pick_device
+
+    saved = next(
+        (
+            p / "config.json"
+            for p in (args.source, *args.source.parents)
+            if p.name != ".." and (p / "config.json").is_file()
+        ),
+        None,
+    )
+    config = load_config(saved) if saved else Config()
+    source = args.data or config.data.source
+    if not source:
+        raise ValueError(
+            f"eval: no images to compare with, give --data ({args.source} is not a run)"
+        )
+    features = args.features or config.eval.features
+    if not features:
+        raise ValueError("eval: no feature space, give --features digits, inception or a file")
+    device = pick_device(args.device)
+    net = load_network(args.source, device=device)
+    images = load_images(
+        source, skip_corrupt=config.data.skip_corrupt, resolution=config.data.resolution
+    )
+    space = metrics.feature_space(features, device=device)
+    steps = (None,) if net.info["phase"] == "edm" else args.steps
+    reports = {
+        n: metrics.evaluate_network(net, images, space, steps=n, num=args.num, seed=args.seed)
+        for n in steps
+    }
+    table = Table(title=f"{args.source}: {next(iter(reports.values())).num} samples, {space.name}")
+    table.add_column("")
+    for n in reports:
+        table.add_column(
+            "Heun" if n is None else f"{n} step{'s' if n > 1 else ''}", justify="right"
+        )
+    table.add_column("real", justify="right")
+    for label, name in EVAL_ROWS.items():
+        values = [getattr(r, name) for r in reports.values()]
+        values.append(getattr(next(iter(reports.values())), f"{name}_real", None))
+        table.add_row(label, *("" if v is None else f"{v:.3f}" for v in values))
+    Console().print(table)
+    return 0
+
+
+EVAL_ROWS = {
+    "Fréchet distance": "frechet",
+    "confidently classified": "confident",
+    "... of uniform noise": "confident_noise",
+    "distance to nearest training image, median": "nearest",
+    "... 1st percentile": "nearest_1st",
+    "nearer than 99 % of real images": "memorised",
+    "copies of a training image": "copied",
+}
 
 
 def data(args: Data) -> int:

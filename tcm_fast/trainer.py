@@ -73,7 +73,7 @@ class Phase:
     """Iterations before this phase: stage 2 counts on from stage 1."""
     seconds: float = 0.0
     widest_spread: float = 0.0
-    """Largest variation among one-step samples so far, in grey levels."""
+    """Largest variation among one-step samples so far."""
 
     @property
     def images(self) -> int:
@@ -159,7 +159,6 @@ class Trainer:
             save_config(config, self.out / "config.json")
         self.log = RunLog(self.out, active=self.workers.is_main)
         self.space = metrics.feature_space(config.eval.features) if config.eval.features else None
-        self.eval_count = config.eval.num or len(self.data.images)
         self._stop = False
 
     # ---- the run --------------------------------------------------------------------------------
@@ -318,7 +317,7 @@ class Trainer:
                 init_scale=16.0,
                 growth_interval=20_000,
                 enabled=self.config.precision == "fp16",
-            ),  # fmt: skip
+            ),
             emas=[Ema(rule, student.parameters()) for rule in config.ema],
         )
 
@@ -410,8 +409,9 @@ class Trainer:
         result = PhaseResult(phase.name, phase.images, phase.seconds)
         if self.space is not None and self.workers.is_main:
             for steps in (1, 2) if phase.name in CONSISTENCY else (None,):
-                samples = sample(net, self.eval_count, steps=steps, stage1=phase.frozen).numpy()
-                result.reports[steps] = metrics.evaluate(samples, self.data, self.space)
+                result.reports[steps] = metrics.evaluate_network(
+                    net, self.data, self.space, steps=steps, num=self.config.eval.num
+                )
             frechet = {str(k or "heun"): r.frechet for k, r in result.reports.items()}
             self.log.write("eval", phase=phase.name, images=phase.images, frechet=frechet)
         self.workers.barrier()
@@ -432,14 +432,14 @@ class Trainer:
     def _watch_spread(self, phase: Phase, spread: float) -> None:
         """Warn where one-step samples have become nearly alike: the consistency function collapses to
         a constant, which satisfies every pair (t, r) that is not tied to the data (Lee et al. 2025)."""
-        self.log.write("spread", phase=phase.name, images=phase.images, grey_levels=spread)
+        self.log.write("spread", phase=phase.name, images=phase.images, samples=spread)
         phase.widest_spread = max(phase.widest_spread, spread)
         if spread < COLLAPSED * phase.widest_spread:
             self.log.warn(
                 "collapse",
                 f"{phase.name}: one-step samples are nearly alike after {phase.images:,} images (they "
-                f"vary by {spread:.3g} grey levels, once {phase.widest_spread:.3g}, the data "
-                f"{metrics.spread(self.data.images):.3g}): the consistency function is collapsing; "
+                f"vary by {spread:.2g}, once by {phase.widest_spread:.2g}, the data by "
+                f"{metrics.spread(self.data.images):.2g}): the consistency function is collapsing; "
                 "raise --tcm.boundary-weight or lower the learning rate",
             )
 
@@ -493,10 +493,15 @@ def load_weights(student: Precond, previous: Precond, phase: str) -> None:
 
 # ---- the end ------------------------------------------------------------------------------------
 
+NEXT = """Next:
+  tcm-fast sample {out} --num 100 --steps 1 --out samples.png
+  tcm-fast eval {out}
+  tcm-fast train --preset digits --data YOUR_IMAGES --out runs/yours   # a folder, zip, npz, ..."""
+
 
 def summary(trainer: Trainer, results: list[PhaseResult]) -> None:
     """The table of a finished run, and what to do next."""
-    table = Table(title=f"{trainer.out}", title_justify="left")
+    table = Table(title=str(trainer.out), title_justify="left")
     for column in ("phase", "images", "time", "images/s"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     judged = [r for r in results if r.reports]
@@ -504,35 +509,29 @@ def summary(trainer: Trainer, results: list[PhaseResult]) -> None:
         for column in ("Fréchet, 1 step", "2 steps", "confident", "memorised"):
             table.add_column(column, justify="right")
     for result in results:
-        row = [result.phase, f"{result.images:,}", f"{result.seconds:.0f} s"]
-        row.append(f"{result.images / max(result.seconds, 1e-9):,.0f}")
-        if judged:
-            row += _quality(result)
-        table.add_row(*row)
+        speed = result.images / max(result.seconds, 1e-9)
+        row = [result.phase, f"{result.images:,}", f"{result.seconds:.0f} s", f"{speed:,.0f}"]
+        table.add_row(*row, *_quality(result))
     if judged:
-        best = next(iter(judged[-1].reports.values()))
+        real = next(iter(judged[-1].reports.values()))
         table.add_section()
-        table.add_row(
-            "real data", "", "", "", f"{best.yardstick:.2f}", "", f"{best.confident_real:.2f}",
-            f"{best.memorised_real:.3f}",
-        )  # fmt: skip
-        table.add_row("noise", "", "", "", "", "", f"{best.confident_noise:.2f}", "")
+        yardstick = [f"{real.frechet_real:.2f}", "", _share(real.confident_real), "0.010"]
+        table.add_row("real data", "", "", "", *yardstick)
+        table.add_row("noise", "", "", "", "", "", _share(real.confident_noise), "")
     Console().print(table)
     print(NEXT.format(out=trainer.out))
 
 
-NEXT = """Next:
-  tcm-fast sample {out} --num 100 --steps 1 --out samples.png
-  tcm-fast eval {out}
-  tcm-fast train --preset digits --data YOUR_IMAGES --out runs/yours   # a folder, zip, npz, ..."""
-
-
 def _quality(result: PhaseResult) -> list[str]:
+    """Cells of a phase: distances at one and two steps, shares at one step."""
     if not result.reports:
-        return ["", "", "", ""]
-    first, last = (
-        result.reports.values() if len(result.reports) > 1 else (*result.reports.values(), None)
-    )
-    note = f"{first.frechet:.2f}" + ("" if last else f" ({HEUN_STEPS} Heun steps)")
-    two = f"{last.frechet:.2f}" if last else ""
-    return [note, two, f"{first.confident:.2f}", f"{first.memorised:.3f}"]
+        return []
+    reports = list(result.reports.values())
+    distances = [f"{report.frechet:.2f}" for report in reports]
+    if None in result.reports:
+        distances = [f"{distances[0]} ({HEUN_STEPS} Heun steps)", ""]
+    return [*distances, _share(reports[0].confident), f"{reports[0].memorised:.3f}"]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
