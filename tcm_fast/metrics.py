@@ -345,6 +345,21 @@ class DigitsClassifier(nn.Module):
         return self.linear1(self.features(x))
 
 
+@contextlib.contextmanager
+def _reproducible() -> Iterator[None]:
+    """One thread, so that sums have one order, and no autocast."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_reproducible()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_digits_classifier(
     train: ImageData, *, epochs: int = 40, batch_size: int = 64, lr: float = 3e-3, seed: int = 0
 ) -> DigitsClassifier:
@@ -365,32 +380,19 @@ def train_digits_classifier(
         optimizer,
         lambda i: min(1, (i + 1) / 50) * (1 + math.cos(math.pi * i / (epochs * batches))) / 2,
     )
-    with _reproducible(), torch.inference_mode(False), torch.enable_grad():
-        for _ in range(epochs):
-            order = torch.randperm(len(images), generator=generator)
-            for chosen in order[: batches * batch_size].split(batch_size):
-                digits = _jitter(images[chosen], generator)
-                others = _no_digits(images, batch_size // 2, generator)
-                logits = net(torch.cat([digits, others]))
-                loss = F.cross_entropy(logits[:batch_size], labels[chosen])
-                loss = loss - 0.5 * F.log_softmax(logits[batch_size:], 1).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+    for _ in range(epochs):
+        order = torch.randperm(len(images), generator=generator)
+        for chosen in order[: batches * batch_size].split(batch_size):
+            digits = _jitter(images[chosen], generator)
+            others = _no_digits(images, batch_size // 2, generator)
+            logits = net(torch.cat([digits, others]))
+            loss = F.cross_entropy(logits[:batch_size], labels[chosen])
+            loss = loss - 0.5 * F.log_softmax(logits[batch_size:], 1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     return net.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _reproducible() -> Iterator[None]:
-    """One thread, so that sums have one order, and no autocast."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _jitter(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
