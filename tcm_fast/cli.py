@@ -308,7 +308,41 @@ def data(args: Data) -> int:
 
 
 def doctor(args: Doctor) -> int:
-    raise NotImplementedError
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from tcm_fast.kernels import _backend
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    table = Table(show_header=False)
+    table.add_row("python", platform.python_version(), f"{platform.system()} {platform.machine()}")
+    for name, needed in DEPENDENCIES.items():
+        table.add_row(name, installed(name), needed)
+    table.add_section()
+    for name, is_active, why in _backend.describe():
+        table.add_row(name, "active" if is_active else "not active", why)
+    Console(markup=False).print(table)
+    return 0
+
+
+DEPENDENCIES = {
+    "tcm-fast": "",
+    "torch": "networks and training",
+    "triton": "GPU kernels",
+    "numpy": "",
+    "safetensors": "checkpoints",
+    "tensorboard": "curves, optional: the [log] extra",
+    "pyarrow": "image parquet, optional: the [hf] extra",
+    "torch-fidelity": "Inception features, optional: the [eval] extra",
+}
 
 
 COMMANDS = {Train: train, Sample: sample, Eval: evaluate, Data: data, Doctor: doctor}

@@ -1,0 +1,47 @@
+"""Truncated consistency models: train and sample one-step image generators.
+
+    net = tcm_fast.load_network("runs/digits")
+    images = tcm_fast.sample(net, 16)          # uint8 [16,H,W,C]
+
+The public names are loaded when they are used: importing the package imports no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tcm_fast.checkpoint import load_network, save_network
+    from tcm_fast.config import Config, load_config, load_preset
+    from tcm_fast.networks import build_network
+    from tcm_fast.sampler import sample
+    from tcm_fast.trainer import Trainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "config",
+    "Trainer": "trainer",
+    "build_network": "networks",
+    "load_config": "config",
+    "load_network": "checkpoint",
+    "load_preset": "config",
+    "sample": "sampler",
+    "save_network": "checkpoint",
+}
+
+__all__ = [
+    "Config",
+    "Trainer",
+    "build_network",
+    "load_config",
+    "load_network",
+    "load_preset",
+    "sample",
+    "save_network",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tcm_fast' has no attribute {name!r}")
+    return getattr(import_module(f"tcm_fast.{_HOMES[name]}"), name)
