@@ -179,8 +179,7 @@ def feature_space(name: str, *, device: str | torch.device = "cpu") -> FeatureSp
         name: `digits`; `random`; `inception:WEIGHTS`; or a TorchScript file.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: there is no such space here; the message says
-            why.
+        ValueError, FileNotFoundError: there is no such space here; the message says why.
     """
     kind, _, path = name.partition(":")
     if name == "digits":
@@ -223,7 +222,20 @@ def feature_space_from_file(
         raise ValueError(
             f"features: {path} must be a TorchScript module (torch.jit.save), got something else"
         ) from error
-    return FeatureSpace(path.name, network.eval(), device=device)
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        try:
+            return network(images)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # TorchScript's traceback; its last line says what happened
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(
+                f"features: {path} must take uint8 images {list(images.shape)}, got {reason}"
+            ) from error
+
+    network.eval()
+    return FeatureSpace(path.name, features, device=device)
 
 
 def inception_feature_space(
@@ -237,18 +249,17 @@ def inception_feature_space(
 
     Raises:
         FileNotFoundError: there are no weights.
-        ImportError: torch-fidelity is not installed.
-        ValueError: the file holds other weights.
+        ValueError: the file holds other weights, or torch-fidelity is not installed.
     """
     weights = Path(weights)
     if not weights.is_file():
         raise FileNotFoundError(f"features: the weights of inception are missing, got {weights}")
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise ImportError(
-            "features: inception needs torch-fidelity, which pip install 'tcm-fast[eval]' brings"
-        ) from error
+    except ImportError:
+        raise ValueError(
+            "features: inception needs torch-fidelity, install it with pip install 'tcm-fast[eval]'"
+        ) from None
     try:
         if weights.suffix == ".safetensors":
             state = load_file(weights)
@@ -473,8 +484,8 @@ def nearest_distances(
 ) -> np.ndarray:
     """Distances float64 [N,num] from each image to its nearest training images, nearest first.
 
-    Euclidean, over the pixels in [-1,1]. Neighbours are looked for in fp32; their distances are
-    then taken from the pixels themselves, so that a copy is at exactly 0.
+    Euclidean, over the pixels in [-1,1]. A few more candidates than asked for are looked up with
+    matrix products; their distances are then taken from the pixels, so that a copy is at exactly 0.
 
     Args:
         images, train: uint8 [N,H,W,C] and [M,H,W,C], M at least `num`.
@@ -485,16 +496,22 @@ def nearest_distances(
             f"nearest_distances: needs at least {num} training images of the same size, got "
             f"{list(train.shape)} for {list(images.shape)}"
         )
+    candidates = min(num + 6, len(keys))
     rows = max(1, min(len(queries), PAIRS_AT_ONCE // keys.shape[1]))
-    columns = max(num, PAIRS_AT_ONCE // max(rows, keys.shape[1]))
-    found = [_nearest(block, keys, num, columns, device) for block in queries.split(rows)]
-    return np.concatenate(found)
+    columns = max(candidates, PAIRS_AT_ONCE // max(rows, keys.shape[1]))
+    found = []
+    for block in queries.split(rows):
+        index = _nearest(block, keys, candidates, columns, device).cpu()
+        offsets = [(keys[column].float() - block.float()).double() for column in index.T]
+        exact = torch.stack([x.norm(dim=1) for x in offsets], 1) / 127.5
+        found.append(exact.sort(dim=1).values[:, :num])
+    return torch.cat(found).numpy()
 
 
 def _nearest(
     queries: torch.Tensor, keys: torch.Tensor, num: int, columns: int, device: str | torch.device
-) -> np.ndarray:
-    """`nearest_distances` of a block of rows, looking at `columns` training images at a time."""
+) -> torch.Tensor:
+    """Numbers [n,num] of the training images nearest to some rows; `columns` are compared at once."""
     x = _to_float(queries.to(device))
     best = torch.empty(len(x), 0, device=device)
     index = torch.empty(len(x), 0, dtype=torch.int64, device=device)
@@ -505,9 +522,7 @@ def _nearest(
         best, index = torch.cat([best, squared], 1), torch.cat([index, number], 1)
         best, place = best.topk(num, dim=1, largest=False)
         index = index.gather(1, place)
-    index = index.cpu()
-    exact = [(keys[index[:, k]].float() - queries.float()).double().norm(dim=1) for k in range(num)]
-    return torch.stack(exact, 1).sort(dim=1).values.numpy() / 127.5
+    return index
 
 
 # ---- reports ------------------------------------------------------------------------------------

@@ -223,9 +223,15 @@ class Halves(torch.nn.Module):
         return torch.cat([mean, mean], 1)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning"
-)  # of torch.jit: see feature_space_from_file
+class Narrow(torch.nn.Module):
+    """A network for images 7 pixels wide."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() @ torch.zeros(7, 2)).mean((1, 2))
+
+
+# feature_space_from_file says why TorchScript, though deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_space_from_a_torchscript_file(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "BATCH_PIXELS", 3 * 4 * 4 * 3)  # three images at a time
     torch.jit.script(Halves()).save(tmp_path / "halves.pt")
@@ -237,6 +243,12 @@ def test_space_from_a_torchscript_file(tmp_path, monkeypatch):
     np.testing.assert_allclose(space.features(flipped), np.tile(expected, 2), rtol=1e-6)
     np.testing.assert_allclose(space.features(images[..., :1])[:, 2], expected[:, 0], rtol=1e-6)
     assert space.confidence(images) is None
+    torch.jit.script(Narrow()).save(tmp_path / "narrow.pt")
+    with pytest.raises(
+        ValueError, match=r"take uint8 images \[3, 3, 4, 4\], got .*shape"
+    ) as caught:
+        metrics.feature_space_from_file(tmp_path / "narrow.pt").features(images)
+    assert "\n" not in str(caught.value)
 
 
 class Payload:
@@ -257,7 +269,7 @@ def test_files_that_are_no_feature_space(tmp_path, monkeypatch):
         metrics.feature_space(f"inception:{tmp_path / 'missing.pth'}")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", raising=False)
-    with pytest.raises(ImportError, match=r"tcm-fast\[eval\]"):
+    with pytest.raises(ValueError, match=r"tcm-fast\[eval\]"):
         metrics.feature_space(f"inception:{bad}")
 
 
