@@ -1,0 +1,168 @@
+// The Python face of the extension: tensors arrive as addresses and sizes, so that no torch header is
+// needed and one binary serves every torch version.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "operations.h"
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void require(bool holds, const char* name, const std::string& rule) {
+  if (!holds) throw std::invalid_argument(std::string(name) + ": " + rule);
+}
+
+void check(const char* name, std::initializer_list<Address> addresses, int64_t n, int64_t size,
+           int64_t num_blocks) {
+  require(n >= 0 && size >= 0, name,
+          "sizes must not be negative, got " + std::to_string(n) + " and " + std::to_string(size));
+  require(num_blocks <= int64_t{1} << 32, name,
+          "a sample has at most 2**32 blocks, got " + std::to_string(num_blocks));
+  for (Address address : addresses) {
+    require(n == 0 || size == 0 || address != 0, name, "addresses must not be null, got 0");
+  }
+}
+
+void check_threshold(const char* name, uint32_t threshold) {
+  require(threshold < 65536, name,
+          "threshold must be below 65536, got " + std::to_string(threshold));
+}
+
+void check_threads(const char* name, int threads) {
+  require(threads > 0, name, "threads must be positive, got " + std::to_string(threads));
+}
+
+void philox_bits_cpu(Address out, Address sample, int64_t n, int64_t num_blocks, int64_t seed,
+                     int64_t step, uint32_t layer, int threads) {
+  check("philox_bits_cpu", {out, sample}, n, num_blocks, num_blocks);
+  check_threads("philox_bits_cpu", threads);
+  tcm_fast::philox_bits_cpu(at<int32_t>(out), at<int64_t>(sample), n, num_blocks, seed, step, layer,
+                            threads);
+}
+
+void philox_normal_cpu(Address out, Address sample, int64_t n, int64_t elements, int64_t seed,
+                       int64_t step, uint32_t layer, int threads) {
+  check("philox_normal_cpu", {out, sample}, n, elements, elements / 4);
+  check_threads("philox_normal_cpu", threads);
+  tcm_fast::philox_normal_cpu(at<float>(out), at<int64_t>(sample), n, elements, seed, step, layer,
+                              threads);
+}
+
+void dropout_mask_cpu(Address out, Address sample, int64_t n, int64_t elements, int64_t seed,
+                      int64_t step, uint32_t layer, uint32_t threshold, int threads) {
+  check("dropout_mask_cpu", {out, sample}, n, elements, elements / 8);
+  check_threshold("dropout_mask_cpu", threshold);
+  check_threads("dropout_mask_cpu", threads);
+  tcm_fast::dropout_mask_cpu(at<uint8_t>(out), at<int64_t>(sample), n, elements, seed, step, layer,
+                             threshold, threads);
+}
+
+void dropout_cpu(Address out, Address x, Address sample, int64_t n, int64_t channels,
+                 int64_t pixels, bool channels_last, int64_t seed, int64_t step, uint32_t layer,
+                 uint32_t threshold, int threads) {
+  require(channels >= 0, "dropout_cpu",
+          "channels must not be negative, got " + std::to_string(channels));
+  check("dropout_cpu", {out, x, sample}, n, channels * pixels, channels * pixels / 8);
+  check_threshold("dropout_cpu", threshold);
+  check_threads("dropout_cpu", threads);
+  tcm_fast::dropout_cpu(at<float>(out), at<float>(x), at<int64_t>(sample), n, channels, pixels,
+                        channels_last, seed, step, layer, threshold, threads);
+}
+
+#ifdef TCM_FAST_WITH_CUDA
+void launched(const char* name, const char* error) {
+  if (error) throw std::runtime_error(std::string(name) + ": " + error);
+}
+
+void philox_bits_cuda(Address out, Address sample, int64_t n, int64_t num_blocks, Address seed,
+                      Address step, uint32_t layer, Address stream) {
+  check("philox_bits_cuda", {out, sample, seed, step}, n, num_blocks, num_blocks);
+  launched("philox_bits_cuda",
+           tcm_fast::philox_bits_cuda(at<int32_t>(out), at<int64_t>(sample), n, num_blocks,
+                                      at<int64_t>(seed), at<int64_t>(step), layer,
+                                      at<void>(stream)));
+}
+
+void philox_normal_cuda(Address out, Address sample, int64_t n, int64_t elements, Address seed,
+                        Address step, uint32_t layer, Address stream) {
+  check("philox_normal_cuda", {out, sample, seed, step}, n, elements, elements / 4);
+  launched("philox_normal_cuda",
+           tcm_fast::philox_normal_cuda(at<float>(out), at<int64_t>(sample), n, elements,
+                                        at<int64_t>(seed), at<int64_t>(step), layer,
+                                        at<void>(stream)));
+}
+
+void dropout_mask_cuda(Address out, Address sample, int64_t n, int64_t elements, Address seed,
+                       Address step, uint32_t layer, uint32_t threshold, Address stream) {
+  check("dropout_mask_cuda", {out, sample, seed, step}, n, elements, elements / 8);
+  check_threshold("dropout_mask_cuda", threshold);
+  launched("dropout_mask_cuda",
+           tcm_fast::dropout_mask_cuda(at<uint8_t>(out), at<int64_t>(sample), n, elements,
+                                       at<int64_t>(seed), at<int64_t>(step), layer, threshold,
+                                       at<void>(stream)));
+}
+
+constexpr const char* kCudaArchs = TCM_FAST_WITH_CUDA;
+#else
+constexpr const char* kCudaArchs = "";
+#endif
+
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> archs;
+  std::string arch;
+  for (const char* c = kCudaArchs;; ++c) {
+    if (*c && *c != ';') {
+      arch += *c;
+    } else {
+      if (!arch.empty()) archs.push_back(arch);
+      arch.clear();
+    }
+    if (!*c) return archs;
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "Philox bits, normals and dropout on raw memory; tcm_fast.kernels checks and wraps them.";
+  m.def("has_cuda", [] { return *kCudaArchs != '\0'; }, "Was the CUDA half built?");
+  m.def("cuda_archs", &cuda_archs, "Architectures of the CUDA half, such as ['80', '90'].");
+
+  m.def("philox_bits_cpu", &philox_bits_cpu, release(), py::arg("out"), py::arg("sample"),
+        py::arg("n"), py::arg("num_blocks"), py::arg("seed"), py::arg("step"), py::arg("layer"),
+        py::arg("threads"));
+  m.def("philox_normal_cpu", &philox_normal_cpu, release(), py::arg("out"), py::arg("sample"),
+        py::arg("n"), py::arg("elements"), py::arg("seed"), py::arg("step"), py::arg("layer"),
+        py::arg("threads"));
+  m.def("dropout_mask_cpu", &dropout_mask_cpu, release(), py::arg("out"), py::arg("sample"),
+        py::arg("n"), py::arg("elements"), py::arg("seed"), py::arg("step"), py::arg("layer"),
+        py::arg("threshold"), py::arg("threads"));
+  m.def("dropout_cpu", &dropout_cpu, release(), py::arg("out"), py::arg("x"), py::arg("sample"),
+        py::arg("n"), py::arg("channels"), py::arg("pixels"), py::arg("channels_last"),
+        py::arg("seed"), py::arg("step"), py::arg("layer"), py::arg("threshold"),
+        py::arg("threads"));
+#ifdef TCM_FAST_WITH_CUDA
+  m.def("philox_bits_cuda", &philox_bits_cuda, release(), py::arg("out"), py::arg("sample"),
+        py::arg("n"), py::arg("num_blocks"), py::arg("seed"), py::arg("step"), py::arg("layer"),
+        py::arg("stream"));
+  m.def("philox_normal_cuda", &philox_normal_cuda, release(), py::arg("out"), py::arg("sample"),
+        py::arg("n"), py::arg("elements"), py::arg("seed"), py::arg("step"), py::arg("layer"),
+        py::arg("stream"));
+  m.def("dropout_mask_cuda", &dropout_mask_cuda, release(), py::arg("out"), py::arg("sample"),
+        py::arg("n"), py::arg("elements"), py::arg("seed"), py::arg("step"), py::arg("layer"),
+        py::arg("threshold"), py::arg("stream"));
+#endif
+}

@@ -1,0 +1,22 @@
+"""The operations: plain PyTorch references and, where they can run, kernels of the same numbers."""
+
+from tcm_fast.kernels.consistency_loss import consistency_loss
+from tcm_fast.kernels.dropout import DropoutKey, dropout, dropout_mask
+from tcm_fast.kernels.group_norm_silu import group_norm_silu
+from tcm_fast.kernels.noise_pair import noise_pair
+from tcm_fast.kernels.philox import philox_bits, philox_normal
+from tcm_fast.kernels.precondition import preconditioning
+from tcm_fast.kernels.qkv_attention import qkv_attention
+
+__all__ = [
+    "DropoutKey",
+    "consistency_loss",
+    "dropout",
+    "dropout_mask",
+    "group_norm_silu",
+    "noise_pair",
+    "philox_bits",
+    "philox_normal",
+    "preconditioning",
+    "qkv_attention",
+]
