@@ -270,7 +270,9 @@ def consistency_losses(
     difference = out_t - out_r
     norm = torch.linalg.vector_norm(difference.flatten(1), dim=1)
     distance = (norm.double() ** 2 + c**2).sqrt() - c
-    weight = 1 / (t - r) if weighting == "inv_dt" else (t ** 2 + SIGMA_DATA ** 2) / (t * SIGMA_DATA) ** 2
+    weight = (
+        1 / (t - r) if weighting == "inv_dt" else (t**2 + SIGMA_DATA**2) / (t * SIGMA_DATA) ** 2
+    )
     loss = weight.flatten() * distance
     consistency = loss[~boundary].mean()
     on_boundary = loss[boundary].mean() if torch.any(boundary) else torch.zeros_like(consistency)

@@ -77,7 +77,7 @@ class Eval:
     data: str | None = None
     """Images to compare with; by default those of the run."""
     features: str | None = None
-    """Feature space: digits, inception, or a TorchScript file; by default that of the run."""
+    """Feature space: digits, random, inception:WEIGHTS or a TorchScript file; by default that of the run."""
     steps: tuple[int, ...] = (1, 2)
     num: int = 0
     """Samples; 0 takes as many as there are images to compare with."""
@@ -247,7 +247,9 @@ def evaluate(args: Eval) -> int:
         )
     features = args.features or config.eval.features
     if not features:
-        raise ValueError("eval: no feature space, give --features digits, inception or a file")
+        raise ValueError(
+            "eval: no feature space, give --features digits, random, inception:WEIGHTS or a TorchScript file"
+        )
     device = pick_device(args.device)
     net = load_network(args.source, device=device)
     images = load_images(

@@ -158,7 +158,8 @@ class Trainer:
             (self.out / "grids").mkdir(parents=True, exist_ok=True)
             save_config(config, self.out / "config.json")
         self.log = RunLog(self.out, active=self.workers.is_main)
-        self.space = metrics.feature_space(config.eval.features) if config.eval.features else None
+        features = config.eval.features
+        self.space = metrics.feature_space(features, device=self.device) if features else None
         self._stop = False
 
     # ---- the run --------------------------------------------------------------------------------
