@@ -16,7 +16,7 @@
 namespace tcm_fast {
 
 struct Words {
-  uint32_t w[4];
+  uint32_t w0, w1, w2, w3;
 };
 
 // What all blocks of a call share: the high counter words and the key.
@@ -42,21 +42,25 @@ TCM_FAST_INLINE Words philox(uint32_t block, uint32_t sample, const Stream& stre
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  return {{c0, c1, c2, c3}};
+  return {c0, c1, c2, c3};
 }
 
-// The 16-bit lane e%8 = `lane` of a block: lane 2j is the low half of word j.
-TCM_FAST_INLINE uint32_t lane_of(const Words& words, int lane) {
-  return lane % 2 ? words.w[lane / 2] >> 16 : words.w[lane / 2] & 0xFFFFu;
+// 1 where the low or high 16-bit lane of a word is kept (lane >= threshold), else 0.
+TCM_FAST_INLINE uint32_t low_kept(uint32_t word, uint32_t threshold) {
+  return ((word & 0xFFFFu) + 65536u - threshold) >> 16;
+}
+TCM_FAST_INLINE uint32_t high_kept(uint32_t word, uint32_t threshold) {
+  return ((word >> 16) + 65536u - threshold) >> 16;
 }
 
-// Eight bytes, 1 where the lane is kept (lane >= threshold), lane 0 in the lowest.
-TCM_FAST_INLINE uint64_t kept_bytes(const Words& words, uint32_t threshold) {
-  uint64_t bytes = 0;
-  for (int lane = 0; lane < 8; ++lane) {
-    bytes |= static_cast<uint64_t>((lane_of(words, lane) + 65536u - threshold) >> 16) << (8 * lane);
-  }
-  return bytes;
+// A block's eight mask bytes in the order of its lanes 0 ... 7: the low half of word 0, its high
+// half, the low half of word 1, ...
+TCM_FAST_INLINE uint64_t kept_bytes(Words words, uint32_t threshold) {
+  const uint32_t first = low_kept(words.w0, threshold) | high_kept(words.w0, threshold) << 8 |
+                         low_kept(words.w1, threshold) << 16 | high_kept(words.w1, threshold) << 24;
+  const uint32_t second = low_kept(words.w2, threshold) | high_kept(words.w2, threshold) << 8 |
+                          low_kept(words.w3, threshold) << 16 | high_kept(words.w3, threshold) << 24;
+  return first | static_cast<uint64_t>(second) << 32;
 }
 
 // Products and sums that no compiler may fuse: the host's sources are built with -ffp-contract=off.

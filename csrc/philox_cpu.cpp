@@ -31,7 +31,10 @@ void bits_of_blocks(int32_t* out, int64_t num_blocks, uint32_t sample, Stream st
 #pragma omp simd
   for (int64_t block = 0; block < num_blocks; ++block) {
     const Words words = philox(static_cast<uint32_t>(block), sample, stream);
-    for (int j = 0; j < 4; ++j) out[4 * block + j] = static_cast<int32_t>(words.w[j]);
+    out[4 * block] = static_cast<int32_t>(words.w0);
+    out[4 * block + 1] = static_cast<int32_t>(words.w1);
+    out[4 * block + 2] = static_cast<int32_t>(words.w2);
+    out[4 * block + 3] = static_cast<int32_t>(words.w3);
   }
 }
 
@@ -41,8 +44,8 @@ void normals_of_blocks(float* out, int64_t first, int64_t num_blocks, uint32_t s
 #pragma omp simd
   for (int64_t block = 0; block < num_blocks; ++block) {
     const Words words = philox(static_cast<uint32_t>(first + block), sample, stream);
-    const Pair low = normal_pair(words.w[0], words.w[1]);
-    const Pair high = normal_pair(words.w[2], words.w[3]);
+    const Pair low = normal_pair(words.w0, words.w1);
+    const Pair high = normal_pair(words.w2, words.w3);
     out[4 * block] = low.first;
     out[4 * block + 1] = low.second;
     out[4 * block + 2] = high.first;
@@ -56,14 +59,18 @@ void mask_of_blocks(uint64_t* kept, int64_t first, int64_t num_blocks, uint32_t 
                     Stream stream, uint32_t threshold) {
 #pragma omp simd
   for (int64_t block = 0; block < num_blocks; ++block) {
-    kept[block] = kept_bytes(philox(static_cast<uint32_t>(first + block), sample, stream), threshold);
+    const Words words = philox(static_cast<uint32_t>(first + block), sample, stream);
+    kept[block] = kept_bytes(words, threshold);
   }
 }
 
 TCM_FAST_VECTOR
 void apply_mask(float* out, const float* x, const uint8_t* kept, int64_t count, float scale) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = kept[i] ? x[i] * scale : 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = x[i] * scale;
+    out[i] = kept[i] ? value : 0.0f;
+  }
 }
 
 // Channels 8·group ... 8·group + 7 of a [channels, pixels] sample: one block holds them at one pixel.
@@ -73,11 +80,18 @@ void apply_to_planes(float* out, const float* x, int64_t pixels, int64_t group, 
 #pragma omp simd
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
     const Words words = philox(static_cast<uint32_t>(pixel * groups + group), sample, stream);
-    for (int lane = 0; lane < 8; ++lane) {
-      const int64_t i = lane * pixels + pixel;
-      const float value = x[i] * scale;
-      out[i] = lane_of(words, lane) >= threshold ? value : 0.0f;
-    }
+    const auto apply = [&](int lane, uint32_t kept) {
+      const float value = x[lane * pixels + pixel] * scale;
+      out[lane * pixels + pixel] = kept ? value : 0.0f;
+    };
+    apply(0, low_kept(words.w0, threshold));
+    apply(1, high_kept(words.w0, threshold));
+    apply(2, low_kept(words.w1, threshold));
+    apply(3, high_kept(words.w1, threshold));
+    apply(4, low_kept(words.w2, threshold));
+    apply(5, high_kept(words.w2, threshold));
+    apply(6, low_kept(words.w3, threshold));
+    apply(7, high_kept(words.w3, threshold));
   }
 }
 

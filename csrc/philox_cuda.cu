@@ -43,7 +43,7 @@ struct StoreBits {
   int64_t num_blocks;
   __device__ void operator()(int64_t i, int64_t block, const Words& words) const {
     reinterpret_cast<uint4*>(out)[i * num_blocks + block] =
-        make_uint4(words.w[0], words.w[1], words.w[2], words.w[3]);
+        make_uint4(words.w0, words.w1, words.w2, words.w3);
   }
 };
 
@@ -51,8 +51,8 @@ struct StoreNormals {
   float* out;
   int64_t elements;
   __device__ void operator()(int64_t i, int64_t block, const Words& words) const {
-    const Pair low = normal_pair(words.w[0], words.w[1]);
-    const Pair high = normal_pair(words.w[2], words.w[3]);
+    const Pair low = normal_pair(words.w0, words.w1);
+    const Pair high = normal_pair(words.w2, words.w3);
     const float values[4] = {low.first, low.second, high.first, high.second};
     for (int j = 0; j < 4; ++j) {
       if (4 * block + j < elements) out[i * elements + 4 * block + j] = values[j];
@@ -65,9 +65,10 @@ struct StoreMask {
   int64_t elements;
   uint32_t threshold;
   __device__ void operator()(int64_t i, int64_t block, const Words& words) const {
+    const uint64_t kept = kept_bytes(words, threshold);
     for (int lane = 0; lane < 8; ++lane) {
       const int64_t e = 8 * block + lane;
-      if (e < elements) out[i * elements + e] = lane_of(words, lane) >= threshold;
+      if (e < elements) out[i * elements + e] = static_cast<uint8_t>(kept >> (8 * lane));
     }
   }
 };

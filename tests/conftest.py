@@ -1,0 +1,56 @@
+"""What all tests share: quiet surroundings, the tolerance rule, visible skips."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# A busy machine is no failure.
+settings.register_profile("tcm_fast", deadline=None)
+settings.load_profile("tcm_fast")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: none found"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads():
+    torch.set_num_threads(min(2, torch.get_num_threads(), len(os.sched_getaffinity(0))))
+
+
+@pytest.fixture(autouse=True)
+def default_backend(monkeypatch):
+    monkeypatch.delenv("TCM_FAST_BACKEND", raising=False)
+
+
+@pytest.fixture
+def seed():
+    """Seeds torch's default generators, and says with what."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture
+def check_against_oracle():
+    """The rule for a kernel: its error against the float64 oracle is at most twice that of PyTorch in
+    the kernel's own dtype, plus a millionth of the oracle's largest value."""
+
+    def check(kernel: torch.Tensor, reference: torch.Tensor, oracle: torch.Tensor, what: str = ""):
+        assert oracle.dtype == torch.float64
+        assert kernel.shape == reference.shape == oracle.shape
+        assert kernel.dtype == reference.dtype
+        if oracle.numel() == 0:
+            return
+        error = (kernel.double() - oracle).abs().max().item()
+        allowed = 2 * (reference.double() - oracle).abs().max().item()
+        allowed += 1e-6 * oracle.abs().max().item()
+        # Written so that a NaN fails.
+        assert error <= allowed, f"{what}: error {error:.3g} is above {allowed:.3g}"
+
+    return check
