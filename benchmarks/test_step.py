@@ -23,14 +23,18 @@ from tcm_fast.objectives import Objective, make_batch
 from tcm_fast.optim import Ema, build_optimizer, learning_rate
 from tcm_fast.times import plan_times
 
-NETWORKS = {
-    "digits": ((8, 1), NetworkConfig(model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)), 128),
-    "narrow-cifar10": ((32, 3), NetworkConfig(model_channels=32, channel_mult=(1, 2, 2), num_blocks=1, attn_resolutions=(16,)), 32),
-}  # fmt: skip
+SMALL = NetworkConfig(model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
+NARROW = NetworkConfig(
+    model_channels=32, channel_mult=(1, 2, 2), num_blocks=1, attn_resolutions=(16,)
+)
+NETWORKS = {"digits": ((8, 1), SMALL, 128), "narrow-cifar10": ((32, 3), NARROW, 32)}
+Shape = tuple[int, int]  # resolution, channels
 ITERATION = 10**6  # the schedule's end: r/t = 0.999
 
 
-def official_style(shape: tuple[int, int], network: NetworkConfig, config: TcmConfig, images: np.ndarray) -> Callable[[], object]:  # fmt: skip
+def official_style(
+    shape: Shape, network: NetworkConfig, config: TcmConfig, images: np.ndarray
+) -> Callable[[], object]:
     resolution, channels = shape
     net = OfficialStyleUNet(resolution, channels, dropout=config.dropout, **network.architecture())
     step = OfficialStyleStep(net.train(), copy.deepcopy(net), ratio=config.limit)
@@ -38,7 +42,9 @@ def official_style(shape: tuple[int, int], network: NetworkConfig, config: TcmCo
     return lambda: step(batch)
 
 
-def tcm_fast(shape: tuple[int, int], network: NetworkConfig, config: TcmConfig, images: np.ndarray) -> Callable[[], object]:  # fmt: skip
+def tcm_fast(
+    shape: Shape, network: NetworkConfig, config: TcmConfig, images: np.ndarray
+) -> Callable[[], object]:
     resolution, channels = shape
     net = build_network(
         "ddpmpp", img_resolution=resolution, img_channels=channels, dropout=config.dropout,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -231,15 +231,7 @@ def evaluate(args: Eval) -> int:
     from tcm_fast.data import load_images
     from tcm_fast.distributed import pick_device
 
-    saved = next(
-        (
-            p / "config.json"
-            for p in (args.source, *args.source.parents)
-            if p.name != ".." and (p / "config.json").is_file()
-        ),
-        None,
-    )
-    config = load_config(saved) if saved else Config()
+    config = run_config(args.source)
     source = args.data or config.data.source
     if not source:
         raise ValueError(
@@ -274,6 +266,14 @@ def evaluate(args: Eval) -> int:
         table.add_row(label, *("" if v is None else f"{v:.3f}" for v in values))
     Console().print(table)
     return 0
+
+
+def run_config(path: Path) -> Config:
+    """The configuration of the run that a path lies in; the defaults where it lies in none."""
+    for folder in (path, *path.resolve().parents):
+        if (folder / "config.json").is_file():
+            return load_config(folder / "config.json")
+    return Config()
 
 
 EVAL_ROWS = {
@@ -347,7 +347,13 @@ DEPENDENCIES = {
 }
 
 
-COMMANDS = {Train: train, Sample: sample, Eval: evaluate, Data: data, Doctor: doctor}
+COMMANDS: dict[type, Callable[[Any], int]] = {
+    Train: train,
+    Sample: sample,
+    Eval: evaluate,
+    Data: data,
+    Doctor: doctor,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -165,7 +165,7 @@ class Objective(nn.Module):
             targets = [
                 self._raw(net, input_r, batch, batch.r, part)
                 for net, part in rows
-                if part.stop > part.start
+                if net is not None and part.stop > part.start
             ]
             target = torch.cat([*targets, clean[second:]])
         is_clean = torch.zeros_like(batch.boundary)
@@ -179,6 +179,7 @@ class Objective(nn.Module):
     def _euler_step(self, x_t: torch.Tensor, input_t: torch.Tensor, batch: Batch) -> torch.Tensor:
         """One step of the teacher's probability-flow ODE: x_t + (r - t) (x_t - D(x_t,t)) / t."""
         assert self.frozen is not None
+        assert batch.delta is not None
         output = self._raw(self.frozen, input_t, batch, batch.t, slice(None))
         denoised = denoise(output, x_t, batch.t, self.frozen.sigma_data)
         slope = -batch.delta / batch.t

@@ -175,7 +175,7 @@ class Trainer:
         results = []
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            restored = None if self.resumed is None else self._restore()
+            restored = None if self.resumed is None else self._restore(self.resumed)
             if restored is not None:
                 if restored.name not in names:
                     raise ValueError(
@@ -251,7 +251,7 @@ class Trainer:
             is_last = index == micro - 1
             module = phase.objective
             waits = isinstance(module, DistributedDataParallel) and not is_last
-            with module.no_sync() if waits else nullcontext():
+            with module.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 loss, share = module(batch)
                 # DistributedDataParallel divides by the world size; the loss is a sum over ranks.
                 phase.scaler.scale(loss * workers.world).backward()
@@ -334,8 +334,9 @@ class Trainer:
                 dropout=dropout,
                 **self.config.network.architecture(),
             )
-        net = net.to(self.device)
-        return net.to(memory_format=torch.channels_last) if self.device.type == "cuda" else net
+        on_gpu = self.device.type == "cuda"
+        layout = torch.channels_last if on_gpu else torch.preserve_format
+        return net.to(self.device, memory_format=layout)  # type: ignore[call-overload]
 
     def _check_phase(self, name: str) -> None:
         """The batch of a phase must be cut evenly, tcm's must hold a boundary sample, and its averages
@@ -351,9 +352,9 @@ class Trainer:
             )
         plan_times(self.config.phase(name), seed=0, images_seen=0)
 
-    def _restore(self) -> Phase:
+    def _restore(self, path: Path) -> Phase:
         """The phase as its checkpoint left it."""
-        saved = checkpoint.load_checkpoint(self.resumed)
+        saved = checkpoint.load_checkpoint(path)
         state = saved.state
         name = state["phase"]
         config = self.config.phase(name)
@@ -375,7 +376,7 @@ class Trainer:
                 average.copy_(tensors[parameter])
         if state["scaler"]:
             phase.scaler.load_state_dict(state["scaler"])
-        self.log.say(f"resumed {name} after {phase.images:,} images from {self.resumed}")
+        self.log.say(f"resumed {name} after {phase.images:,} images from {path}")
         return phase
 
     def _save(self, phase: Phase, *, milestone: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tcm_fast import cli
 from tcm_fast.cli import main, parse
 from tcm_fast.config import load_preset
 
@@ -136,8 +139,6 @@ def test_a_mistake_is_one_sentence_and_status_2(argv, message, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert run(*argv) == 2
     error = capsys.readouterr().err.strip()
-    import re
-
     assert re.search(message, error)
     assert "Traceback" not in error
     assert not (tmp_path / "runs").exists()
@@ -157,12 +158,10 @@ def test_a_typo_in_a_file_suggests_the_right_one(tmp_path, capsys):
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
-    import torch
+    def defective(args):
+        return torch.zeros(2).reshape(3)
 
-    monkeypatch.setattr("tcm_fast.cli.COMMANDS", dict.fromkeys(
-        __import__("tcm_fast.cli", fromlist=["COMMANDS"]).COMMANDS,
-        lambda args: torch.zeros(2).reshape(3) and 0,
-    ))  # fmt: skip
+    monkeypatch.setattr(cli, "COMMANDS", dict.fromkeys(cli.COMMANDS, defective))
     with pytest.raises(RuntimeError):
         main(["doctor"])
 

@@ -72,5 +72,6 @@ def test_optimizers_take_the_phases_constants(kind):
     optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(2))], config)
     assert type(optimizer).__name__.lower() == kind
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-4, (0.8, 0.95), 1e-6, 0.1)  # fmt: skip
+    values = [group[name] for name in ("lr", "betas", "eps", "weight_decay")]
+    assert values == [3e-4, (0.8, 0.95), 1e-6, 0.1]
     assert EdmConfig().optimizer == "adam"

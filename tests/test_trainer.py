@@ -183,7 +183,7 @@ def test_other_precisions_train(precision, images, tmp_path):
 
 def test_numbers_that_are_not_finite_stop_the_run(images, tmp_path):
     config = tiny(images, phases=["edm"], edm={"lr": 1e30, "images": 320})
-    with pytest.raises(TrainingError, match="edm: the loss is not finite .* lower --edm.lr"):
+    with pytest.raises(TrainingError, match=r"edm: the loss is not finite .* lower --edm.lr"):
         train(config, tmp_path / "run")
 
 
@@ -246,7 +246,7 @@ def test_a_folder_with_another_run_is_left_alone(images, tmp_path):
 
 
 def test_stage_2_needs_stage_1(images, tmp_path):
-    with pytest.raises(ValueError, match="needs a stage-1 network: train ect first.*--init"):
+    with pytest.raises(ValueError, match=r"needs a stage-1 network: train ect first.*--init"):
         train(tiny(images, phases=["tcm"]), tmp_path / "run")
 
 
@@ -272,7 +272,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(images, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trainer_module.checkpoint, "save_checkpoint", failing)
-    with pytest.raises(OSError, match="could not be saved.*No space left.*is intact"):
+    with pytest.raises(OSError, match=r"could not be saved.*No space left.*is intact"):
         train(config, tmp_path / "run")
     monkeypatch.undo()
     assert load_checkpoint(newest_checkpoint(tmp_path / "run")).state["images"] == 48
