@@ -8,6 +8,7 @@ TCM_FAST_CUDA_ARCHS="90" or "86;89" names the architectures; CUDA_HOME and CXX c
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -124,47 +125,41 @@ class NinjaBuild(build_ext):
         pybind.symlink_to(pybind11.get_include(), target_is_directory=True)
 
         archs = choose_archs(nvcc) if nvcc else []
-        flags = [*CXX_FLAGS, *(["-fopenmp"] if accepts(compiler, "-fopenmp") else [])]
-        includes = [f"-isystem {path}" for path in (pybind, sysconfig.get_path("include"))]
+        openmp = ["-fopenmp"] if accepts(compiler, "-fopenmp") else []
         defines = [f"'-DTCM_FAST_WITH_CUDA=\"{';'.join(archs)}\"'"] if nvcc else []
+        python = shlex.quote(sysconfig.get_path("include"))
+        binding = [f"-isystem {pybind.name}", f"-isystem {python}", *defines]
         shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared -s"
         library = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        headers = [str(root / header) for header in HEADERS]
+        objects = []
         with open(folder / "build.ninja", "w") as file:
             w = ninja.Writer(file)
-            w.variable("cxx", [compiler, *flags])
+            w.variable("cxx", [shlex.quote(compiler), *CXX_FLAGS, *openmp])
             w.rule(
                 "cxx", "$cxx $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc"
             )
-            w.rule("link", f"$cxx {shared} $in -o $out $libraries")
+            w.rule("link", f"$cxx {shared} $in -o $out")
             if nvcc:
-                home = Path(nvcc).resolve().parent.parent
-                codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
+                codes = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
                 codes.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-                host = f"-ccbin {compiler} -Xcompiler -fPIC,-fvisibility=hidden"
-                w.variable("nvcc", [nvcc, "-O3", "-std=c++17", "-cudart static", host])
-                w.variable("cuda_home", str(home))
-                w.rule(
-                    "cuda", ["$nvcc", "-I$cuda_home/include", *codes, *defines, "-c $in -o $out"]
-                )
-                w.rule(
-                    "cuda_link",
-                    "$nvcc -shared -L$cuda_home/lib -L$cuda_home/lib64 -Xcompiler -fopenmp,-s "
-                    "$in -o $out",
-                )
-            objects = []
+                host = ["-ccbin", shlex.quote(compiler), "-Xcompiler -fPIC,-fvisibility=hidden"]
+                link = [f"-Xcompiler {','.join([*openmp, '-s'])}"]
+                home = Path(nvcc).parent.parent
+                if "nvidia" in home.parts:  # the wheels' layout, which their nvcc does not know
+                    host.append(f"-I{shlex.quote(str(home / 'include'))}")
+                    link.append(f"-L{shlex.quote(str(home / 'lib'))}")
+                w.variable("nvcc", [shlex.quote(nvcc), "-O3 -std=c++17 -cudart static", *host])
+                w.rule("cuda", ["$nvcc", *codes, *defines, "-c $in -o $out"])
+                w.rule("cuda_link", ["$nvcc -shared", *link, "$in -o $out"])
             for source in SOURCES + (CUDA_SOURCES if nvcc else []):
-                objects.append(f"{Path(source).name}.o")
-                if source.endswith(".cu"):
-                    w.build(
-                        objects[-1], "cuda", str(root / source), [str(root / h) for h in HEADERS]
-                    )
+                path = root / source
+                objects.append(f"{path.name}.o")
+                if path.suffix == ".cu":
+                    w.build(objects[-1], "cuda", str(path), headers)
                 else:
-                    w.build(
-                        objects[-1],
-                        "cxx",
-                        str(root / source),
-                        variables={"flags": [*includes, *defines]} if "module" in source else None,
-                    )
+                    flags = binding if path.name == "module.cpp" else []
+                    w.build(objects[-1], "cxx", str(path), variables={"flags": flags})
             w.build(library.name, "cuda_link" if nvcc else "link", objects)
         ran = subprocess.run([str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder)])
         return library if ran.returncode == 0 else None
