@@ -104,7 +104,7 @@ def describe() -> list[tuple[str, bool, str]]:
         (
             "C++ extension, CPU half",
             not cpu_gap,
-            f"{cpu_gap}; random numbers take several times as long in PyTorch"
+            f"{cpu_gap}; random numbers take about 20 times as long in PyTorch"
             if cpu_gap
             else "in use",
         ),
