@@ -42,6 +42,7 @@ DTYPES = {
 }
 FROZEN_FILE = {"tcm": "stage1", "cd": "teacher"}
 COLLAPSED = 0.25  # share of their widest spread below which one-step samples are nearly alike
+INFLATED = 1.1  # multiple of the data's spread above which they have left the data
 GRID = 64  # images of a sample grid
 
 
@@ -432,18 +433,20 @@ class Trainer:
             self._watch_spread(phase, metrics.spread(images.numpy()))
 
     def _watch_spread(self, phase: Phase, spread: float) -> None:
-        """Warn where one-step samples have become nearly alike: the consistency function collapses to
-        a constant, which satisfies every pair (t, r) that is not tied to the data (Lee et al. 2025)."""
+        """Warn where one-step samples become nearly alike, or vary more than the data: a consistency
+        function that nothing ties to the data drifts to one that only agrees with itself."""
         self.log.write("spread", phase=phase.name, images=phase.images, samples=spread)
         phase.widest_spread = max(phase.widest_spread, spread)
-        if spread < COLLAPSED * phase.widest_spread:
-            self.log.warn(
-                "collapse",
-                f"{phase.name}: one-step samples are nearly alike after {phase.images:,} images (they "
-                f"vary by {spread:.2g}, once by {phase.widest_spread:.2g}, the data by "
-                f"{metrics.spread(self.data.images):.2g}): the consistency function is collapsing; "
-                "raise --tcm.boundary-weight or lower the learning rate",
-            )
+        data_spread = metrics.spread(self.data.images)
+        if COLLAPSED * phase.widest_spread <= spread <= INFLATED * data_spread:
+            return
+        how = "are nearly alike" if spread < data_spread else "vary more than the data"
+        self.log.warn(
+            "collapse",
+            f"{phase.name}: one-step samples {how} after {phase.images:,} images (standard deviation "
+            f"{spread:.2g}, once {phase.widest_spread:.2g}, the data's {data_spread:.2g}): the "
+            "consistency function is collapsing; raise --tcm.boundary-weight or lower the rate",
+        )
 
     # ---- watching -------------------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ import torch
 from tcm_fast import trainer as trainer_module
 from tcm_fast.checkpoint import find_checkpoints, load_checkpoint, load_network, newest_checkpoint
 from tcm_fast.config import Config, from_dict, load_config, save_config
+from tcm_fast.data import load_images
+from tcm_fast.sampler import sample
 from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
 
 TINY = {
@@ -187,15 +189,66 @@ def test_numbers_that_are_not_finite_stop_the_run(images, tmp_path):
         train(config, tmp_path / "run")
 
 
-def test_collapse_is_noticed(images, tmp_path, monkeypatch):
+def test_collapse_is_noticed(images, tmp_path):
     run = Trainer(tiny(images), tmp_path / "run")
     phase = run._begin("edm", None)
-    for spread in (10.0, 50.0, 20.0):
-        run._watch_spread(phase, spread)
+    data = trainer_module.metrics.spread(run.data.images)
     log = tmp_path / "run" / "log.jsonl"
-    assert "collapse" not in log.read_text()
-    run._watch_spread(phase, 12.0)
-    assert json.loads(log.read_text().splitlines()[-1])["event"] == "collapse"
+
+    def warnings():
+        return sum(json.loads(line)["event"] == "collapse" for line in log.open())
+
+    for share in (0.1, 1.0, 0.5):  # samples differ little at first: that is no collapse
+        run._watch_spread(phase, share * data)
+    assert warnings() == 0
+    run._watch_spread(phase, 0.2 * data)
+    assert warnings() == 1
+    run._watch_spread(phase, 1.2 * data)
+    assert warnings() == 2
+
+
+@pytest.mark.slow
+def test_without_the_boundary_loss_stage_2_collapses(tmp_path):
+    """The paper's central claim at toy size: 4x4 digits, noise levels drawn well above t', so that
+    nothing but the boundary loss ties the student to the data. Small steps (r/t = 0.97) and a high
+    learning rate stand in for the length of a real run."""
+    phase = {"batch_size": 64, "dropout": 0.0, "ema": ["power:6.94"], "images": 64 * 400}
+    pairs = phase | {"c": 0.03, "double": 50, "limit": 0.95, "lr": 1e-3}
+    loose = {"t_mean": 2.0, "t_std": 1.0, "df": 100.0, "limit": 0.97, "double": 1, "lr": 3e-3}
+    values = {
+        "data": {"source": "digits", "resolution": 4},
+        "network": {
+            "model_channels": 32, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [],
+        },
+        "edm": phase | {"lr": 3e-3},
+        "ect": pairs,
+        "grid_every": 100,
+    }  # fmt: skip
+    config = from_dict(Config, values | {"phases": ["edm", "ect"]})
+    train(config, tmp_path / "stage1")
+    data = load_images("digits", resolution=4).images
+
+    def error(out):
+        """Mean difference of the average sample from the average image, in grey levels."""
+        samples = sample(load_network(out), 512).numpy()
+        return np.abs(samples.mean(0) - data.mean(0)).mean()
+
+    errors, events = {}, {}
+    for weight in (0.0, 0.1):
+        stage2 = pairs | loose | {"images": 64 * 800, "boundary_weight": weight}
+        out = tmp_path / str(weight)
+        train(
+            from_dict(Config, values | {"phases": ["tcm"], "tcm": stage2}),
+            out,
+            init=tmp_path / "stage1",
+        )
+        errors[weight] = error(out)
+        events[weight] = [json.loads(line)["event"] for line in (out / "log.jsonl").open()]
+    before = error(tmp_path / "stage1")
+    assert errors[0.1] < 1.5 * before + 1
+    assert errors[0.0] > 2.5 * errors[0.1]
+    assert "collapse" in events[0.0]
+    assert "collapse" not in events[0.1]
 
 
 def test_the_summary_names_the_next_commands(images, tmp_path, capsys):
