@@ -155,8 +155,16 @@ def _train_defaults(argv: Sequence[str]) -> Train:
     else:
         settings = load_config(first.config) if first.config else Config()
     if first.data:
-        settings = replace(settings, data=replace(settings.data, source=first.data))
+        settings = with_images(settings, first.data)
     return Train(out=out, settings=settings)
+
+
+def with_images(settings: Config, source: str) -> Config:
+    """The settings for other images: the digits classifier judges digits only."""
+    settings = replace(settings, data=replace(settings.data, source=source))
+    if settings.eval.features == "digits" and not source.startswith("digits"):
+        settings = replace(settings, eval=replace(settings.eval, features=""))
+    return settings
 
 
 # ---- the commands -------------------------------------------------------------------------------

@@ -146,8 +146,8 @@ class Trainer:
         )
         if config.network.class_conditional and self.data.labels is None:
             raise ValueError(
-                f"network.class_conditional: needs labels, but {data.source} has none (put each "
-                "class in a sub-folder)"
+                f"network.class_conditional: needs labels, but {data.source} has none (put each class "
+                "in a sub-folder, or add --network.no-class-conditional)"
             )
         for name in config.phases:
             self._check_phase(name)
@@ -501,7 +501,9 @@ def load_weights(student: Precond, previous: Precond, phase: str) -> None:
 NEXT = """Next:
   tcm-fast sample {out} --num 100 --steps 1 --out samples.png
   tcm-fast eval {out}
-  tcm-fast train --preset digits --data YOUR_IMAGES --out runs/yours   # a folder, zip, npz, ..."""
+  tcm-fast train --preset digits --data YOUR_IMAGES --network.no-class-conditional --out runs/yours
+(YOUR_IMAGES: a folder, zip, npz or parquet; class sub-folders serve as labels with
+--network.class-conditional; presets for real runs: cifar10, imagenet64-s, ...)"""
 
 
 def summary(trainer: Trainer, results: list[PhaseResult]) -> None:
