@@ -23,10 +23,8 @@ from typing import Any
 VARIANTS: dict[str, dict[str, float]] = {
     "t_prime=0.5": {"t_prime": 0.5},
     "t_prime=2": {"t_prime": 2.0},
-    "t_prime=4": {"t_prime": 4.0},
     "rho=0.1": {"rho": 0.1},
     "rho=0.5": {"rho": 0.5},
-    "boundary_weight=0": {"boundary_weight": 0.0},
 }
 
 

@@ -43,7 +43,7 @@ DTYPES = {
 FROZEN_FILE = {"tcm": "stage1", "cd": "teacher"}
 COLLAPSED = 0.25  # share of their widest spread below which one-step samples are nearly alike
 INFLATED = 1.1  # multiple of the data's spread above which they have left the data
-GRID = 64  # images of a sample grid
+GRID = 64  # images of a sample grid, at most: its rows are full
 
 
 class TrainingError(RuntimeError):
@@ -425,10 +425,12 @@ class Trainer:
         if not self.workers.is_main:
             return
         steps = 1 if phase.name in CONSISTENCY else None
-        images = sample(net or phase.average(), GRID, steps=steps)
+        classes = phase.student.label_dim
+        columns = classes if 0 < classes <= 16 else 8  # a column for each of few classes
+        images = sample(net or phase.average(), GRID // columns * columns, steps=steps)
         if phase.step:
             name = f"{phase.name}-{phase.images:09d}.png"
-            save_grid(images, self.out / "grids" / name, overwrite=True)
+            save_grid(images, self.out / "grids" / name, columns, overwrite=True)
         if phase.name in CONSISTENCY:
             self._watch_spread(phase, metrics.spread(images.numpy()))
 
