@@ -1,0 +1,43 @@
+"""The README's quick start, whole: three phases on the built-in digits, and what comes out of them."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from tcm_fast.checkpoint import load_checkpoint, load_network, newest_checkpoint
+from tcm_fast.data import load_images
+from tcm_fast.metrics import digits_feature_space, evaluate_network
+
+
+@pytest.mark.slow
+def test_the_quick_start_makes_digits(tmp_path):
+    out = tmp_path / "digits"
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "tcm_fast", "train", "--preset", "digits", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    minutes = (time.monotonic() - begin) / 60
+    print(f"quick start: {minutes:.1f} minutes\n{done.stdout}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert minutes < 15  # five to eight on two cores; this is a limit for any machine
+
+    assert load_checkpoint(newest_checkpoint(out)).state["phase"] == "tcm"
+    for phase in ("edm", "ect", "tcm"):
+        grid = Image.open(out / "grids" / f"{phase}-000128000.png")
+        assert min(grid.size) > 300
+    events = [json.loads(line)["event"] for line in (out / "log.jsonl").open()]
+    assert "collapse" not in events
+    assert events.count("eval") == 3
+
+    data, space, net = load_images("digits:train"), digits_feature_space(), load_network(out)
+    one = evaluate_network(net, data, space, steps=1)
+    assert one.confident >= 0.9 * one.confident_real
+    assert one.confident_noise <= 0.1
+    assert one.copied == 0
+    assert one.memorised <= 0.03  # 0.01 is what chance gives
+    assert one.frechet < 1.5
+    for line in ("Fréchet, 1 step", "real data", f"tcm-fast sample {out}", f"tcm-fast eval {out}"):
+        assert line in done.stdout
