@@ -41,9 +41,11 @@ def train(job: tuple[str, str, int, dict[str, Any], str | None]) -> dict[str, An
     torch.set_num_threads(1)
     config = load_preset("digits")
     section = replace(config.phase(phase), **changes)
+    network = replace(config.network, class_conditional=False)
     config = replace(
         config,
         seed=seed,
+        network=network,
         phases=(phase,),
         eval=replace(config.eval, features=""),
         **{phase: section},
