@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from tcm_fast.config import Config, PhaseName, load_config, load_preset, preset_names
 
-USER_MISTAKE, INTERRUPTED = 2, 130
+FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
 
 
 @dataclass
@@ -184,16 +185,17 @@ def train(args: Train) -> int:
     )
     from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
 
+    trainer = Trainer(settings, args.out, init=args.init, resume=resume)
+    is_main = trainer.workers.is_main
     try:
-        trainer = Trainer(settings, args.out, init=args.init, resume=resume)
         results = trainer.run()
-    except TrainingError as error:
-        print(f"tcm-fast: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as stopped:
-        print(f"tcm-fast: {stopped}; to go on: {resume_command(args)}", file=sys.stderr)
-        return INTERRUPTED
-    if trainer.workers.is_main:
+    except (TrainingError, Interrupted) as stop:
+        is_failure = isinstance(stop, TrainingError)
+        advice = "" if is_failure else f"; to go on: {resume_command(args)}"
+        if is_main:
+            print(f"tcm-fast: {stop}{advice}", file=sys.stderr)
+        return FAILED if is_failure else INTERRUPTED
+    if is_main:
         summary(trainer, results)
     return 0
 
@@ -367,6 +369,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; a user's mistake ends in one sentence on stderr and exit status 2."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    warnings.formatwarning = lambda message, *_, **__: f"tcm-fast: warning: {message}\n"
     try:
         command = parse(arguments or ["--help"])
         status = COMMANDS[type(command)](command)

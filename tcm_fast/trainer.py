@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import signal
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -151,8 +152,8 @@ class Trainer:
             )
         for name in config.phases:
             self._check_phase(name)
-        self.resumed = checkpoint.open_run(self.out, resume) if self.workers.is_main else None
-        self.resumed = self.workers.share(self.resumed)
+        # Every process looks, so that all of them fail where one does, before any of them writes.
+        self.resumed = self.workers.share(checkpoint.open_run(self.out, resume))
         self.init = checkpoint.load_network(init, device=self.device) if init else None
         self._build(dropout=0.0)  # the network's own errors come before anything is written
         if self.workers.is_main:
@@ -174,7 +175,7 @@ class Trainer:
         """
         previous, names = self.init, list(self.config.phases)
         results = []
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = self._listen()
         try:
             restored = None if self.resumed is None else self._restore(self.resumed)
             if restored is not None:
@@ -208,7 +209,7 @@ class Trainer:
         while phase.step < phase.steps and not stopped:
             stats += self._step(phase, stream)
             phase.step += 1
-            stopped = self._agreed_to_stop()
+            stopped = self._agreed_to_stop(phase.step)
             is_last = phase.step == phase.steps or stopped
             if phase.step % config.log_every == 0 or is_last:
                 elapsed = time.monotonic() - mark
@@ -473,14 +474,23 @@ class Trainer:
                 f"--{phase.name}.lr or a wider --precision"
             )
 
+    def _listen(self) -> dict[signal.Signals, Any]:
+        """Take over the signals that end a program; returns who had them. Only a program's main thread
+        may."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        return {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._stop:
             raise KeyboardInterrupt  # asked twice: do not wait for the step
         self._stop = True
 
-    def _agreed_to_stop(self) -> bool:
-        """Whether a signal has reached any process; with several they ask one another every so often."""
-        return self.workers.any(self._stop) if self.workers.world > 1 else self._stop
+    def _agreed_to_stop(self, step: int) -> bool:
+        """Whether a signal has reached any process; several ask one another every ten steps."""
+        if self.workers.world == 1:
+            return self._stop
+        return step % 10 == 0 and self.workers.any(self._stop)
 
 
 def load_weights(student: Precond, previous: Precond, phase: str) -> None:
