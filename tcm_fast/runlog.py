@@ -66,7 +66,7 @@ class RunLog:
         if self._board is not None:
             for key, value in values.items():
                 self._board.add_scalar(f"{phase}/{key}", value, images)
-        shown = ("loss", "boundary", "images_per_second")
+        shown = ("loss", "consistency", "boundary", "images_per_second")
         text = "  ".join(
             f"{k.replace('_per_second', '/s')} {values[k]:.4g}" for k in shown if k in values
         )
