@@ -16,7 +16,7 @@ import io
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -305,10 +305,12 @@ def random_feature_space(seed: int = 0, *, device: str | torch.device = "cpu") -
     return FeatureSpace("random (compares runs only)", network, device=device)
 
 
-def _initialise(layers: list[nn.Module], generator: torch.Generator) -> None:
+def _initialise(layers: Iterable[nn.Module], generator: torch.Generator) -> None:
     """He initialisation from a generator of one's own: the global one is nobody's to draw from."""
     for layer in layers:
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+        assert layer.bias is not None
         nn.init.zeros_(layer.bias)
 
 
@@ -437,10 +439,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         logits: [N,K] of images that the classifier was not trained on.
         labels: int [N].
     """
-    logits, targets = torch.as_tensor(logits, dtype=torch.float64), torch.as_tensor(labels)
+    scores, targets = torch.as_tensor(logits, dtype=torch.float64), torch.as_tensor(labels)
 
     def loss(log_t: float) -> float:
-        return F.cross_entropy(logits / math.exp(log_t), targets).item()
+        return F.cross_entropy(scores / math.exp(log_t), targets).item()
 
     return math.exp(minimize_scalar(loss, bounds=(-4, 4), method="bounded").x)
 
@@ -466,6 +468,7 @@ def digits_feature_space() -> FeatureSpace:
     def logits(scaled: np.ndarray) -> np.ndarray:
         return scaled @ weight.T + bias
 
+    assert test.labels is not None
     temperature = fit_temperature(logits(scale * plain.features(test.images)), test.labels)
     return FeatureSpace(
         "digits",
@@ -694,9 +697,8 @@ def _held_out_digits(train: ImageData) -> ImageData | None:
 
 
 def _share_confident(space: FeatureSpace, images: np.ndarray) -> float | None:
-    if space.classifier is None:
-        return None
-    return float((space.confidence(images) >= CONFIDENT).mean())
+    confidence = space.confidence(images)
+    return None if confidence is None else float(np.mean(confidence >= CONFIDENT))
 
 
 def _share_copied(distances: np.ndarray) -> float:

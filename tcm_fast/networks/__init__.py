@@ -56,12 +56,12 @@ def build_network(
             raise ValueError(f"build_network: {key}: {suggest(key, list(defaults))}")
     require(img_channels >= 1, f"img_channels: must be at least 1, got {img_channels}")
     require(label_dim >= 0, f"label_dim: must be at least 0, got {label_dim}")
-    options = {
+    options: dict[str, Any] = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in (defaults | architecture).items()
     }
     model = network(img_resolution, img_channels, img_channels, label_dim, **options)
-    sizes = {
+    sizes: dict[str, Any] = {
         "img_resolution": img_resolution,
         "img_channels": img_channels,
         "label_dim": label_dim,

@@ -143,7 +143,7 @@ class SongUNet(nn.Module):
         if dropout_key is None and self.training and (self.dropout > 0 or self.label_dropout > 0):
             dropout_key = fresh_key(len(x), x.device)
         emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key)
-        skips = []
+        skips: list[torch.Tensor] = []
         for block in self.enc.values():
             x = block(x, emb, dropout_key) if isinstance(block, UNetBlock) else block(x)
             if not skips:
@@ -169,8 +169,10 @@ class SongUNet(nn.Module):
             cos, sin = self.map_noise(noise_labels).chunk(2, 1)
             emb = torch.cat([sin, cos], 1).to(dtype)
             if self.map_label is not None:
+                assert class_labels is not None
                 classes = class_labels.to(dtype) * math.sqrt(self.map_label.in_features)
                 if self.training and self.label_dropout > 0:
+                    assert dropout_key is not None
                     key = dropout_key.at_layer(LABEL_LAYER)
                     shape = (len(classes), 1, 1, 1)
                     kept = dropout_mask(key, self.label_dropout, shape, classes.device)
@@ -185,6 +187,8 @@ class SongUNet(nn.Module):
     def memory_format(self) -> torch.memory_format:
         """The layout of the weights, and so of the activations."""
         # Not the first convolution's: with an image's few channels its layout can be ambiguous.
-        weight = next(iter(self.dec.values())).conv0.weight
+        block = next(iter(self.dec.values()))
+        assert isinstance(block, UNetBlock)
+        weight = block.conv0.weight
         is_channels_last = weight.is_contiguous(memory_format=torch.channels_last)
         return torch.channels_last if is_channels_last else torch.contiguous_format

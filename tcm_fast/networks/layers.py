@@ -1,6 +1,7 @@
 """The layers of EDM's U-Nets (Karras et al. 2022, appendix C), on the fused operations."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,7 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.up, self.down = up, down
         self.is_box = tuple(resample_filter) == BOX_FILTER
+        self.resample_filter: torch.Tensor
         if up or down:
             taps = torch.tensor(resample_filter, dtype=torch.float32)
             weights = torch.outer(taps, taps) / taps.sum().square()
@@ -65,6 +67,7 @@ class Conv2d(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight, self.gain)
+        assert self.bias is not None
         nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,7 +158,7 @@ class UNetBlock(nn.Module):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.layer, self.dropout, self.attention = layer, dropout, attention
-        resample = {"up": up, "down": down, "resample_filter": resample_filter}
+        resample: dict[str, Any] = {"up": up, "down": down, "resample_filter": resample_filter}
         self.norm0 = GroupNorm(in_channels, eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, **resample)
         self.affine = Linear(emb_channels, out_channels)
@@ -174,7 +177,7 @@ class UNetBlock(nn.Module):
         skip = x if self.skip is None else self.skip(x)
         x = self.conv0(self.norm0(x))
         p = self.dropout if self.training else 0.0
-        key = dropout_key.at_layer(self.layer) if p > 0 else None
+        key = dropout_key.at_layer(self.layer) if p > 0 and dropout_key is not None else None
         x = self.norm1(x, add=self.affine(emb), dropout_p=p, dropout_key=key)
         x = (self.conv1(x) + skip).mul_(self.skip_scale)
         if self.attention:

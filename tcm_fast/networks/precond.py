@@ -20,6 +20,9 @@ class Precond(nn.Module):
         spec: JSON-able arguments with which `build_network(**spec)` builds an equal module.
     """
 
+    info: dict[str, Any]
+    """What a loaded or trained network's file says of its training; absent from a fresh network."""
+
     def __init__(
         self,
         model: nn.Module,
