@@ -178,13 +178,10 @@ class Trainer:
         handlers = self._listen()
         try:
             restored = None if self.resumed is None else self._restore(self.resumed)
-            if restored is not None:
-                if restored.name not in names:
-                    raise ValueError(
-                        f"phases: the checkpoint to resume is in {restored.name}, which is not among "
-                        f"{', '.join(names)}"
-                    )
+            if restored is not None and restored.name in names:
                 names = names[names.index(restored.name) :]
+            elif restored is not None:  # another phase: what it has learnt is where these begin
+                previous, restored = self._handed_on(restored, previous), None
             for name in names:
                 phase = restored or self._begin(name, previous)
                 restored = None
@@ -195,6 +192,15 @@ class Trainer:
                 signal.signal(number, handler)
             self.log.close()
         return results
+
+    def _handed_on(self, phase: Phase, init: Precond | None) -> Precond:
+        """The network that a phase in the run's folder hands to a phase trained singly."""
+        if phase.step < phase.steps and init is None:
+            raise ValueError(
+                f"phases: {phase.name} in {self.out} has {phase.step} of {phase.steps} steps, finish it "
+                f"first (--phase {phase.name} --resume auto) or give --init FILE"
+            )
+        return init or phase.average()
 
     def _train(self, phase: Phase) -> PhaseResult:
         """One phase, from where it stands to its end."""
@@ -360,6 +366,10 @@ class Trainer:
         state = saved.state
         name = state["phase"]
         config = self.config.phase(name)
+        kept = {"seed": self.config.seed, "batch_size": config.batch_size}
+        for key, value in kept.items():  # the order of the images depends on both
+            if value != state[key]:
+                raise ValueError(f"resume: {key} must stay {state[key]} as in {path}, got {value}")
         student = self._build(config.dropout)
         saved.restore_network(student, "model")
         frozen = None
@@ -398,6 +408,7 @@ class Trainer:
                     "first_iteration": phase.first_iteration,
                     "seconds": phase.seconds,
                     "seed": self.config.seed,
+                    "batch_size": phase.config.batch_size,
                     "scaler": phase.scaler.state_dict(),
                     "config": to_dict(self.config),
                 },

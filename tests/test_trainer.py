@@ -132,6 +132,34 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stop_at, images, tmp_
         assert_equal(weights(tmp_path / "whole", file), weights(tmp_path / "cut", file))
 
 
+def test_phases_trained_singly_in_one_folder(images, tmp_path):
+    """As if they had been one command."""
+    train(tiny(images), tmp_path / "whole")
+    for phase in ("edm", "ect", "tcm"):
+        train(tiny(images, phases=[phase]), tmp_path / "single", resume=True)
+    for file in ("model", "ema-0", "stage1"):
+        assert_equal(weights(tmp_path / "whole", file), weights(tmp_path / "single", file))
+
+
+def test_a_phase_does_not_begin_from_an_unfinished_one(images, tmp_path):
+    train(tiny(images, phases=["edm"], max_steps=2), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"edm in .* has 2 of 6 steps, finish it first"):
+        train(tiny(images, phases=["ect"]), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "resume: seed must stay 0 .*, got 1"),
+        ({"edm": {"batch_size": 8}}, "resume: batch_size must stay 16 .*, got 8"),
+    ],
+)
+def test_what_orders_the_images_cannot_change_on_resuming(changes, message, images, tmp_path):
+    train(tiny(images, phases=["edm"], max_steps=2), tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        train(tiny(images, phases=["edm"], **changes), tmp_path / "run", resume=True)
+
+
 def test_resume_auto_begins_where_there_is_nothing(images, tmp_path):
     results = train(tiny(images, phases=["edm"]), tmp_path / "run", resume=True)
     assert results[0].images == 96
