@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
@@ -531,12 +532,12 @@ NEXT = """Next:
 
 def summary(trainer: Trainer, results: list[PhaseResult]) -> None:
     """The table of a finished run, and what to do next."""
-    table = Table(title=str(trainer.out), title_justify="left")
+    table = Table(title=str(trainer.out), title_justify="left", box=box.SIMPLE)
     for column in ("phase", "images", "time", "images/s"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     judged = [r for r in results if r.reports]
     if judged:
-        for column in ("Fréchet, 1 step", "2 steps", "confident", "memorised"):
+        for column in ("Fréchet\n1 step", "\n2 steps", "confident", "memorised"):
             table.add_column(column, justify="right")
     for result in results:
         speed = result.images / max(result.seconds, 1e-9)
@@ -548,6 +549,9 @@ def summary(trainer: Trainer, results: list[PhaseResult]) -> None:
         yardstick = [f"{real.frechet_real:.2f}", "", _share(real.confident_real), "0.010"]
         table.add_row("real data", "", "", "", *yardstick)
         table.add_row("noise", "", "", "", "", "", _share(real.confident_noise), "")
+        table.caption = (
+            f"* in {HEUN_STEPS} Heun steps" if "edm" in (r.phase for r in judged) else None
+        )
     Console().print(table)
     print(NEXT.format(out=trainer.out))
 
@@ -559,7 +563,7 @@ def _quality(result: PhaseResult) -> list[str]:
     reports = list(result.reports.values())
     distances = [f"{report.frechet:.2f}" for report in reports]
     if None in result.reports:
-        distances = [f"{distances[0]} ({HEUN_STEPS} Heun steps)", ""]
+        distances = [f"{distances[0]} *", ""]
     return [*distances, _share(reports[0].confident), f"{reports[0].memorised:.3f}"]
 
 
