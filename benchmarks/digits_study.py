@@ -66,22 +66,22 @@ def train(job: tuple[str, str, int, dict[str, Any], str | None]) -> dict[str, An
     return row
 
 
-def study(folder: Path, seeds: int, jobs: int) -> list[dict[str, Any]]:
+def study(folder: Path, seeds: int, jobs: int, images: int) -> list[dict[str, Any]]:
     """Every run of the study, `jobs` at a time with one thread each."""
-    from tcm_fast.config import load_preset
-
-    length = {"images": load_preset("digits").tcm.images}
+    length = {"images": images}
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         rows += pool.map(train, [(f"{folder}/edm-{s}", "edm", s, {}, None) for s in range(seeds)])
-        stage1 = [(f"{folder}/ect-{s}", "ect", s, {}, f"{folder}/edm-{s}") for s in range(seeds)]
+        stage1 = [
+            (f"{folder}/ect-{s}", "ect", s, length, f"{folder}/edm-{s}") for s in range(seeds)
+        ]
         rows += pool.map(train, stage1)
         last = []
         for s in range(seeds):
-            last.append((f"{folder}/tcm-{s}", "tcm", s, {}, f"{folder}/ect-{s}"))
+            last.append((f"{folder}/tcm-{s}", "tcm", s, length, f"{folder}/ect-{s}"))
             last.append((f"{folder}/continued-{s}", "ect", s, length, f"{folder}/ect-{s}"))
         for name, changes in VARIANTS.items():
-            last.append((f"{folder}/tcm-{name}", "tcm", 0, changes, f"{folder}/ect-0"))
+            last.append((f"{folder}/tcm-{name}", "tcm", 0, length | changes, f"{folder}/ect-0"))
         rows += pool.map(train, last)
     return rows
 
@@ -116,10 +116,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/digits_study.json"))
     parser.add_argument("--runs", type=Path, default=None, help="keep the runs in this folder")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=128_000, help="of each consistency phase")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        rows = study(args.runs or Path(scratch), args.seeds, args.jobs)
+        rows = study(args.runs or Path(scratch), args.seeds, args.jobs, args.images)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()

@@ -533,6 +533,7 @@ NEXT = """Next:
 def summary(trainer: Trainer, results: list[PhaseResult]) -> None:
     """The table of a finished run, and what to do next."""
     table = Table(title=str(trainer.out), title_justify="left", box=box.SIMPLE)
+    table.pad_edge, table.padding = False, (0, 1, 0, 0)  # fits 80 columns
     for column in ("phase", "images", "time", "images/s"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     judged = [r for r in results if r.reports]
@@ -541,7 +542,9 @@ def summary(trainer: Trainer, results: list[PhaseResult]) -> None:
             table.add_column(column, justify="right")
     for result in results:
         speed = result.images / max(result.seconds, 1e-9)
-        row = [result.phase, f"{result.images:,}", f"{result.seconds:.0f} s", f"{speed:,.0f}"]
+        minutes, hours = result.seconds / 60, result.seconds / 3600
+        duration = f"{result.seconds:.0f} s" if minutes < 60 else f"{hours:.1f} h"
+        row = [result.phase, f"{result.images:,}", duration, f"{speed:,.0f}"]
         table.add_row(*row, *_quality(result))
     if judged:
         real = next(iter(judged[-1].reports.values()))
