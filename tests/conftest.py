@@ -1,8 +1,19 @@
 """What all tests share: quiet surroundings, the tolerance rule, visible skips."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# Triton decides when a kernel is defined whether it will be interpreted; so before anything imports it.
+os.environ.pop("TRITON_INTERPRET", None)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import tcm_fast.networks  # noqa: E402  (defines every kernel)
+
+os.environ.pop("TRITON_INTERPRET", None)
 
 # A busy machine is no failure.
 settings.register_profile("tcm_fast", deadline=None)
@@ -26,6 +37,21 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def default_backend(monkeypatch):
     monkeypatch.delenv("TCM_FAST_BACKEND", raising=False)
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """Where Triton's kernels run in this test: on the GPU, else in the interpreter on the CPU. Fails
+    where the test launched none."""
+    pytest.importorskip("triton")
+    from tcm_fast.kernels import _triton
+
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
+    before = _triton.LAUNCHES.total()
+    yield "cuda" if torch.cuda.is_available() else "cpu"
+    assert _triton.LAUNCHES.total() > before, "no Triton kernel ran"
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ RANK = {name: i for i, line in enumerate(ORDER.split("\n")) for name in line.spl
 # Inside kernels/.
 KERNELS_ORDER = """
 _backend
+_triton
 philox
 dropout precondition
 group_norm_silu qkv_attention consistency_loss noise_pair

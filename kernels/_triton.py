@@ -1,0 +1,91 @@
+"""What the Triton kernels share: the import (Triton is optional), when a kernel runs, the count of
+launches, and the list of compiled variants that the static report and the warm-up go through."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tcm_fast.kernels._backend import backend
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the references serve; the decorated kernels are never called
+
+    class _Absent:
+        """Stands in for triton and triton.language where kernels are defined."""
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: args[0] if args else lambda f: f
+
+    triton = tl = _Absent()  # type: ignore[assignment]
+    AVAILABLE = False
+else:
+    AVAILABLE = True
+
+LAUNCHES: Counter[str] = Counter()
+"""Kernel launches by kernel name since the process began; the tests see by it that a kernel ran."""
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels (on the CPU, slowly, for their numbers)."""
+    return AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def runs_triton(name: str, device_type: str) -> bool:
+    """Whether operation `name` runs its Triton kernel on tensors of this device type.
+
+    Raises:
+        ValueError: TCM_FAST_BACKEND=kernel, and no Triton kernel can run.
+    """
+    choice = backend()
+    if choice == "reference":
+        return False
+    if AVAILABLE and (device_type == "cuda" or (device_type == "cpu" and interpreting())):
+        return True
+    if choice == "kernel":
+        why = "Triton is not installed" if not AVAILABLE else "TRITON_INTERPRET is not 1"
+        why = why if device_type in ("cpu", "cuda") else "Triton serves CUDA"
+        raise ValueError(
+            f"{name}: TCM_FAST_BACKEND=kernel needs a kernel on {device_type}, got none ({why})"
+        )
+    return False
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Runs a kernel on the device of its first tensor and counts the launch; nothing for an empty grid."""
+    if 0 in grid:
+        return
+    LAUNCHES[kernel.__name__] += 1
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constants)
+    else:
+        kernel[grid](*args, **constants)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of a kernel at a real site.
+
+    signature: argument name -> Triton type ("*bf16", "*fp32", "i32", ...), constexprs left out.
+    constants: constexpr name -> value. aligned: arguments that are multiples of 16 (pointers are).
+    programs: grid size at the site's batch, for the share of the GPU that it fills.
+    """
+
+    site: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+    aligned: frozenset[str] = field(default_factory=frozenset)
+    programs: int = 0
