@@ -11,7 +11,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-import tcm_fast.networks  # noqa: E402  (defines every kernel)
+import tcm_fast.networks  # noqa: F401  (defines every kernel)
 
 os.environ.pop("TRITON_INTERPRET", None)
 
