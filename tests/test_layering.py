@@ -35,7 +35,7 @@ KERNELS_ORDER = """
 _backend
 _triton
 philox
-dropout precondition
+dropout precondition _philox_triton
 group_norm_silu qkv_attention consistency_loss noise_pair
 __init__
 """
