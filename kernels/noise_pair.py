@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import torch
 
+from tcm_fast.kernels._philox_triton import box_muller, philox_blocks
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
 from tcm_fast.kernels.dropout import DropoutKey
-from tcm_fast.kernels.philox import philox_normal
+from tcm_fast.kernels.philox import counters, philox_normal
 from tcm_fast.kernels.precondition import preconditioning
 
 # Layer numbers from here on key noise; the networks' dropout layers count up from 0.
@@ -56,6 +58,146 @@ def noise_pair_reference(y, t, r, noise, *, sigma_data=0.5, dtype=torch.float32,
     return NoisePair(y, noisy[0], noisy[1], inputs[0], inputs[1])
 
 
+# -- kernels --------------------------------------------------------------------------------------
+
+
+# A block of Philox makes the noise of four neighbouring elements, in the order (pixel, channel).
+@triton.jit
+def _noise_pair_kernel(
+    y, t, r, sample, seed, step, unit, x_t, x_r, input_t, input_r,
+    size, channels, y_pixel, y_channel, x_pixel, x_channel, in_pixel, in_channel, in_size, variance,
+    IS_UINT8: tl.constexpr, HAS_R: tl.constexpr, APPEND_ONES: tl.constexpr, LAYER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    layer = tl.full([], LAYER, tl.int64)
+    w0, w1, w2, w3 = philox_blocks(block, tl.load(sample + n), tl.load(seed), tl.load(step), layer)
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
+    noise = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+    e = tl.program_id(1) * 4 * BLOCK + tl.arange(0, 4 * BLOCK)
+    inside = e < size
+    pixel, channel = e // channels, e % channels
+    value = tl.load(y + n * size + pixel * y_pixel + channel * y_channel, mask=inside, other=0)
+    value = value.to(tl.float32)
+    if IS_UINT8:
+        value = tl.div_rn(value, 127.5) - 1.0
+    x_at = n * size + pixel * x_pixel + channel * x_channel
+    in_at = n * in_size + pixel * in_pixel + channel * in_channel
+    ones_at = n * in_size + pixel * in_pixel + channels * in_channel
+    is_first = inside & (channel == 0)
+    one = tl.full([4 * BLOCK], 1.0, tl.float32)
+    tl.store(unit + x_at, value, mask=inside)
+
+    level = tl.load(t + n)
+    x = value + level * noise
+    tl.store(x_t + x_at, x, mask=inside)
+    scaled = tl.div_rn(1.0, tl.sqrt_rn(level * level + variance)) * x
+    tl.store(input_t + in_at, scaled.to(input_t.dtype.element_ty), mask=inside)
+    if APPEND_ONES:
+        tl.store(input_t + ones_at, one.to(input_t.dtype.element_ty), mask=is_first)
+    if HAS_R:
+        level = tl.load(r + n)
+        x = value + level * noise
+        tl.store(x_r + x_at, x, mask=inside)
+        scaled = tl.div_rn(1.0, tl.sqrt_rn(level * level + variance)) * x
+        tl.store(input_r + in_at, scaled.to(input_r.dtype.element_ty), mask=inside)
+        if APPEND_ONES:
+            tl.store(input_r + ones_at, one.to(input_r.dtype.element_ty), mask=is_first)
+
+
+# -- launchers ------------------------------------------------------------------------------------
+
+BLOCK = 256
+
+
+def _buffers(y, has_r, dtype, append_ones):
+    """The outputs, unwritten, in y's layout."""
+    n, c, h, w = y.shape
+    layout = _layout(y)
+    images = [
+        torch.empty((n, c, h, w), dtype=torch.float32, device=y.device, memory_format=layout)
+        for _ in range(3 if has_r else 2)
+    ]
+    shape = (n, c + append_ones, h, w)
+    inputs = [
+        torch.empty(shape, dtype=dtype, device=y.device, memory_format=layout)
+        for _ in range(2 if has_r else 1)
+    ]
+    return [*images, *inputs]
+
+
+def _layout(y: torch.Tensor) -> torch.memory_format:
+    is_channels_last = y.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+def _strides(channels: int, pixels: int, layout: torch.memory_format) -> tuple[int, int]:
+    """Of a pixel and of a channel, in elements."""
+    return (channels, 1) if layout == torch.channels_last else (1, pixels)
+
+
+def _launch(y, t, r, sample, seed, step, sigma_data, dtype, append_ones):
+    layout = _layout(y)
+    y = y.contiguous(memory_format=layout)
+    buffers = _buffers(y, r is not None, dtype, append_ones)
+    if r is None:
+        unit, x_t, input_t = buffers
+        x_r, input_r = x_t, input_t  # not touched
+    else:
+        unit, x_t, x_r, input_t, input_r = buffers
+    n, c, h, w = y.shape
+    size, pixels = c * h * w, h * w
+    image = _strides(c, pixels, layout)
+    # Without fused products the Gaussians are the reference's, bit for bit.
+    launch(
+        _noise_pair_kernel, (n, -(-size // (4 * BLOCK))), y, t, t if r is None else r, sample, seed,
+        step, unit, x_t, x_r, input_t, input_r, size, c, *image, *image,
+        *_strides(c + append_ones, pixels, layout), pixels * (c + append_ones), sigma_data**2,
+        IS_UINT8=y.dtype == torch.uint8, HAS_R=r is not None, APPEND_ONES=append_ones,
+        LAYER=NOISE_LAYER, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return buffers
+
+
+def specialisations(capability: int) -> list[Variant]:
+    """The forms in which CIFAR-10 and ImageNet-64 use the kernel."""
+    variants = []
+    sizes = ("size", "channels", "y_pixel", "y_channel", "x_pixel", "x_channel", "in_pixel")
+    sizes += ("in_channel", "in_size")
+    for site, pixels, ones in (("3x32x32", 1024, False), ("3x64x64", 4096, True)):
+        for dtype in ("fp32", "fp16", "bf16"):
+            signature = {"y": "*u8", "t": "*fp32", "r": "*fp32", "sample": "*i64", "seed": "*i64"}
+            signature |= {"step": "*i64", "unit": "*fp32", "x_t": "*fp32", "x_r": "*fp32"}
+            signature |= {"input_t": f"*{dtype}", "input_r": f"*{dtype}"}
+            signature |= dict.fromkeys(sizes, "i32") | {"variance": "fp32"}
+            constants = {"IS_UINT8": True, "HAS_R": True, "APPEND_ONES": ones}
+            constants |= {"LAYER": NOISE_LAYER, "BLOCK": BLOCK}
+            variants.append(
+                Variant(f"{site} {dtype}", _noise_pair_kernel, signature, constants,
+                        aligned=frozenset({"size", "in_size"}),
+                        programs=128 * 3 * pixels // (4 * BLOCK))
+            )  # fmt: skip
+    return variants
+
+
+# -- registration ---------------------------------------------------------------------------------
+
+torch.library.define(
+    "tcm_fast::noise_pair",
+    "(Tensor y, Tensor t, Tensor? r, Tensor sample, Tensor seed, Tensor step, float sigma_data, "
+    "ScalarType dtype, bool append_ones) -> Tensor[]",
+)
+torch.library.impl("tcm_fast::noise_pair", ("cpu", "cuda"), _launch)
+
+
+@torch.library.register_fake("tcm_fast::noise_pair")
+def _(y, t, r, sample, seed, step, sigma_data, dtype, append_ones):
+    return _buffers(y, r is not None, dtype, append_ones)
+
+
 # -- public function ------------------------------------------------------------------------------
 
 
@@ -83,14 +225,30 @@ def noise_pair(
         dtype: compute dtype of the networks' inputs.
         append_ones: add EDM2's constant channel to the inputs.
 
+    Returns:
+        On CUDA in y's memory format; elsewhere in whichever is fastest.
+
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, a y that asks for a gradient.
     """
     if y.ndim != 4:
         raise ValueError(f"noise_pair: y must be [N,C,H,W], got {list(y.shape)}")
     for name, level in (("t", t), ("r", r)):
         if level is not None and level.shape != y.shape[:1]:
             raise ValueError(f"noise_pair: {name} must be [{len(y)}], got {list(level.shape)}")
+    if y.requires_grad and torch.is_grad_enabled():
+        raise ValueError("noise_pair: y has no gradient here, got y with requires_grad")
+    if runs_triton("noise_pair", y.device.type):
+        sample, seed, step, _ = counters("noise_pair", key.seed, key.step, NOISE_LAYER, key.sample)
+        levels = [None if level is None else level.to(torch.float32) for level in (t, r)]
+        images = y if y.dtype == torch.uint8 else y.to(torch.float32)
+        outputs = torch.ops.tcm_fast.noise_pair(
+            images, *levels, sample, seed, step, sigma_data, dtype, append_ones
+        )
+        if r is None:
+            unit, x_t, input_t = outputs
+            return NoisePair(unit, x_t, None, input_t, None)
+        return NoisePair(*outputs)
     noise = philox_normal(key.seed, key.step, NOISE_LAYER, key.sample, tuple(y.shape[1:]))
     return noise_pair_reference(
         y, t, r, noise, sigma_data=sigma_data, dtype=dtype, append_ones=append_ones

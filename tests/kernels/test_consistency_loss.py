@@ -128,3 +128,138 @@ def test_an_empty_batch_works():
 def test_bad_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=f"consistency_loss: {message}"):
         consistency_loss(**(inputs() | dict(c=0.06, weighting="one") | change))
+
+
+# ---- the Triton kernel --------------------------------------------------------------------------
+
+
+def on(device, values, dtype=None):
+    """Arguments on a device, the network's outputs in `dtype`, the images in fp32."""
+    moved = {k: v.to(device) for k, v in values.items()}
+    for name in ("x_t", "x_r", "target_output"):
+        moved[name] = moved[name].to(torch.float32)
+    if dtype is not None:
+        moved["output"] = moved["output"].to(dtype)
+    return moved
+
+
+def loss_and_grad(values, upstream, **options):
+    output = values["output"].detach().requires_grad_()
+    loss = consistency_loss(**values | {"output": output}, **options)
+    return loss.detach(), torch.autograd.grad(loss, output, upstream.to(loss))[0]
+
+
+def compare_with_oracle(monkeypatch, check, values, device, **options):
+    """The kernel's loss and gradient beside PyTorch's in the same dtype, by the float64 oracle."""
+    upstream = torch.randn(len(values["t"]), device=device)
+    kernel = loss_and_grad(values, upstream, **options)
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    plain = loss_and_grad(values, upstream, **options)
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in values.items()}
+    oracle = loss_and_grad(wide, upstream, **options)
+    for what, ours, theirs, exact in zip(("loss", "grad"), kernel, plain, oracle, strict=True):
+        check(ours, theirs, exact, what)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("c", [1e-8, 0.06])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (3, 32, 32)])
+def test_kernel_matches_the_oracle(
+    weighting, c, shape, triton_device, check_against_oracle, monkeypatch, seed
+):
+    values = on(triton_device, inputs(shape=shape))
+    flags = torch.tensor([False, True, False, False, True], device=triton_device)
+    compare_with_oracle(
+        monkeypatch, check_against_oracle, values | {"is_clean": flags}, triton_device,
+        c=c, weighting=weighting,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gap", [0.5, 0.001])
+def test_kernel_takes_16_bit_outputs_and_small_gaps(
+    dtype, gap, triton_device, check_against_oracle, monkeypatch, seed
+):
+    values = on(triton_device, inputs(n=3, shape=(3, 64, 64), gap=gap), dtype)
+    compare_with_oracle(
+        monkeypatch, check_against_oracle, values, triton_device, c=0.06, weighting="inv_cout_sq"
+    )
+
+
+def test_kernel_reads_channels_last_and_any_strides(triton_device, monkeypatch, seed):
+    values = on(triton_device, inputs(shape=(3, 5, 7)))
+    upstream = torch.randn(5, device=triton_device)
+    options = dict(c=0.06, weighting="inv_dt")
+    expected = loss_and_grad(values, upstream, **options)
+    last = {
+        k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v
+        for k, v in values.items()
+    }
+    mixed = last | {"x_t": values["x_t"], "output": values["output"].mT.contiguous().mT}
+    for other in (last, mixed):
+        loss, grad = loss_and_grad(other, upstream, **options)
+        torch.testing.assert_close(loss, expected[0])
+        torch.testing.assert_close(grad, expected[1])
+
+
+def test_kernel_writes_every_element_and_repeats_its_bits(triton_device, monkeypatch, seed):
+    values = on(triton_device, inputs(n=2, shape=(3, 37, 41)), torch.float16)
+    upstream = torch.randn(2, device=triton_device)
+    first = loss_and_grad(values, upstream, c=1e-8, weighting="inv_dt")
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
+    second = loss_and_grad(values, upstream, c=1e-8, weighting="inv_dt")
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_kernel_does_not_read_the_noisy_image_of_a_clean_row(triton_device):
+    values = on(triton_device, inputs())
+    flags = torch.tensor([True] * 5, device=triton_device)
+    expected = consistency_loss(**values, c=0.06, weighting="one", is_clean=flags)
+    values["x_r"].fill_(math.nan)
+    loss = consistency_loss(**values, c=0.06, weighting="one", is_clean=flags)
+    assert torch.equal(loss, expected)
+
+
+def test_kernel_of_a_zero_difference_and_of_an_empty_batch(triton_device):
+    values = on(triton_device, inputs())
+    values["x_r"], values["target_output"] = values["x_t"].clone(), values["output"].float()
+    values["r"] = values["t"]
+    loss, grad = loss_and_grad(values, torch.ones(5), c=1e-8, weighting="inv_dt")
+    assert loss.tolist() == [0.0] * 5
+    assert (grad == 0).all()
+    empty = {k: v[:0] for k, v in values.items()}
+    loss, grad = loss_and_grad(empty, torch.ones(0), c=1e-8, weighting="inv_dt")
+    assert loss.shape == (0,)
+    assert grad.shape == (0, 3, 8, 8)
+
+
+def test_kernel_takes_weights_and_functions(triton_device):
+    values = on(triton_device, inputs())
+    one = consistency_loss(**values, c=0.06, weighting="one")
+    weight = torch.arange(1.0, 6.0, device=triton_device)
+    torch.testing.assert_close(consistency_loss(**values, c=0.06, weighting=weight), weight * one)
+    by_function = consistency_loss(**values, c=0.06, weighting=lambda t, r: 1 / (t - r))
+    by_name = consistency_loss(**values, c=0.06, weighting="inv_dt")
+    torch.testing.assert_close(by_function, by_name, rtol=1e-5, atol=0)
+
+
+def test_operators_are_well_formed(triton_device):
+    values = on(triton_device, inputs(n=2), torch.float16)
+    levels = [values[k].to(torch.float32) for k in ("t", "r", "delta")]
+    t, r, delta = levels
+    output = values["output"].requires_grad_()
+    arguments = (
+        output, values["x_t"], t, values["target_output"], values["x_r"], r, delta, None, None,
+        "inv_dt", 0.06, 0.5,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.tcm_fast.consistency_loss_fwd.default, arguments)
+
+
+def test_a_gradient_that_is_not_computed_is_refused():
+    values = inputs()
+    values["x_t"].requires_grad_()
+    with pytest.raises(ValueError, match="consistency_loss: output alone has a gradient, got x_t"):
+        consistency_loss(**values, c=0.06, weighting="one")

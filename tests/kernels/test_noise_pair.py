@@ -1,10 +1,13 @@
 """Two noisy versions of an image from one draw."""
 
+import math
+
 import pytest
 import torch
 
 from tcm_fast.kernels.dropout import DropoutKey
-from tcm_fast.kernels.noise_pair import noise_pair, to_unit_range
+from tcm_fast.kernels.noise_pair import NOISE_LAYER, noise_pair, to_unit_range
+from tcm_fast.kernels.philox import philox_normal
 
 
 def key(samples, step=3, seed=7):
@@ -77,3 +80,86 @@ def test_bad_shapes_are_named():
         noise_pair(y, t, r[:5], key(range(6)))
     with pytest.raises(ValueError, match=r"noise_pair: y must be \[N,C,H,W\]"):
         noise_pair(y[0], t, r, key(range(6)))
+
+
+# ---- the Triton kernel --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (3, 32, 32)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("append_ones", [False, True])
+@pytest.mark.parametrize("images", ["uint8", "float"])
+def test_kernel_has_the_references_bits(
+    shape, layout, append_ones, images, triton_device, monkeypatch
+):
+    y, t, r = batch(3, shape)
+    y, t, r = (v.to(triton_device) for v in (y.contiguous(memory_format=layout), t, r))
+    if images == "float":
+        y = to_unit_range(y)
+    samples = torch.tensor([0, 7, 2**32 - 1], device=triton_device)
+    for dtype in (torch.float32, torch.float16):
+        for inner in (r, None):
+            options = dict(dtype=dtype, append_ones=append_ones)
+            big = key(samples, step=2**33 + 1, seed=2**32 - 5)
+            monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
+            ours = noise_pair(y, t, inner, big, **options)
+            monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+            plain = noise_pair(y, t, inner, big, **options)
+            for a, b in zip(ours, plain, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    # The reference's c_in takes a root that a GPU rounds differently.
+                    exact = a.dtype == torch.float32 and a.shape == y.shape and a.is_cpu
+                    torch.testing.assert_close(a, b, atol=0, rtol=0 if exact else 1e-3)
+
+
+def test_kernel_against_a_float64_oracle(triton_device, check_against_oracle, monkeypatch):
+    y, t, r = (v.to(triton_device) for v in batch(4, (3, 16, 16)))
+    ours = noise_pair(y, t, r, key(torch.arange(4, device=triton_device)))
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    plain = noise_pair(y, t, r, key(torch.arange(4, device=triton_device)))
+    unit = y.double() / 127.5 - 1
+    noise = philox_normal(7, 3, NOISE_LAYER, torch.arange(4, device=triton_device), (3, 16, 16))
+    t, r = t.to(torch.float32).double(), r.to(torch.float32).double()
+    for level, x, x_in in ((t, "x_t", "input_t"), (r, "x_r", "input_r")):
+        level = level.reshape(-1, 1, 1, 1)
+        exact = unit + level * noise.double()
+        check_against_oracle(getattr(ours, x), getattr(plain, x), exact, x)
+        exact = exact / (level**2 + 0.25).sqrt()
+        check_against_oracle(getattr(ours, x_in), getattr(plain, x_in), exact, x_in)
+
+
+def test_kernel_writes_every_element(triton_device, monkeypatch):
+    y, t, r = (v.to(triton_device) for v in batch(2, (3, 37, 29)))
+    samples = torch.arange(2, device=triton_device)
+    first = noise_pair(y, t, r, key(samples), append_ones=True)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+    second = noise_pair(y, t, r, key(samples), append_ones=True)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_kernel_of_an_empty_batch_and_of_strided_images(triton_device):
+    y, t, r = (v.to(triton_device) for v in batch(4))
+    samples = torch.arange(4, device=triton_device)
+    assert noise_pair(y[:0], t[:0], r[:0], key(samples[:0])).x_t.shape == (0, 3, 8, 8)
+    strided = y.repeat_interleave(2, 3)[..., ::2]
+    for a, b in zip(
+        noise_pair(strided, t, r, key(samples)), noise_pair(y, t, r, key(samples)), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_operator_is_well_formed(triton_device):
+    y, t, r = (v.to(triton_device) for v in batch(2))
+    scalar = torch.zeros((), dtype=torch.int64, device=triton_device)
+    sample = torch.arange(2, device=triton_device)
+    arguments = (y, t.float(), r.float(), sample, scalar, scalar, 0.5, torch.float16, True)
+    torch.library.opcheck(torch.ops.tcm_fast.noise_pair.default, arguments)
+
+
+def test_a_gradient_that_is_not_computed_is_refused():
+    y, t, r = batch()
+    with pytest.raises(ValueError, match="noise_pair: y has no gradient here"):
+        noise_pair(y.float().requires_grad_(), t, r, key(range(6)))
