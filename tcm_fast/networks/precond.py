@@ -93,8 +93,9 @@ class Precond(nn.Module):
 
     @property
     def _weights_dtype(self) -> torch.dtype:
-        """Of the convolutions: that of the images."""
-        return next(p.dtype for p in self.model.parameters() if p.ndim == 4)
+        """Of the first convolution, which takes the images."""
+        convolutions = (p for p in self.model.parameters() if p.ndim == 4)
+        return next(convolutions, next(self.model.parameters())).dtype
 
     def _check(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> None:
         size = [self.img_channels, self.img_resolution, self.img_resolution]
