@@ -8,7 +8,7 @@ Karras et al. 2022 (EDM), Song & Dhariwal 2023 (iCT).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class Batch:
     """One micro-batch on the device, sorted by where its targets come from: rows of the student first,
     rows whose target is the image in the middle, rows of the stage-1 network last.
 
+    packed: the memory of all that follows but images and labels, uint8.
     images: uint8 [n,C,H,W]; labels: one-hot fp32 [n,K] or None.
     t, r, delta: fp32 [n] (r, delta zero in pre-training; delta was formed in float64).
     weights: fp32 [3,n], what each row's loss counts for in the step's loss, in the mean off the boundary
@@ -41,6 +42,7 @@ class Batch:
     key: seed, step and global sample numbers of noise and dropout.
     """
 
+    packed: torch.Tensor
     images: torch.Tensor
     labels: torch.Tensor | None
     t: torch.Tensor
@@ -53,6 +55,27 @@ class Batch:
     stage1_rows: int
     has_clean: bool
     key: DropoutKey
+
+    @property
+    def kind(self) -> tuple[int, int, bool]:
+        """What a step's course depends on besides the shapes."""
+        return self.student_rows, self.stage1_rows, self.has_clean
+
+    def at(self, packed: torch.Tensor, images: torch.Tensor, labels: torch.Tensor | None) -> Batch:
+        """A batch of the same kind that lies in other memory."""
+
+        def moved(field: torch.Tensor) -> torch.Tensor:
+            size = field.element_size()
+            start = field.storage_offset() * size
+            return packed[start : start + field.numel() * size].view(field.dtype).view(field.shape)
+
+        seed, step = torch.as_tensor(self.key.seed), torch.as_tensor(self.key.step)
+        key = DropoutKey(seed=moved(seed), step=moved(step), sample=moved(self.key.sample))
+        return replace(
+            self, packed=packed, images=images, labels=labels, t=moved(self.t), r=moved(self.r),
+            delta=moved(self.delta), weights=moved(self.weights), is_clean=moved(self.is_clean),
+            position=moved(self.position), key=key,
+        )  # fmt: skip
 
 
 def make_batch(
@@ -81,7 +104,7 @@ def make_batch(
     share, boundary = plan.share[part], plan.boundary[part]
     parts = [share * np.where(boundary, boundary_weight, 1.0), share * ~boundary, share * boundary]
     levels = [np.zeros(n) if v is None else v[part] for v in (plan.t, plan.r, plan.delta)]
-    t, r, delta, weights, is_clean, place, sample, keys = _to_device(
+    packed, (t, r, delta, weights, is_clean, place, sample, keys) = _to_device(
         images.device,
         *(level.astype(np.float32) for level in levels),
         np.stack(parts).astype(np.float32),
@@ -92,20 +115,23 @@ def make_batch(
     )
     key = DropoutKey(seed=keys[0], step=keys[1], layer=0, sample=sample)
     return Batch(
-        images=images, labels=labels, t=t, r=r, delta=delta, weights=weights, is_clean=is_clean,
-        position=place, student_rows=front, stage1_rows=back, has_clean=bool(clean), key=key,
+        packed=packed, images=images, labels=labels, t=t, r=r, delta=delta, weights=weights,
+        is_clean=is_clean, position=place, student_rows=front, stage1_rows=back, has_clean=bool(clean), key=key,
     )  # fmt: skip
 
 
-def _to_device(device: torch.device, *columns: np.ndarray) -> list[torch.Tensor]:
-    """Arrays of any dtypes and shapes as tensors on the device, by one copy that nothing waits for."""
+def _to_device(
+    device: torch.device, *columns: np.ndarray
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Arrays of any dtypes and shapes as tensors on the device, by one copy that nothing waits for:
+    the memory, uint8, and the arrays as views of it."""
     starts = np.cumsum([0] + [-(-column.nbytes // 16) * 16 for column in columns])
     is_cuda = device.type == "cuda"
     packed = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=is_cuda)
     for start, column in zip(starts[:-1], columns, strict=True):
         packed.numpy()[start : start + column.nbytes] = np.frombuffer(column.tobytes(), np.uint8)
     packed = packed.to(device, non_blocking=True)
-    return [
+    return packed, [
         packed[int(start) : int(start) + column.nbytes]
         .view(torch.from_numpy(column[:0]).dtype)
         .view(column.shape)

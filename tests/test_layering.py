@@ -14,13 +14,14 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
 _C
 kernels
-config distributed runlog image_files
+config distributed runlog image_files graphs
 data
 times
 networks
 objectives
 optim
 checkpoint
+pictures
 sampler
 metrics
 plan
