@@ -262,6 +262,11 @@ class Config:
     """Checkpoints kept besides the last of each phase."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU where there is one."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay a step as one CUDA graph: on is an error where it cannot be, auto then goes without."""
+    compile: bool = False
+    """Compile the networks with torch.compile around the fused operations: a minute or more before the
+    first step."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batches", "log_every", "save_every", "grid_every", "keep"):

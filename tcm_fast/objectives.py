@@ -116,7 +116,8 @@ def make_batch(
     key = DropoutKey(seed=keys[0], step=keys[1], layer=0, sample=sample)
     return Batch(
         packed=packed, images=images, labels=labels, t=t, r=r, delta=delta, weights=weights,
-        is_clean=is_clean, position=place, student_rows=front, stage1_rows=back, has_clean=bool(clean), key=key,
+        is_clean=is_clean, position=place, student_rows=front, stage1_rows=back,
+        has_clean=bool(clean), key=key,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,13 +13,17 @@ from tcm_fast.config import PhaseConfig
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: PhaseConfig
+    parameters: Iterable[torch.nn.Parameter], config: PhaseConfig, *, capturable: bool = False
 ) -> torch.optim.Optimizer:
-    """torch's RAdam, Adam or AdamW with the phase's constants."""
+    """torch's RAdam, Adam or AdamW with the phase's constants; `capturable` keeps the step count and
+    the learning rate on the device, for CUDA graphs."""
     kinds = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    weights = list(parameters)
+    rate = torch.tensor(config.lr, device=weights[0].device) if capturable else config.lr
     return kinds[config.optimizer](
-        parameters,
-        lr=config.lr,
+        weights,
+        lr=rate,
+        capturable=capturable,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
@@ -35,6 +40,14 @@ def learning_rate(config: PhaseConfig, images: int, iteration: int) -> float:
     if config.decay_start:
         lr /= math.sqrt(max(iteration / config.decay_start, 1.0))
     return lr
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Give a parameter group its learning rate, in place where a graph reads it from the device."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tcm_fast import checkpoint, distributed, metrics
 from tcm_fast.config import PHASES, Config, ConsistencyConfig, PhaseConfig, save_config, to_dict
 from tcm_fast.data import ImageStream, load_images
+from tcm_fast.graphs import GraphCache
 from tcm_fast.networks import Precond, build_network
-from tcm_fast.objectives import Objective, make_batch, row_granule
-from tcm_fast.optim import Ema, EmaRule, build_optimizer, learning_rate
+from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
+from tcm_fast.optim import Ema, EmaRule, build_optimizer, learning_rate, set_rate
 from tcm_fast.runlog import RunLog
 from tcm_fast.sampler import HEUN_STEPS, sample, save_grid
 from tcm_fast.times import plan_times, ratio
@@ -70,6 +71,8 @@ class Phase:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     emas: list[Ema]
+    graphs: GraphCache | None = None
+    """Captured steps; None where every step is started operation by operation."""
     step: int = 0
     """Optimizer steps of this phase."""
     first_iteration: int = 0
@@ -153,6 +156,7 @@ class Trainer:
             )
         for name in config.phases:
             self._check_phase(name)
+        self._graphs()
         # Every process looks, so that all of them fail where one does, before any of them writes.
         self.resumed = self.workers.share(checkpoint.open_run(self.out, resume))
         self.init = checkpoint.load_network(init, device=self.device) if init else None
@@ -213,9 +217,12 @@ class Trainer:
         begun = logged = phase.step
         mark = time.monotonic()
         stopped = False
+        batches = self._prepare(phase, stream) if phase.step < phase.steps else []
         while phase.step < phase.steps and not stopped:
-            stats += self._step(phase, stream)
+            stats += self._step(phase, batches)
             phase.step += 1
+            if phase.step < phase.steps:  # while the device is busy
+                batches = self._prepare(phase, stream)
             stopped = self._agreed_to_stop(phase.step)
             is_last = phase.step == phase.steps or stopped
             if phase.step % config.log_every == 0 or is_last:
@@ -238,9 +245,8 @@ class Trainer:
             raise Interrupted(f"{phase.name}: stopped after {phase.images:,} images, saved")
         return self._finish(phase)
 
-    def _step(self, phase: Phase, stream: ImageStream) -> torch.Tensor:
-        """One optimizer step; returns the mean losses off and on the boundary, [2], on the device."""
-        config, workers = self.config, self.workers
+    def _prepare(self, phase: Phase, stream: ImageStream) -> list[Batch]:
+        """This rank's micro-batches of the next step: what the host has to do for it."""
         plan = plan_times(
             phase.config,
             seed=phase.seed,
@@ -248,37 +254,59 @@ class Trainer:
             iteration=phase.iteration,
             iterations=phase.first_iteration + phase.steps,
         )
-        micro = config.micro_batches
-        parts = plan.parts(workers.world * micro)[workers.rank * micro :][:micro]
-        stats = torch.zeros(2, device=self.device)
-        phase.optimizer.zero_grad(set_to_none=True)
-        for index, part in enumerate(parts):
+        micro = self.config.micro_batches
+        batches = []
+        for part in plan.parts(self.workers.world * micro)[self.workers.rank * micro :][:micro]:
             images, labels = stream.batch(phase.images + part)
-            if not config.network.class_conditional:
+            if not self.config.network.class_conditional:
                 labels = None
             batch = make_batch(
                 plan, part, images, labels, seed=phase.seed, step=phase.iteration,
                 boundary_weight=getattr(phase.config, "boundary_weight", 0.0),
                 granule=row_granule(len(part), self.device),
             )  # fmt: skip
-            is_last = index == micro - 1
-            module = phase.objective
+            batches.append(batch)
+        return batches
+
+    def _step(self, phase: Phase, batches: list[Batch]) -> torch.Tensor:
+        """One optimizer step; returns the mean losses off and on the boundary, [2], on the device."""
+        for group in phase.optimizer.param_groups:
+            set_rate(group, learning_rate(phase.config, phase.images, phase.iteration))
+        if phase.graphs is None:
+            stats = self._work(phase, batches)
+        else:
+            (batch,) = batches
+            tensors = [batch.packed, batch.images]
+            tensors += [] if batch.labels is None else [batch.labels]
+
+            def work(
+                packed: torch.Tensor, images: torch.Tensor, labels: torch.Tensor | None = None
+            ) -> torch.Tensor:
+                return self._work(phase, [batch.at(packed, images, labels)])
+
+            stats = phase.graphs(batch.kind, work, *tensors)
+        size = phase.config.batch_size
+        for ema in phase.emas:
+            ema.update(phase.iteration + 1, phase.images + size, size)
+        return stats
+
+    def _work(self, phase: Phase, batches: list[Batch]) -> torch.Tensor:
+        """What the device does in a step: losses, gradients, the optimizer."""
+        stats = torch.zeros(2, device=self.device)
+        phase.optimizer.zero_grad(set_to_none=True)
+        for batch in batches:
+            module, is_last = phase.objective, batch is batches[-1]
             waits = isinstance(module, DistributedDataParallel) and not is_last
             with module.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 loss, share = module(batch)
                 # DistributedDataParallel divides by the world size; the loss is a sum over ranks.
-                phase.scaler.scale(loss * workers.world).backward()
+                phase.scaler.scale(loss * self.workers.world).backward()
             stats += share
-        for group in phase.optimizer.param_groups:
-            group["lr"] = learning_rate(phase.config, phase.images, phase.iteration)
         if phase.config.grad_clip is not None:
             phase.scaler.unscale_(phase.optimizer)
             torch.nn.utils.clip_grad_norm_(phase.student.parameters(), phase.config.grad_clip)
         phase.scaler.step(phase.optimizer)
         phase.scaler.update()
-        size = phase.config.batch_size
-        for ema in phase.emas:
-            ema.update(phase.iteration + 1, phase.images + size, size)
         return stats
 
     # ---- beginning, saving, finishing a phase ---------------------------------------------------
@@ -309,7 +337,8 @@ class Trainer:
         config = self.config.phase(name)
         student.train()
         dtype = DTYPES[self.config.precision]
-        objective: torch.nn.Module = Objective(name, config, student, frozen, dtype=dtype)
+        loss = Objective(name, config, student, frozen, dtype=dtype)
+        objective: torch.nn.Module = loss
         if frozen is not None and dtype != torch.float32:
             frozen.to("cpu")  # for checkpoints; the device holds the objective's copy alone
         if self.workers.world > 1:
@@ -317,7 +346,12 @@ class Trainer:
             objective = DistributedDataParallel(
                 objective, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+        if self.config.compile:
+            student.model.compile()
+            if loss.frozen is not None:
+                loss.frozen.model.compile()
         index = PHASES.index(name)
+        graphs = self._graphs()
         return Phase(
             name=name,
             config=config,
@@ -326,7 +360,8 @@ class Trainer:
             student=student,
             frozen=frozen,
             objective=objective,
-            optimizer=build_optimizer(student.parameters(), config),
+            optimizer=build_optimizer(student.parameters(), config, capturable=graphs is not None),
+            graphs=graphs,
             scaler=torch.amp.GradScaler(
                 self.device.type,
                 init_scale=16.0,
@@ -335,6 +370,19 @@ class Trainer:
             ),
             emas=[Ema(rule, student.parameters()) for rule in config.ema],
         )
+
+    def _graphs(self) -> GraphCache | None:
+        """Where steps are captured, None where they are not. ValueError where they have to be."""
+        obstacles = {
+            "needs a GPU": self.device.type != "cuda",
+            "cannot cut a batch (micro_batches 1)": self.config.micro_batches > 1,
+            "cannot talk to other processes": self.workers.world > 1,
+            "cannot choose a loss scale (fp16)": self.config.precision == "fp16",
+        }
+        why = next((reason for reason, holds in obstacles.items() if holds), None)
+        if self.config.cuda_graph == "on" and why is not None:
+            raise ValueError(f"cuda_graph: a graph {why}; use auto or off")
+        return None if self.config.cuda_graph == "off" or why is not None else GraphCache()
 
     def _build(self, dropout: float) -> Precond:
         """The run's network, equal on every rank and for every seed of the global generator."""
@@ -479,7 +527,7 @@ class Trainer:
             values |= {"consistency": consistency, "boundary": boundary}
         if isinstance(phase.config, ConsistencyConfig) and phase.name != "ict":
             values["ratio"] = ratio(phase.config, phase.iteration - 1)
-        values["lr"] = phase.optimizer.param_groups[0]["lr"]
+        values["lr"] = float(phase.optimizer.param_groups[0]["lr"])
         size = phase.config.batch_size
         values["images_per_second"] = (phase.step - since) * size / max(seconds, 1e-9)
         self.log.metrics(phase.name, phase.images, values)

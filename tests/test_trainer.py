@@ -15,6 +15,7 @@ from tcm_fast import trainer as trainer_module
 from tcm_fast.checkpoint import find_checkpoints, load_checkpoint, load_network, newest_checkpoint
 from tcm_fast.config import Config, from_dict, load_config, save_config
 from tcm_fast.data import load_images
+from tcm_fast.graphs import GraphCache
 from tcm_fast.sampler import sample
 from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
 
@@ -209,6 +210,50 @@ def test_other_precisions_train(precision, images, tmp_path):
     assert len(results) == 3
     assert all(torch.isfinite(v).all() for v in weights(tmp_path / "run").values())
     assert all(v.dtype == torch.float32 for v in weights(tmp_path / "run").values())
+
+
+class Deferred:
+    """Stands for a CUDA graph: capturing runs nothing, replaying reads the captured places."""
+
+    replays = 0
+
+    def __init__(self, work, tensors):
+        self.work, self.tensors = work, tensors
+
+    def replay(self):
+        type(self).replays += 1
+        self.result = self.work(*self.tensors)
+
+
+def test_replayed_steps_are_the_steps(images, tmp_path, monkeypatch):
+    """Every step of a run from a captured place in memory: its times, noise, images and labels."""
+    config = tiny(images, network={"class_conditional": True}, data={"source": str(images)})
+    train(config, tmp_path / "eager")
+    build = trainer_module.build_optimizer
+    monkeypatch.setattr(trainer_module, "build_optimizer", lambda p, c, capturable: build(p, c))
+    monkeypatch.setattr(Trainer, "_graphs", lambda self: GraphCache(Deferred))
+    monkeypatch.setattr(trainer_module, "row_granule", lambda *_: 8)
+    train(config, tmp_path / "replayed")
+    assert Deferred.replays >= 9
+    eager, replayed = weights(tmp_path / "eager"), weights(tmp_path / "replayed")
+    for name, value in eager.items():
+        torch.testing.assert_close(replayed[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_graph_where_there_can_be_none_is_refused(images, tmp_path):
+    with pytest.raises(ValueError, match="cuda_graph: a graph needs a GPU; use auto or off"):
+        Trainer(tiny(images, cuda_graph="on"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_alike(images, tmp_path):
+    phases = ("edm", "ect", "tcm")
+    train(tiny(images, phases=phases), tmp_path / "eager")
+    train(tiny(images, phases=phases, compile=True), tmp_path / "compiled")
+    eager, compiled = weights(tmp_path / "eager"), weights(tmp_path / "compiled")
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_numbers_that_are_not_finite_stop_the_run(images, tmp_path):
