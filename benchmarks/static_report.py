@@ -26,7 +26,10 @@ from typing import Any
 
 from rich.progress import track
 
-OPERATIONS = ("consistency_loss", "noise_pair", "group_norm_silu", "qkv_attention")
+OPERATIONS = (
+    *("consistency_loss", "noise_pair", "denoise_to_uint8"),
+    *("group_norm_silu", "qkv_attention"),
+)
 ARCHS = (80, 86, 89, 90, 100, 120)
 # Shared memory of an SM and of one program (bytes), threads and programs of an SM: CUDA C++
 # Programming Guide, table "technical specifications per compute capability".

@@ -141,7 +141,7 @@ def _strides(channels: int, pixels: int, layout: torch.memory_format) -> tuple[i
     return (channels, 1) if layout == torch.channels_last else (1, pixels)
 
 
-def _launch(y, t, r, sample, seed, step, sigma_data, dtype, append_ones):
+def _launch(y, t, r, sample, seed, step, layer, sigma_data, dtype, append_ones):
     layout = _layout(y)
     y = y.contiguous(memory_format=layout)
     buffers = _buffers(y, r is not None, dtype, append_ones)
@@ -159,7 +159,7 @@ def _launch(y, t, r, sample, seed, step, sigma_data, dtype, append_ones):
         step, unit, x_t, x_r, input_t, input_r, size, c, *image,
         *_strides(c + append_ones, pixels, layout), pixels * (c + append_ones), sigma_data**2,
         IS_UINT8=y.dtype == torch.uint8, HAS_R=r is not None, APPEND_ONES=append_ones,
-        IS_LINEAR=layout == torch.channels_last, LAYER=NOISE_LAYER, BLOCK=BLOCK,
+        IS_LINEAR=layout == torch.channels_last, LAYER=layer, BLOCK=BLOCK,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return buffers
@@ -189,14 +189,14 @@ def specialisations(capability: int) -> list[Variant]:
 
 torch.library.define(
     "tcm_fast::noise_pair",
-    "(Tensor y, Tensor t, Tensor? r, Tensor sample, Tensor seed, Tensor step, float sigma_data, "
+    "(Tensor y, Tensor t, Tensor? r, Tensor sample, Tensor seed, Tensor step, int layer, float sigma_data, "
     "ScalarType dtype, bool append_ones) -> Tensor[]",
 )
 torch.library.impl("tcm_fast::noise_pair", ("cpu", "cuda"), _launch)
 
 
 @torch.library.register_fake("tcm_fast::noise_pair")
-def _(y, t, r, sample, seed, step, sigma_data, dtype, append_ones):
+def _(y, t, r, sample, seed, step, layer, sigma_data, dtype, append_ones):
     return _buffers(y, r is not None, dtype, append_ones)
 
 
@@ -222,7 +222,8 @@ def noise_pair(
         y: images [N,C,H,W], uint8 (mapped to [-1,1]) or floating in [-1,1].
         t: outer noise levels [N].
         r: inner noise levels [N], or None where only x_t is wanted.
-        key: seed, step and the samples' numbers [N]; its layer is not used.
+        key: seed, step and the samples' numbers [N]; its layer where that keys noise (NOISE_LAYER or
+            above), else NOISE_LAYER.
         sigma_data: standard deviation of the data.
         dtype: compute dtype of the networks' inputs.
         append_ones: add EDM2's constant channel to the inputs.
@@ -240,18 +241,19 @@ def noise_pair(
             raise ValueError(f"noise_pair: {name} must be [{len(y)}], got {list(level.shape)}")
     if y.requires_grad and torch.is_grad_enabled():
         raise ValueError("noise_pair: y has no gradient here, got y with requires_grad")
+    layer = max(key.layer, NOISE_LAYER)
     if runs_triton("noise_pair", y.device.type):
-        sample, seed, step, _ = counters("noise_pair", key.seed, key.step, NOISE_LAYER, key.sample)
+        sample, seed, step, _ = counters("noise_pair", key.seed, key.step, layer, key.sample)
         levels = [None if level is None else level.to(torch.float32) for level in (t, r)]
         images = y if y.dtype == torch.uint8 else y.to(torch.float32)
         outputs = torch.ops.tcm_fast.noise_pair(
-            images, *levels, sample, seed, step, sigma_data, dtype, append_ones
+            images, *levels, sample, seed, step, layer, sigma_data, dtype, append_ones
         )
         if r is None:
             unit, x_t, input_t = outputs
             return NoisePair(unit, x_t, None, input_t, None)
         return NoisePair(*outputs)
-    noise = philox_normal(key.seed, key.step, NOISE_LAYER, key.sample, tuple(y.shape[1:]))
+    noise = philox_normal(key.seed, key.step, layer, key.sample, tuple(y.shape[1:]))
     return noise_pair_reference(
         y, t, r, noise, sigma_data=sigma_data, dtype=dtype, append_ones=append_ones
     )

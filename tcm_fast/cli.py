@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
-from tcm_fast.config import Config, PhaseName, load_config, load_preset, preset_names
+from tcm_fast.config import Config, PhaseName, Precision, load_config, load_preset, preset_names
 
 FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
 
@@ -67,6 +67,8 @@ class Sample:
     """Use a stage-2 network at noise levels for which it was not trained."""
     overwrite: bool = False
     device: str = "auto"
+    precision: Precision | None = None
+    """Arithmetic of the network; by default fp16 on a GPU and fp32 elsewhere."""
 
 
 @dataclass
@@ -207,7 +209,7 @@ def resume_command(args: Train) -> str:
 
 
 def sample(args: Sample) -> int:
-    from tcm_fast import sampler
+    from tcm_fast import pictures, sampler
     from tcm_fast.checkpoint import load_network
     from tcm_fast.distributed import pick_device
 
@@ -224,10 +226,11 @@ def sample(args: Sample) -> int:
         batch_size=args.batch_size,
         allow_below_t_prime=args.allow_below_t_prime,
         start=args.start,
+        precision=args.precision,
         progress=sys.stderr.isatty(),
     )
     numbers = sampler.class_numbers(net, args.num, labels, args.start)
-    sampler.write_samples(batches, args.out, overwrite=args.overwrite, labels=numbers)
+    pictures.write_samples(batches, args.out, overwrite=args.overwrite, labels=numbers)
     print(f"{args.num} images of seed {args.seed} in {args.out}")
     return 0
 

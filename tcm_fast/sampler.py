@@ -6,21 +6,24 @@ keyed by (seed, sampling step, i).
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from tcm_fast.checkpoint import load_stage1, replacing
+from tcm_fast.checkpoint import load_stage1
+from tcm_fast.graphs import GraphCache
+from tcm_fast.kernels.denoise_to_uint8 import denoise_to_uint8, to_uint8
+from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.noise_pair import noise_pair
 from tcm_fast.kernels.philox import philox_normal
+from tcm_fast.kernels.precondition import denoise
 from tcm_fast.networks import Precond
+from tcm_fast.networks.precision import in_precision
 
 T = 80.0  # the largest noise level, where sampling starts
 LOWEST_TIME = 0.821  # where two-step sampling returns to, unless t' is above it
@@ -29,7 +32,7 @@ SIGMA_MIN, RHO, HEUN_STEPS = 0.002, 7.0, 18  # Karras et al. 2022, table 1
 
 Noise = Callable[[int], torch.Tensor]  # sampling step -> unit Gaussian [n,C,H,W]
 Denoiser = Callable[[torch.Tensor, float], torch.Tensor]  # x [n,C,H,W], noise level -> D(x,t)
-Solver = Callable[[Noise, list[Denoiser]], torch.Tensor]
+Solver = Callable[[Noise, Sequence[Denoiser], Sequence[float]], torch.Tensor]
 Labels = int | Sequence[int] | torch.Tensor | None
 
 
@@ -49,6 +52,7 @@ def sample(
     allow_below_t_prime: bool = False,
     start: int = 0,
     device: str | torch.device | None = None,
+    precision: str | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
     """Draw `num` images: x = T z, y = D(x, T); for each further t_i: x = y + t_i z', y = D(x, t_i).
@@ -74,6 +78,8 @@ def sample(
             trained for it.
         start: number of the first image.
         device: where to compute; the network moves there. By default where it is.
+        precision: fp32, tf32, fp16 or bf16; by default fp16 on a GPU, whose error is far below a
+            byte's step, and fp32 elsewhere.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -85,7 +91,7 @@ def sample(
     batches = sample_batches(
         net, num, steps=steps, seed=seed, labels=labels, times=times, batch_size=batch_size,
         stage1=stage1, allow_below_t_prime=allow_below_t_prime, start=start, device=device,
-        progress=progress,
+        precision=precision, progress=progress,
     )  # fmt: skip
     return torch.cat([images for _, images in batches])
 
@@ -103,6 +109,7 @@ def sample_batches(
     allow_below_t_prime: bool = False,
     start: int = 0,
     device: str | torch.device | None = None,
+    precision: str | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """`sample`, batch by batch: yields the number of the first image and uint8 [n,H,W,C].
@@ -115,21 +122,14 @@ def sample_batches(
                 "times: apply to consistency networks, but this one is pre-trained only (phase "
                 "edm); give a number of steps"
             )
+        solve: Solver = _heun
         levels = heun_levels(HEUN_STEPS if steps is None else steps)
-
-        def solve(noise: Noise, denoisers: list[Denoiser]) -> torch.Tensor:
-            return heun(noise, denoisers[0], levels)
-
     else:
-        levels = _times(steps, times, _info(net).get("t_prime"))
+        levels, solve = _times(steps, times, _info(net).get("t_prime")), multistep
         nets = _networks_at(net, levels, stage1, allow_below_t_prime)
-
-        def solve(noise: Noise, denoisers: list[Denoiser]) -> torch.Tensor:
-            return multistep(noise, denoisers, levels)
-
     return _batches(
-        nets, num, solve, seed=seed, labels=labels, batch_size=batch_size, start=start,
-        device=device, progress=progress,
+        nets, num, solve, levels, seed=seed, labels=labels, batch_size=batch_size, start=start,
+        device=device, precision=precision, progress=progress,
     )  # fmt: skip
 
 
@@ -143,14 +143,14 @@ def sample_edm(
     batch_size: int | None = None,
     start: int = 0,
     device: str | torch.device | None = None,
+    precision: str | None = None,
     progress: bool = False,
 ) -> torch.Tensor:
     """Draw images from a diffusion network with the deterministic solver of Karras et al. 2022
     (algorithm 1): `steps` noise levels, 2·steps - 1 evaluations. The rest is as in `sample`."""
-    levels = heun_levels(steps)
     batches = _batches(
-        [net], num, lambda noise, denoisers: heun(noise, denoisers[0], levels), seed=seed,
-        labels=labels, batch_size=batch_size, start=start, device=device, progress=progress,
+        [net], num, _heun, heun_levels(steps), seed=seed, labels=labels, batch_size=batch_size,
+        start=start, device=device, precision=precision, progress=progress,
     )  # fmt: skip
     return torch.cat([images for _, images in batches])
 
@@ -186,8 +186,8 @@ def heun_levels(steps: int) -> list[float]:
 def multistep(noise: Noise, denoisers: Sequence[Denoiser], times: Sequence[float]) -> torch.Tensor:
     """Consistency sampling: denoise, add noise of the next level, denoise again. [n,C,H,W]"""
     y = denoisers[0](times[0] * noise(0), times[0])
-    for i, (denoise, t) in enumerate(zip(denoisers[1:], times[1:], strict=True), start=1):
-        y = denoise(y + t * noise(i), t)
+    for i, (denoiser, t) in enumerate(zip(denoisers[1:], times[1:], strict=True), start=1):
+        y = denoiser(y + t * noise(i), t)
     return y
 
 
@@ -205,9 +205,8 @@ def heun(noise: Noise, denoise: Denoiser, levels: Sequence[float]) -> torch.Tens
     return x
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Images in [-1,1], [n,C,H,W] -> uint8 [n,H,W,C]: 127.5 x + 128, clipped and truncated."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+def _heun(noise: Noise, denoisers: Sequence[Denoiser], levels: Sequence[float]) -> torch.Tensor:
+    return heun(noise, denoisers[0], levels)
 
 
 def class_numbers(
@@ -298,70 +297,197 @@ def _label_rows(net: Precond, num: int, labels: Labels, start: int) -> torch.Ten
     return given[torch.arange(start, start + num) % len(given)]
 
 
+PRECISIONS = {
+    "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+}  # fmt: skip
+LARGEST_BATCH = 2**20  # pixels on a GPU (1024 images at 32x32): more is no faster
+
+
 def _default_batch_size(resolution: int, device: torch.device) -> int:
-    """Images that occupy the device without filling its memory: 2^18 pixels on a GPU (256 at
-    32x32), 2^15 on a CPU."""
-    return max(1, 2 ** (15 if device.type == "cpu" else 18) // resolution**2)
+    """Images that occupy a CPU without leaving its caches (2^15 pixels), or the most for a GPU."""
+    return max(1, (2**15 if device.type == "cpu" else LARGEST_BATCH) // resolution**2)
 
 
 # ---- the loop -----------------------------------------------------------------------------------
+
+
+class Sampler:
+    """Draws images by their numbers; cast weights and captured graphs are kept between calls.
+
+    Args:
+        nets: the network of each level; a network is used in eval mode and left in the mode it was in.
+        solve: `multistep` or another solver.
+        levels: noise levels, T first.
+        seed: of the noise.
+        device, precision: where and how to compute; as in `sample`.
+    """
+
+    def __init__(
+        self,
+        nets: Sequence[Precond],
+        solve: Solver,
+        levels: Sequence[float],
+        *,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        precision: str | None = None,
+    ) -> None:
+        self.device = torch.device(device) if device is not None else _device_of(nets[0])
+        is_cuda = self.device.type == "cuda"
+        self.precision = precision or ("fp16" if is_cuda else "fp32")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision: must be one of {', '.join(PRECISIONS)}, got {precision!r}"
+            )
+        self.dtype = PRECISIONS[self.precision]
+        self.solve, self.levels, self.seed = solve, list(levels), seed
+        self.shape = (nets[0].img_channels, nets[0].img_resolution, nets[0].img_resolution)
+        ready: dict[int, Precond] = {}
+        for net in nets:
+            if id(net) not in ready:
+                ready[id(net)] = self._ready(net)
+        self.nets = [ready[id(net)] for net in nets]
+        self.graphs = GraphCache() if is_cuda else None
+
+    def _ready(self, net: Precond) -> Precond:
+        """The network on the device, with its weights cast."""
+        net.to(self.device)
+        if self.device.type == "cuda" and isinstance(net, Precond):
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return in_precision(net, self.dtype) if isinstance(net, Precond) else net
+
+    def draw(self, numbers: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Images uint8 [n,H,W,C] on the device, good until the next call.
+
+        numbers: int64 [n] on the device; labels: one-hot fp32 [n,K] on the device, or None."""
+        tensors = [numbers] if labels is None else [numbers, labels]
+        allow_tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        try:
+            with torch.inference_mode(), _evaluating(self.nets):
+                if self.graphs is None:
+                    return self._draw(*tensors)
+                return self.graphs("draw", self._draw, *tensors)
+        finally:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+
+    def _draw(self, numbers: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        if self.solve is multistep and all(isinstance(net, Precond) for net in self.nets):
+            return self._multistep(numbers, labels)
+
+        def noise(step: int) -> torch.Tensor:
+            return philox_normal(self.seed, step, NOISE_LAYER, numbers, self.shape)
+
+        def denoiser(net: Precond) -> Denoiser:
+            return lambda x, t: net(x, numbers.new_full((len(x),), t, dtype=x.dtype), labels)
+
+        return to_uint8(self.solve(noise, [denoiser(net) for net in self.nets], self.levels))
+
+    def _multistep(self, numbers: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """`multistep` in as few passes over the images as there are: noise and scaling before the
+        network in one, preconditioning and bytes after it in another."""
+        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        y = torch.zeros((len(numbers), *self.shape), device=self.device)
+        y = y.contiguous(memory_format=layout)
+        for step, (net, level) in enumerate(zip(self.nets, self.levels, strict=True)):
+            t = y.new_full((len(y),), level)
+            key = DropoutKey(seed=self.seed, step=step, layer=NOISE_LAYER, sample=numbers)
+            noisy = noise_pair(y, t, None, key, sigma_data=net.sigma_data, dtype=self.dtype)
+            output = net.raw(noisy.input_t, t, labels)
+            if step < len(self.levels) - 1:
+                y = denoise(output, noisy.x_t, t, net.sigma_data)
+        return denoise_to_uint8(output, noisy.x_t, t, net.sigma_data)
+
+    def batch_size(self, labels: torch.Tensor | None) -> int:
+        """Images a call that fill the device: on a GPU as many as take half of its free memory, told
+        from a small batch."""
+        size = _default_batch_size(self.shape[-1], self.device)
+        if self.graphs is None:
+            return size
+        probe = 8
+        given = None if labels is None else labels[:1].expand(probe, -1)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        with torch.inference_mode(), _evaluating(self.nets):
+            numbers = torch.arange(probe, device=self.device)
+            self._draw(*([numbers] if given is None else [numbers, given]))
+        each = (torch.cuda.max_memory_allocated(self.device) - before) / probe
+        free, _ = torch.cuda.mem_get_info(self.device)
+        fitting = max(1, int(free / 2 / max(each, 1)))
+        return min(size, 1 << (fitting.bit_length() - 1))
 
 
 def _batches(
     nets: Sequence[Precond],
     num: int,
     solve: Solver,
+    levels: Sequence[float],
     *,
     seed: int,
     labels: Labels,
     batch_size: int | None,
     start: int,
     device: str | torch.device | None,
+    precision: str | None,
     progress: bool,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Check what all solvers share, then go through the images. nets: the network of each time."""
-    net = nets[0]
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    """Check what all solvers share, then go through the images. nets: the network of each level."""
     if num < 1:
         raise ValueError(f"num: must be at least 1, got {num}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed: must lie in [0, 2**63), got {seed}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: must lie in [0, 2**32), got {seed}")
     if not (start >= 0 and start + num <= 2**32):
         raise ValueError(f"start: images are numbered from 0 to 2**32 - 1, got {start} + {num}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
-    rows = _label_rows(net, num, labels, start)
-    place = torch.device(device) if device is not None else _device_of(net)
-    for model in set(nets):
-        model.to(place)
-    size = batch_size or _default_batch_size(net.img_resolution, place)
+    rows = _label_rows(nets[0], num, labels, start)
+    sampler = Sampler(nets, solve, levels, seed=seed, device=device, precision=precision)
 
-    @torch.inference_mode()
-    def draw(first: int, n: int) -> torch.Tensor:
-        numbers = torch.arange(start + first, start + first + n, device=place)
-        given = None if rows is None else rows[first : first + n].to(place)
-        if given is not None and given.ndim == 1:
-            given = torch.nn.functional.one_hot(given, net.label_dim).to(torch.float32)
-
-        def noise(step: int) -> torch.Tensor:
-            return philox_normal(seed, step, NOISE_LAYER, numbers, shape)
-
-        def denoiser(model: Precond) -> Denoiser:
-            return lambda x, t: model(x, torch.full((n,), t, device=place), given)
-
-        with _evaluating(nets):
-            return to_uint8(solve(noise, [denoiser(model) for model in nets])).cpu()
+    def given(first: int, n: int) -> torch.Tensor | None:
+        if rows is None:
+            return None
+        some = rows[first : first + n].to(sampler.device)
+        if some.ndim == 1:
+            some = torch.nn.functional.one_hot(some, nets[0].label_dim).to(torch.float32)
+        return some
 
     def generate() -> Iterator[tuple[int, torch.Tensor]]:
+        size = batch_size or sampler.batch_size(given(0, 1))
+        ahead = 0 if sampler.graphs is None else 1  # batches drawn while an earlier one is used
         with Progress(console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task("sampling", total=num)
+            drawn: deque[tuple[int, Fetched]] = deque()
             for first in range(0, num, size):
                 n = min(size, num - first)
-                # The copy is an ordinary tensor: those of inference mode cannot be written to.
-                yield start + first, draw(first, n).clone()
-                bar.advance(task, n)
+                numbers = torch.arange(start + first, start + first + n, device=sampler.device)
+                drawn.append((start + first, Fetched(sampler.draw(numbers, given(first, n)))))
+                while len(drawn) > (ahead if first + n < num else 0):
+                    number, fetched = drawn.popleft()
+                    yield number, fetched.images()
+                    bar.advance(task, len(fetched.host))
 
     return generate()
+
+
+class Fetched:
+    """Images on their way from the device to the host."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.arrived: torch.cuda.Event | None = None
+        if images.device.type != "cuda":
+            # The copy is an ordinary tensor: those of inference mode cannot be written to.
+            self.host = images.cpu().clone()
+            return
+        self.host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+        self.host.copy_(images, non_blocking=True)
+        self.arrived = torch.cuda.Event()
+        self.arrived.record()
+
+    def images(self) -> torch.Tensor:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host
 
 
 def _device_of(net: Precond) -> torch.device:
@@ -380,144 +506,3 @@ def _evaluating(nets: Iterable[torch.nn.Module]) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-# ---- files --------------------------------------------------------------------------------------
-
-NOT_OURS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy", ".zip", ".pt"}
-READABLE = 64  # pixels of an image's height in a grid
-GAP = 2  # pixels between the images of a grid
-
-
-def write_samples(
-    batches: Iterable[tuple[int, torch.Tensor]],
-    out: str | Path,
-    *,
-    labels: torch.Tensor | Sequence[int] | None = None,
-    columns: int | None = None,
-    scale: int | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Write what `sample_batches` yields: a grid where `out` ends in .png, arrays (images, labels)
-    where it ends in .npz, else a folder of PNGs named by the images' numbers, written as they come.
-
-    Raises:
-        FileExistsError: `out` (or a file in the folder) exists, unless `overwrite`; nothing is
-            drawn where `out` itself is in the way.
-        ValueError: an ending that stands for none of the three.
-        OSError: the disk is full or the like.
-    """
-    out = Path(out)
-    kind = out.suffix.lower()
-    if kind in NOT_OURS:
-        raise ValueError(f"out: must end in .png or .npz, or be a folder, got {out}")
-    if kind in (".png", ".npz"):
-        _check_free(out, overwrite)
-        images = np.concatenate([_array(batch) for _, batch in batches])
-        if kind == ".png":
-            save_grid(images, out, columns, scale, overwrite=overwrite)
-        else:
-            save_npz(images, labels, out, overwrite=overwrite)
-        return out
-    _check_folder(out)
-    for first, batch in batches:
-        save_images(batch, out, start=first, overwrite=overwrite)
-    return out
-
-
-def save_grid(
-    images: torch.Tensor | np.ndarray,
-    path: str | Path,
-    columns: int | None = None,
-    scale: int | None = None,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write images (uint8 [N,H,W,C], C 1 or 3) as one PNG, row by row.
-
-    columns: images per row, by default about as many as rows. scale: each pixel becomes scale²
-    (nearest neighbour), by default so that small images are 64 pixels high. Errors as
-    `write_samples`.
-    """
-    path, images = Path(path), _array(images)
-    _check_free(path, overwrite)
-    num, height, width, channels = images.shape
-    columns = columns or math.ceil(math.sqrt(num))
-    scale = scale or max(1, READABLE // height)
-    if columns < 1 or scale < 1:
-        raise ValueError(f"grid: columns and scale must be positive, got {columns} and {scale}")
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    high, wide = height * scale + GAP, width * scale + GAP
-    rows = math.ceil(num / columns)
-    sheet = np.full((rows * high + GAP, columns * wide + GAP, channels), 128, np.uint8)
-    for i, image in enumerate(images):
-        top, left = GAP + i // columns * high, GAP + i % columns * wide
-        sheet[top : top + height * scale, left : left + width * scale] = image
-    with replacing(path) as temporary:
-        _picture(sheet).save(temporary, format="PNG")
-
-
-def save_images(
-    images: torch.Tensor | np.ndarray,
-    folder: str | Path,
-    *,
-    start: int = 0,
-    overwrite: bool = False,
-) -> None:
-    """Write images (uint8 [N,H,W,C]) as folder/000000.png, ..., numbered from `start`. Errors as
-    `write_samples`; where one of the files exists none is written."""
-    folder = Path(folder)
-    _check_folder(folder)
-    paths = [folder / f"{start + i:06d}.png" for i in range(len(images))]
-    for path in paths:
-        _check_free(path, overwrite)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, image in zip(paths, _array(images), strict=True):
-            _picture(image).save(path, format="PNG")
-    except OSError as error:
-        raise OSError(f"{folder}: could not be written, {error.strerror or error}") from error
-
-
-def save_npz(
-    images: torch.Tensor | np.ndarray,
-    labels: torch.Tensor | Sequence[int] | None,
-    path: str | Path,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write `images` uint8 [N,H,W,C] and, where given, `labels` int64 [N]. Errors as
-    `write_samples`."""
-    path = Path(path)
-    _check_free(path, overwrite)
-    arrays = {"images": _array(images)}
-    if labels is not None:
-        arrays["labels"] = np.asarray(labels, np.int64)
-        if len(arrays["labels"]) != len(images):
-            raise ValueError(f"labels: must be {len(images)}, got {len(arrays['labels'])}")
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-
-def _array(images: torch.Tensor | np.ndarray) -> np.ndarray:
-    array = images.cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
-        raise ValueError(
-            f"images: must be uint8 [N,H,W,C] with C 1 or 3, got {array.dtype} {list(array.shape)}"
-        )
-    return array
-
-
-def _picture(array: np.ndarray) -> Image.Image:
-    """uint8 [H,W,C] as a grey or RGB picture."""
-    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"out: {path} exists; choose another name, or allow --overwrite")
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"out: must be a folder, got the file {folder}")

@@ -32,8 +32,9 @@ from tcm_fast.graphs import GraphCache
 from tcm_fast.networks import Precond, build_network
 from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
 from tcm_fast.optim import Ema, EmaRule, build_optimizer, learning_rate, set_rate
+from tcm_fast.pictures import save_grid
 from tcm_fast.runlog import RunLog
-from tcm_fast.sampler import HEUN_STEPS, sample, save_grid
+from tcm_fast.sampler import HEUN_STEPS, sample
 from tcm_fast.times import plan_times, ratio
 
 CONSISTENCY = ("ect", "tcm", "ict", "cd")

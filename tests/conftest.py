@@ -1,6 +1,8 @@
 """What all tests share: quiet surroundings, the tolerance rule, visible skips."""
 
+import importlib
 import os
+import pkgutil
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-import tcm_fast.networks  # noqa: F401  (defines every kernel)
+import tcm_fast.kernels
+
+for module in pkgutil.iter_modules(tcm_fast.kernels.__path__):
+    importlib.import_module(f"tcm_fast.kernels.{module.name}")
 
 os.environ.pop("TRITON_INTERPRET", None)
 

@@ -37,7 +37,7 @@ _backend
 _triton
 philox
 dropout precondition _philox_triton
-group_norm_silu qkv_attention consistency_loss noise_pair
+group_norm_silu qkv_attention consistency_loss noise_pair denoise_to_uint8
 __init__
 """
 KERNELS_RANK = {

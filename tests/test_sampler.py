@@ -14,11 +14,14 @@ from PIL import Image
 from torch import nn
 
 from tcm_fast.checkpoint import load_network, save_checkpoint
+from tcm_fast.graphs import GraphCache
+from tcm_fast.kernels.denoise_to_uint8 import to_uint8
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import build_network
+from tcm_fast.pictures import GAP, save_grid, save_images, save_npz, write_samples
 from tcm_fast.sampler import (
-    GAP,
     NOISE_LAYER,
+    Sampler,
     class_numbers,
     default_times,
     heun,
@@ -27,11 +30,6 @@ from tcm_fast.sampler import (
     sample,
     sample_batches,
     sample_edm,
-    save_grid,
-    save_images,
-    save_npz,
-    to_uint8,
-    write_samples,
 )
 
 
@@ -472,3 +470,81 @@ def test_images_must_be_uint8_pictures(tmp_path):
             save_grid(images, tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"grid: columns and scale must be positive"):
         save_grid(pictures(), tmp_path / "a.png", columns=-1)
+
+
+# ---- precision, fused passes, graphs -------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """A network seen from outside: whatever it is, a denoiser."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        for name in ("img_resolution", "img_channels", "label_dim"):
+            setattr(self, name, getattr(net, name))
+
+    def forward(self, x, t, labels=None):
+        return self.net(x, t, labels)
+
+
+def trained_looking(label_dim=0):
+    """A network whose output is not nearly zero, as a fresh one's is."""
+    torch.manual_seed(0)
+    net = build_network(
+        "ddpmpp", img_resolution=8, img_channels=1, label_dim=label_dim, model_channels=16,
+        channel_mult=[1, 1], num_blocks=1, attn_resolutions=[4],
+    )  # fmt: skip
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return net
+
+
+@pytest.mark.parametrize("label_dim", [0, 3])
+@pytest.mark.parametrize("times", [[80.0], [80.0, 2.0, 0.821]])
+def test_fused_passes_draw_the_same_images(label_dim, times):
+    net = trained_looking(label_dim)
+    fused, plain = sample(net, 7, times=times, seed=3), sample(Plain(net), 7, times=times, seed=3)
+    assert fused.float().std() > 20
+    assert (fused.int() - plain.int()).abs().max() <= 1
+    assert (fused == plain).float().mean() > 0.99
+
+
+def test_kernels_draw_the_same_images(triton_device, monkeypatch):
+    monkeypatch.delenv("TCM_FAST_BACKEND")  # attention and normalisation may have no kernel here
+    net = trained_looking().to(triton_device)
+    ours = sample(net, 2, times=[80.0, 2.0], seed=3, precision="fp32")
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    plain = sample(net, 2, times=[80.0, 2.0], seed=3, precision="fp32")
+    assert (ours.int() - plain.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("precision", "bytes_off"), [("fp16", 1), ("bf16", 4), ("tf32", 0)])
+def test_16_bit_sampling_is_near(precision, bytes_off):
+    net = trained_looking()
+    wide, low = sample(net, 8, seed=3), sample(net, 8, seed=3, precision=precision)
+    assert (wide.int() - low.int()).abs().float().mean() <= bytes_off
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="precision: must be one of fp32, tf32, fp16, bf16, got"):
+        sample(trained_looking(), 2, precision="int8")
+
+
+def test_a_sampler_replays_what_it_has_captured():
+    class Deferred:
+        def __init__(self, work, tensors):
+            self.work, self.tensors = work, tensors
+
+        def replay(self):
+            self.result = self.work(*self.tensors)
+
+    net = trained_looking(3)
+    sampler = Sampler([net], multistep, [80.0], seed=3)
+    sampler.graphs = GraphCache(Deferred)
+    labels = torch.eye(3)[torch.arange(12) % 3]
+    expected = sample(net, 12, seed=3)
+    for first in range(0, 12, 2):
+        drawn = sampler.draw(torch.arange(first, first + 2), labels[first : first + 2])
+        assert torch.equal(drawn, expected[first : first + 2])

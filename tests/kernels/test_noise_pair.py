@@ -155,7 +155,18 @@ def test_operator_is_well_formed(triton_device):
     y, t, r = (v.to(triton_device) for v in batch(2))
     scalar = torch.zeros((), dtype=torch.int64, device=triton_device)
     sample = torch.arange(2, device=triton_device)
-    arguments = (y, t.float(), r.float(), sample, scalar, scalar, 0.5, torch.float16, True)
+    arguments = (
+        y,
+        t.float(),
+        r.float(),
+        sample,
+        scalar,
+        scalar,
+        NOISE_LAYER,
+        0.5,
+        torch.float16,
+        True,
+    )
     torch.library.opcheck(torch.ops.tcm_fast.noise_pair.default, arguments)
 
 
