@@ -23,6 +23,7 @@ optim
 checkpoint
 pictures
 sampler
+precision_check
 metrics
 plan
 trainer
