@@ -32,7 +32,7 @@ def train(job: tuple[str, str, int, dict[str, Any], str | None]) -> dict[str, An
     """Train (name, phase, seed, changes, initial run); returns its row of the table."""
     import torch
 
-    from tcm_fast import metrics
+    from tcm_fast import features, metrics
     from tcm_fast.checkpoint import load_network
     from tcm_fast.config import load_preset
     from tcm_fast.trainer import Trainer
@@ -52,7 +52,7 @@ def train(job: tuple[str, str, int, dict[str, Any], str | None]) -> dict[str, An
     )
     trainer = Trainer(config, out, init=init, resume=True)
     (result,) = trainer.run()
-    net, space = load_network(out), metrics.feature_space("digits")
+    net, space = load_network(out), features.feature_space("digits")
     row: dict[str, Any] = {"run": Path(out).name, "seed": seed, "phase": phase, "changes": changes}
     row |= {"images": result.images, "seconds": round(result.seconds, 1)}
     for steps in (None,) if phase == "edm" else (1, 2):

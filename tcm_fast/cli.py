@@ -257,6 +257,7 @@ def evaluate(args: Eval) -> int:
     from tcm_fast.checkpoint import load_network
     from tcm_fast.data import load_images
     from tcm_fast.distributed import pick_device
+    from tcm_fast.features import feature_space
 
     config = run_config(args.source)
     source = args.data or config.data.source
@@ -274,7 +275,7 @@ def evaluate(args: Eval) -> int:
     images = load_images(
         source, skip_corrupt=config.data.skip_corrupt, resolution=config.data.resolution
     )
-    space = metrics.feature_space(features, device=device)
+    space = feature_space(features, device=device)
     steps = (None,) if net.info["phase"] == "edm" else args.steps
     reports = {
         n: metrics.evaluate_network(net, images, space, steps=n, num=args.num, seed=args.seed)

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tcm_fast import checkpoint, distributed, metrics
 from tcm_fast.config import PHASES, Config, ConsistencyConfig, PhaseConfig, save_config, to_dict
 from tcm_fast.data import ImageStream, load_images
+from tcm_fast.features import feature_space
 from tcm_fast.graphs import GraphCache
 from tcm_fast.networks import Precond, build_network
 from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
@@ -167,7 +168,7 @@ class Trainer:
             save_config(config, self.out / "config.json")
         self.log = RunLog(self.out, active=self.workers.is_main)
         features = config.eval.features
-        self.space = metrics.feature_space(features, device=self.device) if features else None
+        self.space = feature_space(features, device=self.device) if features else None
         self._stop = False
 
     # ---- the run --------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ checkpoint
 pictures
 sampler
 precision_check
+features
 metrics
 plan
 trainer
