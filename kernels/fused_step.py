@@ -149,9 +149,7 @@ def fused_step_reference(
             t.copy.copy_(t.param)
 
 
-def _update_reference(t: StepTensors, options: StepOptions, factor: float) -> None:
-    assert t.grad is not None and t.step is not None
-    assert t.exp_avg is not None and t.exp_avg_sq is not None
+def _update_reference(t: Any, options: StepOptions, factor: float) -> None:
     t.step += 1
     size, root_scale, adapted = step_size_reference(options, t.step.item())
     beta1, beta2 = options.betas
@@ -172,8 +170,10 @@ def _update_reference(t: StepTensors, options: StepOptions, factor: float) -> No
 # -- launchers ------------------------------------------------------------------------------------
 
 
-def _in_layout(tensor: torch.Tensor, param: torch.Tensor) -> bool:
+def in_layout(tensor: torch.Tensor, param: torch.Tensor) -> bool:
     """Same shape, and elements in the same places."""
+    if tensor.stride() == param.stride():
+        return tensor.shape == param.shape
     if tensor.shape != param.shape:
         return False
     pairs = zip(tensor.shape, tensor.stride(), param.stride(), strict=True)
@@ -209,7 +209,7 @@ class StepTable:
     stored: tuple[float, ...] = ()
     """What the options were last filled with."""
     scratch: torch.Tensor | None = None
-    spare: tuple[torch.Tensor, torch.Tensor] | None = None
+    spare: list[torch.Tensor] | None = None
     """Pinned memory for the table and the chunks of the next graph: none is made during a capture."""
     captured: list[Any] = field(default_factory=list)
     """What graphs read when they are replayed: kept for good."""
@@ -245,9 +245,12 @@ class StepTable:
             if on_cuda:
                 self._to_device(ext, host, tensors[0].param.device, capturing)
         if on_cuda and not capturing and self.spare is None:
-            assert self.host is not None and self.chunks is not None
-            spare = [torch.empty_like(x, device="cpu") for x in (self.host, self.chunks)]
-            self.spare = (spare[0].pin_memory(), spare[1].pin_memory())
+            sizes = [x.shape for x in (self.host, self.chunks)]
+            types = (torch.int64, torch.int32)
+            self.spare = [
+                torch.empty(size, dtype=dtype, pin_memory=True)
+                for size, dtype in zip(sizes, types, strict=True)
+            ]
 
     def _to_device(self, ext, host: torch.Tensor, device: torch.device, capturing: bool) -> None:
         sizes = -(-host[:, 6] // ext.FUSED_STEP_CHUNK)
@@ -258,7 +261,9 @@ class StepTable:
         if not capturing:
             self.device, self.chunks = host.to(device), chunks.to(device)
         elif self.spare is None or self.spare[1].shape != chunks.shape:
-            raise ValueError("fused_step: take a step with these tensors before a graph is captured")
+            raise ValueError(
+                "fused_step: take a step with these tensors before a graph is captured"
+            )
         else:
             # A graph copies from the host again whenever it is replayed, each from its own memory.
             self.spare[0].copy_(host)
@@ -294,6 +299,8 @@ def _row(t: StepTensors) -> list[int]:
         0 if x is None else x.data_ptr()
         for x in (t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.step, t.copy)
     ]
+    if t.grad is not None and not t.param.numel():
+        addresses[1] = addresses[4]  # an empty gradient has no address, yet its step counts
     averages = [average.data_ptr() for average in t.averages]
     wide = [*addresses[:4], *averages, 2 * addresses[5]]
     flags = _ALIGNED * all(a % 16 == 0 for a in wide)
@@ -357,7 +364,7 @@ def _check_tensors(tensors: Sequence[StepTensors], groups: int) -> None:
             got = f"{x.dtype} {list(x.shape)} on {x.device}"
             fits = x.dtype == p.dtype and x.shape == p.shape and x.device == p.device
             _require(fits, f"{name} {where} must be {shape}, got {got}")
-            _require(_in_layout(x, p), f"{name} {where} must have the strides of the parameter")
+            _require(in_layout(x, p), f"{name} {where} must have the strides of the parameter")
         if t.grad is not None:
             given = t.exp_avg is not None and t.exp_avg_sq is not None and t.step is not None
             _require(given, f"exp_avg, exp_avg_sq and step {where} must come with a gradient")
@@ -369,7 +376,7 @@ def _check_tensors(tensors: Sequence[StepTensors], groups: int) -> None:
         if t.copy is not None:
             fits = t.copy.dtype in COPY_DTYPES and t.copy.device == p.device
             _require(fits, f"copy {where} must be fp16 or bf16 on {p.device}, got {t.copy.dtype}")
-            _require(_in_layout(t.copy, p), f"copy {where} must have the shape of the parameter")
+            _require(in_layout(t.copy, p), f"copy {where} must have the shape of the parameter")
 
 
 def _check_options(tensors, groups, control: StepControl, average_betas, max_norm) -> None:
@@ -465,6 +472,4 @@ def fused_step(
         launch_fused_step(ext, tensors, groups, control, average_betas, max_norm, table)
         return
     _check_tensors(tensors, len(groups))
-    fused_step_reference(
-        tensors, groups, control, average_betas=average_betas, max_norm=max_norm
-    )
+    fused_step_reference(tensors, groups, control, average_betas=average_betas, max_norm=max_norm)

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 
 from tcm_fast.config import PhaseConfig
+from tcm_fast.kernels._backend import extension_for
 from tcm_fast.kernels.fused_step import (
     StepControl,
     StepOptions,
     StepTable,
     StepTensors,
     fused_step,
+    in_layout,
     store_step_options,
 )
-from tcm_fast.kernels._backend import extension_for
 
 TORCH_KINDS: dict[str, type[torch.optim.Optimizer]] = {
     "radam": torch.optim.RAdam,
@@ -248,7 +249,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As torch's. ValueError once averages or copies were given: these parameters have none."""
         if self._tensors:
             if self._averages or any(copy is not None for copy in self._copies):
-                raise ValueError("optimizer: a group must be there when averages or copies are given")
+                raise ValueError(
+                    "optimizer: a group must be there when averages or copies are given"
+                )
             super().add_param_group(param_group)
             self._copies += [None] * len(self.param_groups[-1]["params"])
             self._describe()
@@ -286,11 +289,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _gather(self) -> None:
         """Bring the tensors' descriptions up to date with gradients and state."""
         for t in self._tensors:
-            grad, state = t.param.grad, self.state[t.param] if t.param in self.state else None
+            grad, state = t.param.grad, self.state.get(t.param)
             if grad is not None:
                 if grad.is_sparse:
                     raise ValueError("optimizer: gradients must be dense, got a sparse one")
-                if grad.stride() != t.param.stride():
+                if not in_layout(grad, t.param):
                     grad = torch.empty_like(t.param).copy_(grad)
                 if not state:
                     state = self.state[t.param]
@@ -298,14 +301,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(t.param)
                     state["exp_avg_sq"] = torch.zeros_like(t.param)
             t.grad = grad
-            if not state or state["exp_avg"] is t.exp_avg and state["exp_avg_sq"] is t.exp_avg_sq:
-                if state:
-                    t.step = state["step"]
+            if not state:
+                t.step = t.exp_avg = t.exp_avg_sq = None
                 continue
-            for key in ("exp_avg", "exp_avg_sq"):  # a loaded one may lie in memory as it was saved
-                if state[key].stride() != t.param.stride():
-                    state[key] = torch.empty_like(t.param).copy_(state[key])
-            t.step, t.exp_avg, t.exp_avg_sq = state["step"], state["exp_avg"], state["exp_avg_sq"]
+            for key in ("exp_avg", "exp_avg_sq"):
+                value = state[key]
+                if value is not getattr(t, key) and not in_layout(value, t.param):
+                    value = state[key] = torch.empty_like(t.param).copy_(value)  # as it was saved
+                setattr(t, key, value)
+            t.step = state["step"]
 
     def store_options(self) -> None:
         """Bring rates and betas to the device. `step` does it too, but not while a graph is captured or
@@ -335,6 +339,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             max_norm=self.max_norm,
             table=self._table,
         )
+        for t in self._tensors:
+            t.grad = None  # or its memory would outlive zero_grad
         return loss
 
 
@@ -343,21 +349,43 @@ def _as_list(params: Any) -> list[Any]:
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: PhaseConfig, *, capturable: bool = False
+    parameters: Iterable[torch.nn.Parameter],
+    config: PhaseConfig,
+    *,
+    emas: Sequence[Ema] = (),
+    scale: float | None = None,
+    growth_interval: int = 2000,
+    capturable: bool = False,
 ) -> torch.optim.Optimizer:
-    """torch's RAdam, Adam or AdamW with the phase's constants; `capturable` keeps the step count and
-    the learning rate on the device, for CUDA graphs."""
-    kinds = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    """The phase's optimizer with its constants: a `FusedOptimizer`, which clips, scales and moves the
+    averages too, where the extension serves the parameters' device; else torch's, which leaves that to
+    others.
+
+    Args:
+        parameters: a network's, on one device.
+        emas: averages of just these parameters.
+        scale, growth_interval: the loss scale, None without one.
+        capturable: torch's keeps the step count and the learning rate on the device, for CUDA graphs
+            (the fused one always can be captured).
+    """
     weights = list(parameters)
-    rate = torch.tensor(config.lr, device=weights[0].device) if capturable else config.lr
-    return kinds[config.optimizer](
+    constants: dict[str, Any] = {
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    device = weights[0].device
+    if extension_for("fused_step", device) is None:
+        rate = torch.tensor(config.lr, device=device) if capturable else config.lr
+        kind = TORCH_KINDS[config.optimizer]
+        return kind(weights, lr=rate, capturable=capturable, foreach=True, **constants)
+    return FusedOptimizer(
         weights,
-        lr=rate,
-        capturable=capturable,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        foreach=True,
+        config.optimizer,
+        lr=config.lr,
+        max_norm=config.grad_clip,
+        averages=[ema.average for ema in emas],
+        scale=scale,
+        growth_interval=growth_interval,
+        **constants,
     )
-
-
