@@ -19,9 +19,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/module.cpp", "csrc/philox_cpu.cpp"]
-CUDA_SOURCES = ["csrc/philox_cuda.cu"]
-HEADERS = ["csrc/operations.h", "csrc/philox.h"]
+SOURCES = ["csrc/module.cpp", "csrc/philox_cpu.cpp", "csrc/fused_step_cpu.cpp"]
+CUDA_SOURCES = ["csrc/philox_cuda.cu", "csrc/fused_step_cuda.cu"]
+HEADERS = ["csrc/operations.h", "csrc/philox.h", "csrc/fused_step.h"]
 CUDA_ARCHS = ["80", "86", "89", "90", "100", "120"]
 
 # Unfused products and sums: the same bits on every machine and on the device.

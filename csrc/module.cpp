@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "fused_step.h"
 #include "operations.h"
 
 namespace py = pybind11;
@@ -90,6 +91,58 @@ void dropout_cpu(Address out, Address x, Address sample, int64_t n, int64_t chan
                         threshold, threads);
 }
 
+void check_counts(const char* name, int64_t tensors, int averages, int64_t groups) {
+  require(tensors >= 0 && averages >= 0 && groups >= 0, name,
+          "counts must not be negative, got " + std::to_string(tensors) + ", " +
+              std::to_string(averages) + " and " + std::to_string(groups));
+}
+
+void check_scale(const char* name, std::initializer_list<Address> needed, Address scale,
+                 Address tracker) {
+  for (Address address : needed) {
+    require(address != 0, name, "addresses must not be null, got 0");
+  }
+  require((scale == 0) == (tracker == 0), name, "scale and tracker must come together");
+}
+
+// A table on the host, row by row.
+void fused_step_check(Address table, int64_t tensors, int averages, int64_t groups) {
+  const char* name = "fused_step_check";
+  check_counts(name, tensors, averages, groups);
+  require(tensors == 0 || table != 0, name, "addresses must not be null, got 0");
+  for (int64_t t = 0; t < tensors; ++t) {
+    using namespace tcm_fast;
+    const int64_t* row = at<int64_t>(table) + t * (kFields + averages);
+    const std::string where = " in row " + std::to_string(t);
+    require(row[kNumel] >= 0, name, "sizes must not be negative, got one" + where);
+    require(row[kGroup] >= 0 && row[kGroup] < groups, name, "no such group" + where);
+    if (row[kNumel] == 0) continue;
+    require(row[kParam] != 0, name, "addresses must not be null, got 0" + where);
+    if (row[kGrad]) {
+      require(row[kExpAvg] && row[kExpAvgSq] && row[kStep], name,
+              "a gradient needs its moments and step count, got none" + where);
+    }
+    for (int k = 0; k < averages; ++k) {
+      require(row[kFields + k] != 0, name, "addresses must not be null, got 0" + where);
+    }
+    if (row[kFlags] & kAligned) {
+      int64_t any = row[kParam] | row[kGrad] | row[kExpAvg] | row[kExpAvgSq] | row[kCopy] << 1;
+      for (int k = 0; k < averages; ++k) any |= row[kFields + k];
+      require(any % 16 == 0, name, "an address is not aligned as the flags say" + where);
+    }
+  }
+}
+
+void fused_step_cpu(Address table, int64_t tensors, int averages, Address options, int64_t groups,
+                    Address norm, Address skips, Address scale, Address tracker, int threads) {
+  fused_step_check(table, tensors, averages, groups);
+  check_scale("fused_step_cpu", {options, norm, skips}, scale, tracker);
+  check_threads("fused_step_cpu", threads);
+  tcm_fast::fused_step_cpu(at<int64_t>(table), tensors, averages, at<double>(options),
+                           at<double>(norm), at<int64_t>(skips), at<float>(scale),
+                           at<int32_t>(tracker), threads);
+}
+
 #ifdef TCM_FAST_WITH_CUDA
 void launched(const char* name, const char* error) {
   if (error) throw std::runtime_error(std::string(name) + ": " + error);
@@ -123,6 +176,31 @@ void dropout_mask_cuda(Address out, Address sample, int64_t n, int64_t elements,
                                        at<void>(stream)));
 }
 
+void fused_step_cuda(Address table, int64_t tensors, int averages, Address chunks,
+                     int64_t num_chunks, Address options, int64_t groups, Address norm,
+                     Address skips, Address scale, Address tracker, Address scratch,
+                     int64_t scratch_size, Address stream) {
+  const char* name = "fused_step_cuda";
+  check_counts(name, tensors, averages, groups);
+  check_scale(name, {table, chunks, options, norm, skips, scratch}, scale, tracker);
+  require(num_chunks >= 0 && num_chunks < int64_t{1} << 31, name,
+          "chunks must be fewer than 2**31, got " + std::to_string(num_chunks));
+  const int64_t needed = tcm_fast::fused_step_scratch(tensors, num_chunks);
+  require(scratch_size >= needed, name,
+          "scratch must hold " + std::to_string(needed) + ", got " + std::to_string(scratch_size));
+  launched(name, tcm_fast::fused_step_cuda(
+                     at<int64_t>(table), tensors, averages, at<int32_t>(chunks), num_chunks,
+                     at<double>(options), at<double>(norm), at<int64_t>(skips), at<float>(scale),
+                     at<int32_t>(tracker), at<double>(scratch), at<void>(stream)));
+}
+
+void store_options_cuda(Address to, const std::vector<double>& values, Address stream) {
+  require(values.empty() || to != 0, "store_options_cuda", "addresses must not be null, got 0");
+  launched("store_options_cuda",
+           tcm_fast::store_options_cuda(at<double>(to), values.data(),
+                                        static_cast<int64_t>(values.size()), at<void>(stream)));
+}
+
 constexpr const char* kCudaArchs = TCM_FAST_WITH_CUDA;
 #else
 constexpr const char* kCudaArchs = "";
@@ -146,7 +224,7 @@ std::vector<std::string> cuda_archs() {
 
 PYBIND11_MODULE(_C, m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  m.doc() = "Philox bits, normals and dropout on raw memory; tcm_fast.kernels checks and wraps them.";
+  m.doc() = "Random numbers, dropout and optimizer steps on raw memory; tcm_fast.kernels checks and wraps them.";
   m.def("has_cuda", [] { return *kCudaArchs != '\0'; }, "Was the CUDA half built?");
   m.def("cuda_archs", &cuda_archs, "Architectures of the CUDA half, such as ['80', '90'].");
 
@@ -163,7 +241,21 @@ PYBIND11_MODULE(_C, m) {
         py::arg("n"), py::arg("channels"), py::arg("pixels"), py::arg("channels_last"),
         py::arg("seed"), py::arg("step"), py::arg("layer"), py::arg("threshold"),
         py::arg("threads"));
+  m.attr("FUSED_STEP_CHUNK") = tcm_fast::kChunk;
+  m.def("fused_step_check", &fused_step_check, release(), py::arg("table"), py::arg("tensors"),
+        py::arg("averages"), py::arg("groups"));
+  m.def("fused_step_cpu", &fused_step_cpu, release(), py::arg("table"), py::arg("tensors"),
+        py::arg("averages"), py::arg("options"), py::arg("groups"), py::arg("norm"),
+        py::arg("skips"), py::arg("scale"), py::arg("tracker"), py::arg("threads"));
 #ifdef TCM_FAST_WITH_CUDA
+  m.def("fused_step_scratch", &tcm_fast::fused_step_scratch, py::arg("tensors"),
+        py::arg("num_chunks"));
+  m.def("fused_step_cuda", &fused_step_cuda, release(), py::arg("table"), py::arg("tensors"),
+        py::arg("averages"), py::arg("chunks"), py::arg("num_chunks"), py::arg("options"),
+        py::arg("groups"), py::arg("norm"), py::arg("skips"), py::arg("scale"), py::arg("tracker"),
+        py::arg("scratch"), py::arg("scratch_size"), py::arg("stream"));
+  m.def("store_options_cuda", &store_options_cuda, release(), py::arg("to"), py::arg("values"),
+        py::arg("stream"));
   m.def("philox_bits_cuda", &philox_bits_cuda, release(), py::arg("out"), py::arg("sample"),
         py::arg("n"), py::arg("num_blocks"), py::arg("seed"), py::arg("step"), py::arg("layer"),
         py::arg("stream"));

@@ -19,6 +19,11 @@ void dropout_cpu(float* out, const float* x, const int64_t* sample, int64_t n, i
                  int64_t pixels, bool channels_last, int64_t seed, int64_t step, uint32_t layer,
                  uint32_t threshold, int threads);
 
+// One optimizer step; fused_step.h has the layout of table and options and what the others are.
+// `scale` and `tracker` may be null.
+void fused_step_cpu(const int64_t* table, int64_t tensors, int averages, const double* options,
+                    double* norm, int64_t* skips, float* scale, int32_t* tracker, int threads);
+
 #ifdef TCM_FAST_WITH_CUDA
 // The same on the device: seed and step are read from its memory, so that a graph can be replayed
 // with other values. Each returns nullptr or the error's text.
@@ -30,6 +35,16 @@ const char* philox_normal_cuda(float* out, const int64_t* sample, int64_t n, int
 const char* dropout_mask_cuda(uint8_t* out, const int64_t* sample, int64_t n, int64_t elements,
                               const int64_t* seed, const int64_t* step, uint32_t layer,
                               uint32_t threshold, void* stream);
+
+// All addresses are the device's. chunks: int32 [num_chunks, 2], tensor and number within the tensor;
+// scratch: fp64 [fused_step_scratch(...)], zeros at first.
+int64_t fused_step_scratch(int64_t tensors, int64_t num_chunks);
+const char* fused_step_cuda(const int64_t* table, int64_t tensors, int averages,
+                            const int32_t* chunks, int64_t num_chunks, const double* options,
+                            double* norm, int64_t* skips, float* scale, int32_t* tracker,
+                            double* scratch, void* stream);
+// `values` on the host to `to` on the device.
+const char* store_options_cuda(double* to, const double* values, int64_t count, void* stream);
 #endif
 
 }  // namespace tcm_fast

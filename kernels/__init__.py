@@ -2,6 +2,7 @@
 
 from tcm_fast.kernels.consistency_loss import consistency_loss
 from tcm_fast.kernels.dropout import DropoutKey, dropout, dropout_mask
+from tcm_fast.kernels.fused_step import StepControl, StepOptions, StepTable, StepTensors, fused_step
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.noise_pair import noise_pair
 from tcm_fast.kernels.philox import philox_bits, philox_normal
@@ -10,9 +11,14 @@ from tcm_fast.kernels.qkv_attention import qkv_attention
 
 __all__ = [
     "DropoutKey",
+    "StepControl",
+    "StepOptions",
+    "StepTable",
+    "StepTensors",
     "consistency_loss",
     "dropout",
     "dropout_mask",
+    "fused_step",
     "group_norm_silu",
     "noise_pair",
     "philox_bits",

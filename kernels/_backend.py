@@ -56,22 +56,25 @@ def _cuda_gap(index: int) -> str:
     )
 
 
+def extension_gap(device: torch.device) -> str:
+    """Why the extension does not serve `device`; empty where it does."""
+    if backend() == "reference":
+        return "TCM_FAST_BACKEND=reference"
+    if device.type == "cuda":
+        return _cuda_gap(torch.cuda.current_device() if device.index is None else device.index)
+    return _load()[1] if device.type == "cpu" else f"no kernel for {device.type}"
+
+
 def extension_for(name: str, device: torch.device) -> ModuleType | None:
     """The extension where it serves operation `name` on `device`, None where the reference does.
 
     Raises:
         ValueError: TCM_FAST_BACKEND=kernel, and it cannot.
     """
-    choice = backend()
-    if choice == "reference":
-        return None
-    if device.type == "cuda":
-        gap = _cuda_gap(torch.cuda.current_device() if device.index is None else device.index)
-    else:
-        gap = _load()[1] if device.type == "cpu" else f"no kernel for {device.type}"
+    gap = extension_gap(device)
     if not gap:
         return extension()
-    if choice == "kernel":
+    if backend() == "kernel":
         raise ValueError(
             f"{name}: TCM_FAST_BACKEND=kernel needs a kernel on {device}, got none ({gap})"
         )

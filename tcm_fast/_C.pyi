@@ -1,5 +1,10 @@
-# Addresses are tensor.data_ptr(), contiguous; `sample` is int64 [n]. The *_cuda functions exist where
-# has_cuda(); their seed and step are addresses of int64 scalars on the device.
+# Addresses are tensor.data_ptr(), contiguous; `sample` is int64 [n]; seed and step are addresses of
+# int64 scalars. The *_cuda functions exist where has_cuda(); their addresses are the device's. Tables
+# and options of an optimizer step are as csrc/fused_step.h lays them out.
+
+from collections.abc import Sequence
+
+FUSED_STEP_CHUNK: int
 
 def has_cuda() -> bool: ...
 def cuda_archs() -> list[str]: ...
@@ -51,3 +56,34 @@ def dropout_mask_cuda(
     threshold: int,
     stream: int,
 ) -> None: ...
+def fused_step_check(table: int, tensors: int, averages: int, groups: int) -> None: ...
+def fused_step_cpu(
+    table: int,
+    tensors: int,
+    averages: int,
+    options: int,
+    groups: int,
+    norm: int,
+    skips: int,
+    scale: int,
+    tracker: int,
+    threads: int,
+) -> None: ...
+def fused_step_scratch(tensors: int, num_chunks: int) -> int: ...
+def fused_step_cuda(
+    table: int,
+    tensors: int,
+    averages: int,
+    chunks: int,
+    num_chunks: int,
+    options: int,
+    groups: int,
+    norm: int,
+    skips: int,
+    scale: int,
+    tracker: int,
+    scratch: int,
+    scratch_size: int,
+    stream: int,
+) -> None: ...
+def store_options_cuda(to: int, values: Sequence[float], stream: int) -> None: ...

@@ -237,6 +237,11 @@ def _check_fit(what: str, expected: Tensors, given: Tensors) -> None:
 # ---- the optimizer ------------------------------------------------------------------------------
 
 
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """The torch optimizer whose state it has: its own name, or what it stands for."""
+    return str(getattr(optimizer, "stands_for", type(optimizer).__name__))
+
+
 def flatten_optimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, torch.Tensor]],
@@ -327,7 +332,7 @@ class Checkpoint:
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, net: Precond) -> None:
         """Load the optimizer's state, for the parameters of `net`. ValueError unless it fits."""
-        kind = type(optimizer).__name__
+        kind = _kind(optimizer)
         if kind != self.state["optimizer"]:
             raise ValueError(
                 f"optimizer: the checkpoint {self.path} was written by {self.state['optimizer']}, "
@@ -386,7 +391,7 @@ def save_checkpoint(
             "sequence": 1 + max((saved.get("sequence", 0) for _, saved in earlier), default=0),
             "milestone": milestone,
             **info,
-            "optimizer": type(optimizer).__name__,
+            "optimizer": _kind(optimizer),
             "versions": {"torch": torch.__version__, "tcm_fast": version("tcm-fast")},
             "files": files,
         }
@@ -496,7 +501,7 @@ def _write_tensors(
         _write_network(folder / f"{name}.safetensors", net, info if is_student else own, values)
     assert model is not None, "a checkpoint needs its model"
     moments = flatten_optimizer(optimizer, model.named_parameters())
-    header = {"format": FORMAT, "optimizer": type(optimizer).__name__}
+    header = {"format": FORMAT, "optimizer": _kind(optimizer)}
     _write(folder / "optimizer.safetensors", moments, header)
     files = {}
     for file in sorted(folder.iterdir()):

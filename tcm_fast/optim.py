@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tcm_fast.config import PhaseConfig
+from tcm_fast.kernels._backend import extension_for
+from tcm_fast.kernels.fused_step import (
+    StepControl,
+    StepOptions,
+    StepTable,
+    StepTensors,
+    fused_step,
+    in_layout,
+    store_step_options,
+)
 
-
-def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: PhaseConfig, *, capturable: bool = False
-) -> torch.optim.Optimizer:
-    """torch's RAdam, Adam or AdamW with the phase's constants; `capturable` keeps the step count and
-    the learning rate on the device, for CUDA graphs."""
-    kinds = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    weights = list(parameters)
-    rate = torch.tensor(config.lr, device=weights[0].device) if capturable else config.lr
-    return kinds[config.optimizer](
-        weights,
-        lr=rate,
-        capturable=capturable,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        foreach=True,
-    )
+TORCH_KINDS: dict[str, type[torch.optim.Optimizer]] = {
+    "radam": torch.optim.RAdam,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
 
 
 def learning_rate(config: PhaseConfig, images: int, iteration: int) -> float:
@@ -102,3 +99,293 @@ class Ema:
         """Move the average towards the parameters, after an optimizer step."""
         beta = self.rule.beta(iteration, images, batch_size)
         torch._foreach_lerp_(self.average, [p.detach() for p in self.source], 1 - beta)
+
+
+class LossScale:
+    """The loss scale of a `FusedOptimizer`, which moves it in its step: torch.amp.GradScaler's face and
+    state dict."""
+
+    def __init__(self, control: StepControl) -> None:
+        self.control = control
+
+    def is_enabled(self) -> bool:
+        return self.control.scale is not None
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss whose gradients the optimizer divides by the scale again."""
+        return loss if self.control.scale is None else loss * self.control.scale
+
+    def get_scale(self) -> float:
+        """The scale now; waits for the device."""
+        return 1.0 if self.control.scale is None else self.control.scale.item()
+
+    def state_dict(self) -> dict[str, Any]:
+        control = self.control
+        if control.scale is None or control.tracker is None:
+            return {}
+        return {
+            "scale": control.scale.item(),
+            "growth_factor": control.growth,
+            "backoff_factor": control.backoff,
+            "growth_interval": control.interval,
+            "_growth_tracker": control.tracker.item(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` of this or of a GradScaler gave. ValueError where one has a
+        scale and the other none."""
+        control = self.control
+        if bool(state) != self.is_enabled() or control.scale is None or control.tracker is None:
+            if state or self.is_enabled():
+                raise ValueError(f"loss scale: must be saved and in use alike, got {state}")
+            return
+        control.scale.fill_(state["scale"])
+        control.tracker.fill_(state["_growth_tracker"])
+        control.growth = state["growth_factor"]
+        control.backoff = state["backoff_factor"]
+        control.interval = state["growth_interval"]
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """torch.optim's RAdam, Adam or AdamW together with what else happens to weights in a step:
+    unscaling, skipping non-finite gradients, clipping, averages, 16-bit copies. All of it in one pass
+    over memory where the extension serves the parameters' device.
+
+    State and parameter groups are those of the torch optimizer of that kind, so that state dicts go
+    both ways; step counts are kept on the parameters' device. A step with a gradient that is not finite
+    changes nothing and is counted in `skips`.
+
+    Args:
+        params: parameters or groups of them, dense, on one device.
+        kind: "radam", "adam" or "adamw".
+        lr, betas, eps, weight_decay: torch's; weight decay is L2 but for adamw.
+        max_norm: clip the gradient's norm to this; None leaves it.
+        averages: lists of tensors like the parameters, in the order of all groups; `average_betas`
+            says how they move.
+        copies: a 16-bit tensor for each parameter, or None for those without.
+        scale: of the loss, at first; None does not scale. `growth_interval`: steps until it doubles.
+
+    Attributes:
+        average_betas: for the next step, one for each average.
+        loss_scale: what a GradScaler would be.
+
+    Raises:
+        ValueError: an option is out of range, averages or copies do not fit the parameters.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        kind: str = "radam",
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | None = None,
+        max_norm: float | None = None,
+        averages: Sequence[Sequence[torch.Tensor]] = (),
+        copies: Sequence[torch.Tensor | None] | None = None,
+        scale: float | None = None,
+        growth_interval: int = 2000,
+    ) -> None:
+        if kind not in TORCH_KINDS:
+            raise ValueError(f"optimizer: kind must be radam, adam or adamw, got {kind}")
+        params = list(params)
+        if not params:
+            raise ValueError("optimizer: must have parameters, got none")
+        first = params[0]
+        if isinstance(first, dict):
+            params = [{**group, "params": _as_list(group["params"])} for group in params]
+            first = params[0]["params"][0]
+        if isinstance(first, tuple):
+            first = first[1]
+        decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+        model = TORCH_KINDS[kind](
+            [torch.zeros(())],
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            capturable=first.device.type == "cuda",
+            **decay,
+        )
+        self.kind, self.stands_for = kind, type(model).__name__
+        self.max_norm = math.inf if max_norm is None else max_norm
+        self.control = StepControl.on(first.device, scale, interval=growth_interval)
+        self.loss_scale = LossScale(self.control)
+        self.average_betas: Sequence[float] = ()
+        self._table, self._tensors = StepTable(), list[StepTensors]()
+        super().__init__(params, model.defaults)
+        own = [p for group in self.param_groups for p in group["params"]]
+        for k, values in enumerate(averages):
+            if len(values) != len(own):
+                rule = f"averages[{k}] must be {len(own)} tensors, got {len(values)}"
+                raise ValueError(f"optimizer: {rule}")
+        if copies is not None and len(copies) != len(own):
+            raise ValueError(f"optimizer: copies must be {len(own)} tensors, got {len(copies)}")
+        self._averages = [list(values) for values in averages]
+        self._copies = [None] * len(own) if copies is None else list(copies)
+        self._describe()
+
+    @property
+    def skips(self) -> int:
+        """Steps skipped for gradients that were not finite; waits for the device."""
+        return int(self.control.skips.item())
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        """Norm of the last gradient, unscaled and before clipping: fp64 scalar on the device."""
+        return self.control.norm
+
+    def _describe(self) -> None:
+        """One StepTensors for each parameter, in the order of the groups."""
+        owned = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
+        columns = list(zip(*self._averages, strict=True)) or [()] * len(owned)
+        self._tensors = [
+            StepTensors(p, averages=averages, copy=copy, group=i)
+            for (i, p), averages, copy in zip(owned, columns, self._copies, strict=True)
+        ]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. ValueError once averages or copies were given: these parameters have none."""
+        if self._tensors:
+            if self._averages or any(copy is not None for copy in self._copies):
+                raise ValueError(
+                    "optimizer: a group must be there when averages or copies are given"
+                )
+            super().add_param_group(param_group)
+            self._copies += [None] * len(self.param_groups[-1]["params"])
+            self._describe()
+        else:
+            super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in ("amsgrad", "maximize", "differentiable"):
+                if group.get(name):
+                    raise ValueError(f"optimizer: {name} must be false, got {group[name]}")
+            group["lr"] = float(group["lr"])
+            group["betas"] = tuple(float(beta) for beta in group["betas"])
+            group["capturable"] = group["params"][0].device.type == "cuda"
+            for p in group["params"]:
+                for key, value in self.state.get(p, {}).items():
+                    if key == "step":
+                        value = torch.as_tensor(value, dtype=torch.float32, device=p.device)
+                        self.state[p][key] = value.clone()
+
+    def _options(self) -> list[StepOptions]:
+        return [
+            StepOptions(
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                kind="radam" if self.kind == "radam" else "adam",
+                decoupled=group["decoupled_weight_decay"],
+            )
+            for group in self.param_groups
+        ]
+
+    def _gather(self) -> None:
+        """Bring the tensors' descriptions up to date with gradients and state."""
+        for t in self._tensors:
+            grad, state = t.param.grad, self.state.get(t.param)
+            if grad is not None:
+                if grad.is_sparse:
+                    raise ValueError("optimizer: gradients must be dense, got a sparse one")
+                if not in_layout(grad, t.param):
+                    grad = torch.empty_like(t.param).copy_(grad)
+                if not state:
+                    state = self.state[t.param]
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=t.param.device)
+                    state["exp_avg"] = torch.zeros_like(t.param)
+                    state["exp_avg_sq"] = torch.zeros_like(t.param)
+            t.grad = grad
+            if not state:
+                t.step = t.exp_avg = t.exp_avg_sq = None
+                continue
+            for key in ("exp_avg", "exp_avg_sq"):
+                value = state[key]
+                if value is not getattr(t, key) and not in_layout(value, t.param):
+                    value = state[key] = torch.empty_like(t.param).copy_(value)  # as it was saved
+                setattr(t, key, value)
+            t.step = state["step"]
+
+    def store_options(self) -> None:
+        """Bring rates and betas to the device. `step` does it too, but not while a graph is captured or
+        replayed: call this before."""
+        store_step_options(
+            self._tensors,
+            self._options(),
+            self.control,
+            average_betas=self.average_betas,
+            max_norm=self.max_norm,
+            table=self._table,
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take a step, or skip it where a gradient is not finite."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._gather()
+        fused_step(
+            self._tensors,
+            self._options(),
+            self.control,
+            average_betas=self.average_betas,
+            max_norm=self.max_norm,
+            table=self._table,
+        )
+        for t in self._tensors:
+            t.grad = None  # or its memory would outlive zero_grad
+        return loss
+
+
+def _as_list(params: Any) -> list[Any]:
+    return [params] if isinstance(params, torch.Tensor) else list(params)
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter],
+    config: PhaseConfig,
+    *,
+    emas: Sequence[Ema] = (),
+    scale: float | None = None,
+    growth_interval: int = 2000,
+    capturable: bool = False,
+) -> torch.optim.Optimizer:
+    """The phase's optimizer with its constants: a `FusedOptimizer`, which clips, scales and moves the
+    averages too, where the extension serves the parameters' device; else torch's, which leaves that to
+    others.
+
+    Args:
+        parameters: a network's, on one device.
+        emas: averages of just these parameters.
+        scale, growth_interval: the loss scale, None without one.
+        capturable: torch's keeps the step count and the learning rate on the device, for CUDA graphs
+            (the fused one always can be captured).
+    """
+    weights = list(parameters)
+    constants: dict[str, Any] = {
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    device = weights[0].device
+    if extension_for("fused_step", device) is None:
+        rate = torch.tensor(config.lr, device=device) if capturable else config.lr
+        kind = TORCH_KINDS[config.optimizer]
+        return kind(weights, lr=rate, capturable=capturable, foreach=True, **constants)
+    return FusedOptimizer(
+        weights,
+        config.optimizer,
+        lr=config.lr,
+        max_norm=config.grad_clip,
+        averages=[ema.average for ema in emas],
+        scale=scale,
+        growth_interval=growth_interval,
+        **constants,
+    )

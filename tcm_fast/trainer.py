@@ -30,9 +30,18 @@ from tcm_fast.config import PHASES, Config, ConsistencyConfig, PhaseConfig, save
 from tcm_fast.data import ImageStream, load_images
 from tcm_fast.features import feature_space
 from tcm_fast.graphs import GraphCache
+from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.networks import Precond, build_network
 from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
-from tcm_fast.optim import Ema, EmaRule, build_optimizer, learning_rate, set_rate
+from tcm_fast.optim import (
+    Ema,
+    EmaRule,
+    FusedOptimizer,
+    LossScale,
+    build_optimizer,
+    learning_rate,
+    set_rate,
+)
 from tcm_fast.pictures import save_grid
 from tcm_fast.runlog import RunLog
 from tcm_fast.sampler import HEUN_STEPS, sample
@@ -46,6 +55,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 FROZEN_FILE = {"tcm": "stage1", "cd": "teacher"}
+LOSS_SCALE, SCALE_GROWTH_INTERVAL = 16.0, 20_000  # of fp16, as EDM2 and TCM have it
 COLLAPSED = 0.25  # share of their widest spread below which one-step samples are nearly alike
 INFLATED = 1.1  # multiple of the data's spread above which they have left the data
 GRID = 64  # images of a sample grid, at most: its rows are full
@@ -71,7 +81,7 @@ class Phase:
     frozen: Precond | None
     objective: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: torch.amp.GradScaler | LossScale
     emas: list[Ema]
     graphs: GraphCache | None = None
     """Captured steps; None where every step is started operation by operation."""
@@ -80,6 +90,8 @@ class Phase:
     first_iteration: int = 0
     """Iterations before this phase: stage 2 counts on from stage 1."""
     seconds: float = 0.0
+    skips: int = 0
+    """Steps skipped so far, as of the last line of the log."""
     widest_spread: float = 0.0
     """Largest variation among one-step samples so far."""
 
@@ -170,6 +182,10 @@ class Trainer:
         features = config.eval.features
         self.space = feature_space(features, device=self.device) if features else None
         self._stop = False
+        if gap := extension_gap(self.device):
+            self.log.say(
+                f"optimizer: torch's, in many passes over the weights instead of one ({gap})"
+            )
 
     # ---- the run --------------------------------------------------------------------------------
 
@@ -274,6 +290,11 @@ class Trainer:
         """One optimizer step; returns the mean losses off and on the boundary, [2], on the device."""
         for group in phase.optimizer.param_groups:
             set_rate(group, learning_rate(phase.config, phase.images, phase.iteration))
+        size = phase.config.batch_size
+        if isinstance(phase.optimizer, FusedOptimizer):
+            after = (phase.iteration + 1, phase.images + size, size)
+            phase.optimizer.average_betas = [ema.rule.beta(*after) for ema in phase.emas]
+            phase.optimizer.store_options()
         if phase.graphs is None:
             stats = self._work(phase, batches)
         else:
@@ -287,9 +308,9 @@ class Trainer:
                 return self._work(phase, [batch.at(packed, images, labels)])
 
             stats = phase.graphs(batch.kind, work, *tensors)
-        size = phase.config.batch_size
-        for ema in phase.emas:
-            ema.update(phase.iteration + 1, phase.images + size, size)
+        if not isinstance(phase.optimizer, FusedOptimizer):
+            for ema in phase.emas:
+                ema.update(phase.iteration + 1, phase.images + size, size)
         return stats
 
     def _work(self, phase: Phase, batches: list[Batch]) -> torch.Tensor:
@@ -304,6 +325,9 @@ class Trainer:
                 # DistributedDataParallel divides by the world size; the loss is a sum over ranks.
                 phase.scaler.scale(loss * self.workers.world).backward()
             stats += share
+        if isinstance(phase.scaler, LossScale):
+            phase.optimizer.step()
+            return stats
         if phase.config.grad_clip is not None:
             phase.scaler.unscale_(phase.optimizer)
             torch.nn.utils.clip_grad_norm_(phase.student.parameters(), phase.config.grad_clip)
@@ -354,6 +378,16 @@ class Trainer:
                 loss.frozen.model.compile()
         index = PHASES.index(name)
         graphs = self._graphs()
+        emas = [Ema(rule, student.parameters()) for rule in config.ema]
+        scaled = self.config.precision == "fp16"
+        optimizer = build_optimizer(
+            student.parameters(),
+            config,
+            emas=emas,
+            scale=LOSS_SCALE if scaled else None,
+            growth_interval=SCALE_GROWTH_INTERVAL,
+            capturable=graphs is not None,
+        )
         return Phase(
             name=name,
             config=config,
@@ -362,15 +396,17 @@ class Trainer:
             student=student,
             frozen=frozen,
             objective=objective,
-            optimizer=build_optimizer(student.parameters(), config, capturable=graphs is not None),
+            optimizer=optimizer,
             graphs=graphs,
-            scaler=torch.amp.GradScaler(
+            scaler=optimizer.loss_scale
+            if isinstance(optimizer, FusedOptimizer)
+            else torch.amp.GradScaler(
                 self.device.type,
-                init_scale=16.0,
-                growth_interval=20_000,
-                enabled=self.config.precision == "fp16",
+                init_scale=LOSS_SCALE,
+                growth_interval=SCALE_GROWTH_INTERVAL,
+                enabled=scaled,
             ),
-            emas=[Ema(rule, student.parameters()) for rule in config.ema],
+            emas=emas,
         )
 
     def _graphs(self) -> GraphCache | None:
@@ -379,7 +415,9 @@ class Trainer:
             "needs a GPU": self.device.type != "cuda",
             "cannot cut a batch (micro_batches 1)": self.config.micro_batches > 1,
             "cannot talk to other processes": self.workers.world > 1,
-            "cannot choose a loss scale (fp16)": self.config.precision == "fp16",
+            "cannot choose a loss scale (fp16) without the extension": (
+                self.config.precision == "fp16" and extension_gap(self.device) != ""
+            ),
         }
         why = next((reason for reason, holds in obstacles.items() if holds), None)
         if self.config.cuda_graph == "on" and why is not None:
@@ -532,14 +570,26 @@ class Trainer:
         values["lr"] = float(phase.optimizer.param_groups[0]["lr"])
         size = phase.config.batch_size
         values["images_per_second"] = (phase.step - since) * size / max(seconds, 1e-9)
+        skipped = self._skipped(phase)
+        if skipped:
+            values["skipped"] = skipped
         self.log.metrics(phase.name, phase.images, values)
-        if not math.isfinite(loss):
+        stuck = skipped == phase.step - since and not phase.scaler.is_enabled()
+        if stuck or not math.isfinite(loss):
+            what = "no gradient is" if math.isfinite(loss) else "the loss is not"
             last = checkpoint.newest_checkpoint(self.out)
             raise TrainingError(
-                f"{phase.name}: the loss is not finite between images {since * size:,} and "
+                f"{phase.name}: {what} finite between images {since * size:,} and "
                 f"{phase.images:,}; go on from {last or 'the beginning'} with a lower "
                 f"--{phase.name}.lr or a wider --precision"
             )
+
+    def _skipped(self, phase: Phase) -> int:
+        """Steps skipped for their gradients since the last call."""
+        if not isinstance(phase.optimizer, FusedOptimizer):
+            return 0
+        before, phase.skips = phase.skips, phase.optimizer.skips
+        return phase.skips - before
 
     def _listen(self) -> dict[signal.Signals, Any]:
         """Take over the signals that end a program; returns who had them. Only a program's main thread

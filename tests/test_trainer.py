@@ -230,7 +230,11 @@ def test_replayed_steps_are_the_steps(images, tmp_path, monkeypatch):
     config = tiny(images, network={"class_conditional": True}, data={"source": str(images)})
     train(config, tmp_path / "eager")
     build = trainer_module.build_optimizer
-    monkeypatch.setattr(trainer_module, "build_optimizer", lambda p, c, capturable: build(p, c))
+
+    def plain(parameters, config, *, capturable, **rest):
+        return build(parameters, config, **rest)
+
+    monkeypatch.setattr(trainer_module, "build_optimizer", plain)
     monkeypatch.setattr(Trainer, "_graphs", lambda self: GraphCache(Deferred))
     monkeypatch.setattr(trainer_module, "row_granule", lambda *_: 8)
     train(config, tmp_path / "replayed")

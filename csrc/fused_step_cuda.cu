@@ -1,0 +1,231 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "fused_step.h"
+#include "operations.h"
+
+namespace tcm_fast {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kPrepareThreads = 512;
+static_assert(kChunk % (4 * kThreads) == 0, "a chunk is a whole number of rounds");
+
+template <typename T>
+__device__ __forceinline__ T* at(const int64_t* row, int64_t field) {
+  return reinterpret_cast<T*>(row[field]);
+}
+
+__device__ __forceinline__ bool finite(float x) {
+  return (__float_as_uint(x) & 0x7F800000u) != 0x7F800000u;
+}
+
+// The sum over a block in an order that does not vary, in thread 0.
+template <int kSize>
+__device__ double block_sum(double x) {
+  __shared__ double of_warp[kSize / 32];
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_down_sync(~0u, x, offset);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < kSize / 32; ++warp) x += of_warp[warp];
+  }
+  return x;
+}
+
+// One block for each chunk: (tensor, its number among the tensor's chunks).
+__global__ void __launch_bounds__(kThreads)
+sum_squares(const int64_t* table, int64_t width, const int2* chunks, double* sums) {
+  const int2 chunk = chunks[blockIdx.x];
+  const int64_t* row = table + chunk.x * width;
+  const int64_t first = chunk.y * kChunk;
+  const int count = static_cast<int>(min(kChunk, row[kNumel] - first));
+  const float* grad = at<float>(row, kGrad);
+  float sum = 0;
+  bool good = true;
+  if (grad) {
+    grad += first;
+    const int vectors = row[kFlags] & kAligned ? count / 4 : 0;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < vectors; i += kThreads) {
+      const float4 x = reinterpret_cast<const float4*>(grad)[i];
+      sum += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+    }
+    for (int i = 4 * vectors + threadIdx.x; i < count; i += kThreads) sum += grad[i] * grad[i];
+    if (!finite(sum)) {  // an element, or only a square: worth a second look
+      for (int i = threadIdx.x; i < count; i += kThreads) good &= finite(grad[i]);
+      for (int i = threadIdx.x; i < vectors; i += kThreads) {
+        for (int j = 0; j < 4; ++j) good &= finite(grad[4 * i + j]);
+      }
+    }
+  }
+  good = __syncthreads_and(good);
+  // Infinities of either kind add up to infinity: squares are not negative.
+  double total = block_sum<kThreads>(isnan(sum) ? INFINITY : sum);
+  if (threadIdx.x == 0) sums[blockIdx.x] = good ? total : NAN;
+}
+
+// One block: norm, skip and factor for all, coefficients and step count for each tensor.
+__global__ void __launch_bounds__(kPrepareThreads)
+prepare_step(const int64_t* table, int64_t tensors, int64_t width, const double* sums,
+             int64_t chunks, int averages, const double* options, Control control, Shared* shared,
+             Coefficients* coefficients) {
+  __shared__ bool skip;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < chunks; i += kPrepareThreads) sum += sums[i];
+  sum = block_sum<kPrepareThreads>(sum);
+  if (threadIdx.x == 0) {
+    *shared = prepare(sum, options, control);
+    skip = shared->skip;
+  }
+  __syncthreads();
+  if (skip) return;
+  const double* groups = options + kOptions + averages;
+  for (int64_t t = threadIdx.x; t < tensors; t += kPrepareThreads) {
+    const int64_t* row = table + t * width;
+    if (!row[kGrad]) continue;
+    float* step = at<float>(row, kStep);
+    *step += 1;
+    coefficients[t] = coefficients_of(groups + row[kGroup] * kGroupFields, *step);
+  }
+}
+
+// The chunk's elements i, i + 1, ... of all arrays: kWide are 4 with 16-byte accesses, or 1.
+template <int kWide>
+struct Elements {
+  float of[kWide];
+
+  __device__ __forceinline__ void load(const float* from) {
+    if constexpr (kWide == 4) {
+      const float4 x = *reinterpret_cast<const float4*>(from);
+      of[0] = x.x, of[1] = x.y, of[2] = x.z, of[3] = x.w;
+    } else {
+      of[0] = *from;
+    }
+  }
+  __device__ __forceinline__ void store(float* to) const {
+    if constexpr (kWide == 4) {
+      *reinterpret_cast<float4*>(to) = make_float4(of[0], of[1], of[2], of[3]);
+    } else {
+      *to = of[0];
+    }
+  }
+  __device__ __forceinline__ void store(uint16_t* to, bool bfloat) const {
+    uint16_t bits[kWide];
+    for (int j = 0; j < kWide; ++j) bits[j] = to_16_bits(of[j], bfloat);
+    if constexpr (kWide == 4) {
+      *reinterpret_cast<uint2*>(to) =
+          make_uint2(bits[0] | uint32_t{bits[1]} << 16, bits[2] | uint32_t{bits[3]} << 16);
+    } else {
+      *to = bits[0];
+    }
+  }
+};
+
+template <int kWide>
+__device__ __forceinline__ void step_elements(const int64_t* row, int64_t i, int averages,
+                                              const double* betas, float factor,
+                                              const Coefficients& c) {
+  Elements<kWide> param, grad, exp_avg, exp_avg_sq, average;
+  param.load(at<float>(row, kParam) + i);
+  // Most runs have one average: its load is under way with the others.
+  if (averages) average.load(at<float>(row, kFields) + i);
+  if (row[kGrad]) {
+    grad.load(at<float>(row, kGrad) + i);
+    exp_avg.load(at<float>(row, kExpAvg) + i);
+    exp_avg_sq.load(at<float>(row, kExpAvgSq) + i);
+    for (int j = 0; j < kWide; ++j) {
+      update_element(param.of[j], grad.of[j], exp_avg.of[j], exp_avg_sq.of[j], factor, c);
+    }
+    param.store(at<float>(row, kParam) + i);
+    exp_avg.store(at<float>(row, kExpAvg) + i);
+    exp_avg_sq.store(at<float>(row, kExpAvgSq) + i);
+  }
+  for (int k = 0; k < averages; ++k) {
+    const float weight = static_cast<float>(1 - betas[k]), keep = static_cast<float>(betas[k]);
+    if (k) average.load(at<float>(row, kFields + k) + i);
+    for (int j = 0; j < kWide; ++j) {
+      average.of[j] = lerp(average.of[j], param.of[j], weight, keep);
+    }
+    average.store(at<float>(row, kFields + k) + i);
+  }
+  if (row[kCopy]) param.store(at<uint16_t>(row, kCopy) + i, row[kFlags] & kBfloat);
+}
+
+__global__ void __launch_bounds__(kThreads)
+update_tensors(const int64_t* table, int64_t width, const int2* chunks, int averages,
+               const double* options, const Shared* shared, const Coefficients* coefficients) {
+  const Shared all = *shared;
+  if (all.skip) return;
+  const int2 chunk = chunks[blockIdx.x];
+  const int64_t* row = table + chunk.x * width;
+  const int64_t first = chunk.y * kChunk;
+  const int count = static_cast<int>(min(kChunk, row[kNumel] - first));
+  const int vectors = row[kFlags] & kAligned ? count / 4 : 0;
+  const Coefficients c = coefficients[chunk.x];
+  const double* betas = options + kOptions;
+  for (int i = threadIdx.x; i < vectors; i += kThreads) {
+    step_elements<4>(row, first + 4 * i, averages, betas, all.factor, c);
+  }
+  for (int i = 4 * vectors + threadIdx.x; i < count; i += kThreads) {
+    step_elements<1>(row, first + i, averages, betas, all.factor, c);
+  }
+}
+
+// Options travel as kernel arguments: nothing on the host has to outlive the call or be waited for.
+constexpr int kPiece = 256;
+struct Piece {
+  double values[kPiece];
+};
+
+__global__ void store_piece(double* to, int count, Piece piece) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = piece.values[i];
+}
+
+const char* status() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* store_options_cuda(double* to, const double* values, int64_t count, void* stream) {
+  for (int64_t i = 0; i < count; i += kPiece) {
+    Piece piece;
+    const int n = static_cast<int>(std::min<int64_t>(kPiece, count - i));
+    std::copy_n(values + i, n, piece.values);
+    store_piece<<<1, kPiece, 0, static_cast<cudaStream_t>(stream)>>>(to + i, n, piece);
+  }
+  return status();
+}
+
+int64_t fused_step_scratch(int64_t tensors, int64_t chunks) {
+  const int64_t bytes = chunks * sizeof(double) + sizeof(Shared) + tensors * sizeof(Coefficients);
+  return (bytes + 7) / 8;
+}
+
+const char* fused_step_cuda(const int64_t* table, int64_t tensors, int averages,
+                            const int32_t* chunks, int64_t num_chunks, const double* options,
+                            double* norm, int64_t* skips, float* scale, int32_t* tracker,
+                            double* scratch, void* stream) {
+  const int64_t width = kFields + averages;
+  const auto pairs = reinterpret_cast<const int2*>(chunks);
+  const auto shared = reinterpret_cast<Shared*>(scratch + num_chunks);
+  const auto coefficients = reinterpret_cast<Coefficients*>(shared + 1);
+  const auto on = static_cast<cudaStream_t>(stream);
+  const auto blocks = static_cast<unsigned>(num_chunks);
+  if (num_chunks) {
+    sum_squares<<<blocks, kThreads, 0, on>>>(table, width, pairs, scratch);
+  }
+  prepare_step<<<1, kPrepareThreads, 0, on>>>(table, tensors, width, scratch, num_chunks, averages,
+                                              options, {norm, skips, scale, tracker}, shared,
+                                              coefficients);
+  if (num_chunks) {
+    update_tensors<<<blocks, kThreads, 0, on>>>(table, width, pairs, averages, options, shared,
+                                                coefficients);
+  }
+  return status();
+}
+
+}  // namespace tcm_fast

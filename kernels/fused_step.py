@@ -1,0 +1,475 @@
+"""One optimizer step on all tensors of a network: gradient norm, unscaling, skipping of non-finite
+gradients, clipping, Adam, AdamW or RAdam, weight averages and 16-bit copies of the new weights, each
+element read and written once.
+
+The formulas are torch.optim's (Kingma & Ba 2015; Loshchilov & Hutter 2019; Liu et al. 2020), clipping is
+torch.nn.utils.clip_grad_norm_'s, the loss scale moves by torch.amp.GradScaler's rules.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from tcm_fast.kernels._backend import extension_for
+
+COPY_DTYPES = (torch.float16, torch.bfloat16)
+KINDS = {"adam": 0, "radam": 1}
+_DECOUPLED = 2
+_FIELDS = 9  # csrc/fused_step.h: Field
+_ALIGNED, _BFLOAT = 1, 2
+_CONTROL_DTYPES = {
+    "norm": torch.float64,
+    "skips": torch.int64,
+    "scale": torch.float32,
+    "tracker": torch.int32,
+}
+
+
+@dataclass(eq=False, slots=True)
+class StepTensors:
+    """A parameter and what a step changes with it: all of its shape, in its layout, on its device."""
+
+    param: torch.Tensor
+    grad: torch.Tensor | None = None
+    """None: the parameter stays; its averages and its copy follow all the same."""
+    exp_avg: torch.Tensor | None = None
+    exp_avg_sq: torch.Tensor | None = None
+    step: torch.Tensor | None = None
+    """Steps taken, fp32 scalar. A skipped step is none."""
+    averages: tuple[torch.Tensor, ...] = ()
+    copy: torch.Tensor | None = None
+    """fp16 or bf16; receives the new weights."""
+    group: int = 0
+
+    def like_param(self) -> list[tuple[str, torch.Tensor | None]]:
+        """What has the parameter's dtype and layout, by name."""
+        named = [("grad", self.grad), ("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)]
+        return named + [(f"averages[{k}]", average) for k, average in enumerate(self.averages)]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a group of parameters shares."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    kind: Literal["adam", "radam"] = "adam"
+    decoupled: bool = False
+    """Weight decay shrinks the weights (AdamW) instead of being added to the gradient (L2)."""
+
+    def values(self) -> tuple[float, ...]:
+        kind = KINDS[self.kind] | _DECOUPLED * self.decoupled
+        return (self.lr, *self.betas, self.eps, self.weight_decay, kind)
+
+
+@dataclass
+class StepControl:
+    """What a step decides and remembers, on the parameters' device."""
+
+    norm: torch.Tensor
+    """fp64 scalar: the last gradient's norm, unscaled; NaN where it was not finite."""
+    skips: torch.Tensor
+    """int64 scalar: steps skipped so far."""
+    scale: torch.Tensor | None = None
+    """fp32 scalar: the loss scale, or None without one."""
+    tracker: torch.Tensor | None = None
+    """int32 scalar: steps since the scale changed."""
+    growth: float = 2.0
+    backoff: float = 0.5
+    interval: int = 2000
+
+    @classmethod
+    def on(cls, device: torch.device | str, scale: float | None = None, **rules) -> "StepControl":
+        """A fresh one. `rules`: growth, backoff, interval."""
+        norm = torch.zeros((), dtype=torch.float64, device=device)
+        skips = torch.zeros((), dtype=torch.int64, device=device)
+        if scale is None:
+            return cls(norm, skips, **rules)
+        value = torch.full((), scale, dtype=torch.float32, device=device)
+        return cls(norm, skips, value, torch.zeros((), dtype=torch.int32, device=device), **rules)
+
+
+# -- reference ------------------------------------------------------------------------------------
+
+
+def step_size_reference(options: StepOptions, step: float) -> tuple[float, float, bool]:
+    """(step size, factor of the second moment's root, adapted) at step number `step`, from 1."""
+    beta1, beta2 = options.betas
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    if options.kind == "adam":
+        return options.lr / correction1, correction2**-0.5, True
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * beta2**step / correction2
+    if length <= 5:
+        return options.lr / correction1, 1.0, False
+    rectified = (length - 4) * (length - 2) * longest
+    rectified /= (longest - 4) * (longest - 2) * length
+    return options.lr * math.sqrt(correction2 * rectified) / correction1, 1.0, True
+
+
+@torch.no_grad()
+def fused_step_reference(
+    tensors: Sequence[StepTensors],
+    groups: Sequence[StepOptions],
+    control: StepControl,
+    *,
+    average_betas: Sequence[float] = (),
+    max_norm: float = math.inf,
+) -> None:
+    """Tensor by tensor in plain PyTorch, in the parameters' dtype; waits for the device."""
+    grads = [t.grad for t in tensors if t.grad is not None]
+    squares = [grad.double().square().sum() for grad in grads]
+    finite = all(bool(grad.isfinite().all()) for grad in grads)
+    scale = 1.0 if control.scale is None else control.scale.item()
+    norm = math.sqrt(sum(s.item() for s in squares)) / scale if finite else math.nan
+    control.norm.fill_(norm)
+    if control.scale is not None and control.tracker is not None:
+        tracker = control.tracker.item() + 1 if finite else 0
+        after = scale if finite else scale * control.backoff
+        if tracker == control.interval:
+            grown = torch.tensor(scale * control.growth, dtype=torch.float32).item()
+            after, tracker = grown if math.isfinite(grown) else after, 0
+        control.scale.fill_(after)
+        control.tracker.fill_(tracker)
+    if not finite:
+        control.skips += 1
+        return
+    factor = min(max_norm / (norm + 1e-6), 1.0) / scale
+    for t in tensors:
+        if t.grad is not None:
+            _update_reference(t, groups[t.group], factor)
+        for average, beta in zip(t.averages, average_betas, strict=True):
+            average.lerp_(t.param, 1 - beta)
+        if t.copy is not None:
+            t.copy.copy_(t.param)
+
+
+def _update_reference(t: Any, options: StepOptions, factor: float) -> None:
+    t.step += 1
+    size, root_scale, adapted = step_size_reference(options, t.step.item())
+    beta1, beta2 = options.betas
+    grad = t.grad * factor
+    if options.decoupled:
+        t.param *= 1 - options.lr * options.weight_decay
+    else:
+        grad += options.weight_decay * t.param
+    t.exp_avg.lerp_(grad, 1 - beta1)
+    t.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    if adapted:
+        denominator = t.exp_avg_sq.sqrt().mul_(root_scale).add_(options.eps)
+        t.param.addcdiv_(t.exp_avg, denominator, value=-size)
+    else:
+        t.param.add_(t.exp_avg, alpha=-size)
+
+
+# -- launchers ------------------------------------------------------------------------------------
+
+
+def in_layout(tensor: torch.Tensor, param: torch.Tensor) -> bool:
+    """Same shape, and elements in the same places."""
+    if tensor.stride() == param.stride():
+        return tensor.shape == param.shape
+    if tensor.shape != param.shape:
+        return False
+    pairs = zip(tensor.shape, tensor.stride(), param.stride(), strict=True)
+    return all(size == 1 or a == b for size, a, b in pairs) or tensor.numel() == 0
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Elements fill a block of memory without gaps, in any order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+        if size != 1 and stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+@dataclass
+class StepTable:
+    """The addresses of a step's tensors where the kernels read them; filled anew when one has moved.
+
+    It holds on to every tensor whose address it has given away."""
+
+    tensors: Sequence[StepTensors] = ()
+    places: list[Any] = field(default_factory=list)
+    held: list[Any] = field(default_factory=list)
+    host: torch.Tensor | None = None
+    device: torch.Tensor | None = None
+    chunks: torch.Tensor | None = None
+    options: torch.Tensor | None = None
+    """fp64, on the device."""
+    stored: tuple[float, ...] = ()
+    """What the options were last filled with."""
+    scratch: torch.Tensor | None = None
+    spare: list[torch.Tensor] | None = None
+    """Pinned memory for the table and the chunks of the next graph: none is made during a capture."""
+    captured: list[Any] = field(default_factory=list)
+    """What graphs read when they are replayed: kept for good."""
+
+    def place(self, ext, tensors: Sequence[StepTensors], groups: int) -> None:
+        """Check the tensors and write their addresses down, unless all are where they were."""
+        on_cuda = tensors[0].param.device.type == "cuda"
+        capturing = on_cuda and torch.cuda.is_current_stream_capturing()
+        places = [
+            place
+            for t in tensors
+            for place in (
+                t.param.data_ptr(),
+                None if t.grad is None else (t.grad.data_ptr(), t.grad.stride()),
+                None if t.exp_avg is None else t.exp_avg.data_ptr(),
+                None if t.exp_avg_sq is None else t.exp_avg_sq.data_ptr(),
+                None if t.step is None else t.step.data_ptr(),
+                None if t.copy is None else t.copy.data_ptr(),
+                t.group,
+                *(average.data_ptr() for average in t.averages),
+            )
+        ]
+        if tensors is not self.tensors or places != self.places:
+            _check_tensors(tensors, groups)
+            rows = [_row(t) for t in tensors]
+            host, averages = torch.tensor(rows, dtype=torch.int64), len(tensors[0].averages)
+            ext.fused_step_check(host.data_ptr(), len(rows), averages, groups)
+            self.tensors, self.places, self.host = tensors, places, host
+            # Gradients come and go, and are known by their places; nothing else may be freed.
+            self.held = [
+                (t.param, t.exp_avg, t.exp_avg_sq, t.step, t.copy, *t.averages) for t in tensors
+            ]
+            if on_cuda:
+                self._to_device(ext, host, tensors[0].param.device, capturing)
+        if on_cuda and not capturing and self.spare is None:
+            sizes = [x.shape for x in (self.host, self.chunks)]
+            types = (torch.int64, torch.int32)
+            self.spare = [
+                torch.empty(size, dtype=dtype, pin_memory=True)
+                for size, dtype in zip(sizes, types, strict=True)
+            ]
+
+    def _to_device(self, ext, host: torch.Tensor, device: torch.device, capturing: bool) -> None:
+        sizes = -(-host[:, 6] // ext.FUSED_STEP_CHUNK)
+        number = torch.arange(len(host)).repeat_interleave(sizes)
+        first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        within = torch.arange(len(number)) - first
+        chunks = torch.stack([number, within], 1).to(torch.int32)
+        if not capturing:
+            self.device, self.chunks = host.to(device), chunks.to(device)
+        elif self.spare is None or self.spare[1].shape != chunks.shape:
+            raise ValueError(
+                "fused_step: take a step with these tensors before a graph is captured"
+            )
+        else:
+            # A graph copies from the host again whenever it is replayed, each from its own memory.
+            self.spare[0].copy_(host)
+            self.spare[1].copy_(chunks)
+            self.device, self.chunks = (x.to(device, non_blocking=True) for x in self.spare)
+            self.captured.append((self.spare, self.device, self.chunks, self.held))
+            self.spare = None
+        size = ext.fused_step_scratch(len(host), len(chunks))
+        if self.scratch is None or len(self.scratch) < size:
+            self.scratch = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def store_options(self, ext, values: tuple[float, ...], device: torch.device) -> None:
+        """Put the options where the kernels read them, in the stream's order."""
+        if self.options is None or len(self.options) != len(values):
+            self.options, self.stored = torch.zeros(len(values), dtype=torch.float64), ()
+            self.options = self.options.to(device)
+        if values == self.stored:
+            return
+        if device.type == "cpu":
+            self.options.copy_(torch.tensor(values, dtype=torch.float64))
+        elif torch.cuda.is_current_stream_capturing():
+            raise ValueError("fused_step: options must not change while a graph is captured")
+        else:
+            with torch.cuda.device(device):
+                stream = torch.cuda.current_stream().cuda_stream
+                ext.store_options_cuda(self.options.data_ptr(), values, stream)
+        self.stored = values
+
+
+def _row(t: StepTensors) -> list[int]:
+    """csrc/fused_step.h: Field."""
+    addresses = [
+        0 if x is None else x.data_ptr()
+        for x in (t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.step, t.copy)
+    ]
+    if t.grad is not None and not t.param.numel():
+        addresses[1] = addresses[4]  # an empty gradient has no address, yet its step counts
+    averages = [average.data_ptr() for average in t.averages]
+    wide = [*addresses[:4], *averages, 2 * addresses[5]]
+    flags = _ALIGNED * all(a % 16 == 0 for a in wide)
+    flags |= _BFLOAT * (t.copy is not None and t.copy.dtype == torch.bfloat16)
+    return [*addresses, t.param.numel(), t.group, flags, *averages]
+
+
+def _options(groups, control: StepControl, average_betas, max_norm: float) -> tuple[float, ...]:
+    """csrc/fused_step.h: Option, the averages' betas, the groups' options."""
+    rules = (max_norm, control.growth, control.backoff, float(control.interval))
+    return (*rules, *average_betas, *(value for group in groups for value in group.values()))
+
+
+def launch_fused_step(ext, tensors, groups, control, average_betas, max_norm, table) -> None:
+    """Through the extension, on the tensors' device."""
+    device = tensors[0].param.device
+    table.place(ext, tensors, len(groups))
+    table.store_options(ext, _options(groups, control, average_betas, max_norm), device)
+    scale = 0 if control.scale is None else control.scale.data_ptr()
+    tracker = 0 if control.tracker is None else control.tracker.data_ptr()
+    decided = (control.norm.data_ptr(), control.skips.data_ptr(), scale, tracker)
+    sizes = (len(tensors), len(average_betas))
+    options = (table.options.data_ptr(), len(groups))
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        ext.fused_step_cpu(table.host.data_ptr(), *sizes, *options, *decided, threads)
+        return
+    chunks, scratch = table.chunks, table.scratch
+    with torch.cuda.device(device):
+        ext.fused_step_cuda(
+            *(table.device.data_ptr(), *sizes, chunks.data_ptr(), len(chunks), *options, *decided),
+            *(scratch.data_ptr(), len(scratch), torch.cuda.current_stream().cuda_stream),
+        )
+
+
+# -- public function ------------------------------------------------------------------------------
+# No torch.library operation: it changes its arguments outside autograd, once per step, and is never
+# part of a compiled graph.
+
+
+def _require(holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"fused_step: {rule}")
+
+
+def _check_tensors(tensors: Sequence[StepTensors], groups: int) -> None:
+    """ValueError unless every tensor fits its parameter."""
+    first = tensors[0] if tensors else None
+    for i, t in enumerate(tensors):
+        assert first is not None
+        p, where = t.param, f"of tensor {i}"
+        _require(not p.is_sparse and _is_dense(p), f"param {where} must be dense")
+        _require(p.device == first.param.device, f"param {where} must be on {first.param.device}")
+        _require(0 <= t.group < groups, f"group {where} must be below {groups}, got {t.group}")
+        same = len(t.averages) == len(first.averages)
+        _require(same, f"averages {where} must be {len(first.averages)}, got {len(t.averages)}")
+        for name, x in t.like_param():
+            if x is None:
+                continue
+            shape = f"{p.dtype} {list(p.shape)} on {p.device}"
+            got = f"{x.dtype} {list(x.shape)} on {x.device}"
+            fits = x.dtype == p.dtype and x.shape == p.shape and x.device == p.device
+            _require(fits, f"{name} {where} must be {shape}, got {got}")
+            _require(in_layout(x, p), f"{name} {where} must have the strides of the parameter")
+        if t.grad is not None:
+            given = t.exp_avg is not None and t.exp_avg_sq is not None and t.step is not None
+            _require(given, f"exp_avg, exp_avg_sq and step {where} must come with a gradient")
+        if t.step is not None:
+            fits = t.step.dtype == torch.float32 and t.step.numel() == 1
+            fits &= t.step.device == p.device
+            got = f"{t.step.dtype} {list(t.step.shape)} on {t.step.device}"
+            _require(fits, f"step {where} must be an fp32 scalar on {p.device}, got {got}")
+        if t.copy is not None:
+            fits = t.copy.dtype in COPY_DTYPES and t.copy.device == p.device
+            _require(fits, f"copy {where} must be fp16 or bf16 on {p.device}, got {t.copy.dtype}")
+            _require(in_layout(t.copy, p), f"copy {where} must have the shape of the parameter")
+
+
+def _check_options(tensors, groups, control: StepControl, average_betas, max_norm) -> None:
+    """ValueError where a number is out of range or the control does not fit the tensors."""
+    device, averages = tensors[0].param.device, len(tensors[0].averages)
+    for name, dtype in _CONTROL_DTYPES.items():
+        x = getattr(control, name)
+        if x is not None:
+            fits = x.dtype == dtype and x.numel() == 1 and x.device == device
+            rule = f"control.{name} must be a {dtype} scalar on {device}"
+            _require(fits, f"{rule}, got {x.dtype} {list(x.shape)} on {x.device}")
+    together = (control.scale is None) == (control.tracker is None)
+    _require(together, "control.scale and control.tracker must come together")
+    for group in groups:
+        _require(group.kind in KINDS, f"kind must be adam or radam, got {group.kind}")
+        for name in ("lr", "eps", "weight_decay"):
+            value = getattr(group, name)
+            _require(0 <= value < math.inf, f"{name} must be finite and not negative, got {value}")
+        good = all(0 <= beta < 1 for beta in group.betas)
+        _require(good, f"betas must be in [0, 1), got {group.betas}")
+    rule = f"average_betas must be one for each of {averages} averages"
+    _require(len(average_betas) == averages, f"{rule}, got {len(average_betas)}")
+    good = all(0 <= beta <= 1 for beta in average_betas)
+    _require(good, f"average_betas must be in [0, 1], got {tuple(average_betas)}")
+    _require(max_norm > 0, f"max_norm must be positive, got {max_norm}")
+
+
+def store_step_options(
+    tensors: Sequence[StepTensors],
+    groups: Sequence[StepOptions],
+    control: StepControl,
+    *,
+    average_betas: Sequence[float] = (),
+    max_norm: float = math.inf,
+    table: StepTable,
+) -> None:
+    """Bring the options of the next `fused_step` with this table to the device, in the stream's order.
+
+    `fused_step` itself does so, but must not while a graph is captured, and cannot when one is replayed.
+
+    Raises:
+        ValueError: as `fused_step`.
+    """
+    if not tensors:
+        return
+    _check_options(tensors, groups, control, average_betas, max_norm)
+    device = tensors[0].param.device
+    ext = extension_for("fused_step", device)
+    if ext is not None:
+        table.store_options(ext, _options(groups, control, average_betas, max_norm), device)
+
+
+def fused_step(
+    tensors: Sequence[StepTensors],
+    groups: Sequence[StepOptions],
+    control: StepControl,
+    *,
+    average_betas: Sequence[float] = (),
+    max_norm: float = math.inf,
+    table: StepTable | None = None,
+) -> None:
+    """One optimizer step, in place.
+
+    norm = ‖grad‖/scale over all tensors, factor = min(1, max_norm/(norm + 1e-6))/scale. Where an element
+    of a gradient is infinite or NaN nothing changes but `control`: its `skips`, and its scale backs off.
+    Otherwise each parameter with a gradient takes a step by `factor · grad`; then every parameter's
+    averages move, average = beta · average + (1 - beta) · param, and its copy is written.
+
+    The extension takes fp32 parameters (others go through the reference) in a constant number of passes
+    and, on CUDA, without waiting for the device: step counts, options and scale are read from its
+    memory, so that a captured call can be replayed.
+
+    Args:
+        tensors: parameters and what goes with them; all on one device.
+        groups: what StepTensors.group selects.
+        control: norm, skips and loss scale, on the same device.
+        average_betas: one for each of the tensors' averages.
+        max_norm: the gradient's norm above which it is scaled down to it; infinity never does.
+        table: keeps what does not change from one call to the next. Give the same one every step,
+            with the same list of tensors.
+
+    Raises:
+        ValueError: a tensor's shape, dtype, device or layout does not fit its parameter, an option is
+            out of range.
+    """
+    if not tensors:
+        return
+    _check_options(tensors, groups, control, average_betas, max_norm)
+    device = tensors[0].param.device
+    ext = extension_for("fused_step", device)
+    if ext is not None and all(t.param.dtype == torch.float32 for t in tensors):
+        table = StepTable() if table is None else table
+        launch_fused_step(ext, tensors, groups, control, average_betas, max_norm, table)
+        return
+    _check_tensors(tensors, len(groups))
+    fused_step_reference(tensors, groups, control, average_betas=average_betas, max_norm=max_norm)
