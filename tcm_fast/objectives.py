@@ -176,6 +176,8 @@ class Objective(nn.Module):
         if frozen is not None:
             frozen = in_precision(frozen, dtype).requires_grad_(False).train(name == "tcm")
         self._frozen = (frozen,)
+        self.copies: list[torch.Tensor | None] | None = None
+        """The student's weights in `dtype`, where the optimizer keeps them (`make_copies`)."""
         self._cast: tuple[tuple[int, bool], dict[str, torch.Tensor]] | None = None
         image_size = student.img_channels * student.img_resolution**2
         self.c = getattr(config, "c", 0.0)
@@ -199,7 +201,7 @@ class Objective(nn.Module):
             return None
         state = (sum(p._version for p in self.student.parameters()), torch.is_grad_enabled())
         if self._cast is None or self._cast[0] != state:
-            self._cast = (state, cast_weights(self.student, self.dtype))
+            self._cast = (state, cast_weights(self.student, self.dtype, self.copies))
         return self._cast[1]
 
     def _raw(

@@ -21,7 +21,7 @@ from tcm_fast.kernels.fused_step import (
     store_step_options,
 )
 
-TORCH_KINDS: dict[str, type[torch.optim.Optimizer]] = {
+TORCH_KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "radam": torch.optim.RAdam,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -339,6 +339,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             max_norm=self.max_norm,
             table=self._table,
         )
+        # Autograd and whoever keeps casts of the weights see by the version that they have changed.
+        torch.autograd.graph.increment_version([t.param for t in self._tensors])
         for t in self._tensors:
             t.grad = None  # or its memory would outlive zero_grad
         return loss
@@ -353,6 +355,7 @@ def build_optimizer(
     config: PhaseConfig,
     *,
     emas: Sequence[Ema] = (),
+    copies: Sequence[torch.Tensor | None] | None = None,
     scale: float | None = None,
     growth_interval: int = 2000,
     capturable: bool = False,
@@ -364,6 +367,7 @@ def build_optimizer(
     Args:
         parameters: a network's, on one device.
         emas: averages of just these parameters.
+        copies: 16-bit tensors that follow the parameters; the extension alone does that.
         scale, growth_interval: the loss scale, None without one.
         capturable: torch's keeps the step count and the learning rate on the device, for CUDA graphs
             (the fused one always can be captured).
@@ -376,6 +380,7 @@ def build_optimizer(
     }
     device = weights[0].device
     if extension_for("fused_step", device) is None:
+        assert copies is None
         rate = torch.tensor(config.lr, device=device) if capturable else config.lr
         kind = TORCH_KINDS[config.optimizer]
         return kind(weights, lr=rate, capturable=capturable, foreach=True, **constants)
@@ -385,6 +390,7 @@ def build_optimizer(
         lr=config.lr,
         max_norm=config.grad_clip,
         averages=[ema.average for ema in emas],
+        copies=copies,
         scale=scale,
         growth_interval=growth_interval,
         **constants,

@@ -32,6 +32,7 @@ from tcm_fast.features import feature_space
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.networks import Precond, build_network
+from tcm_fast.networks.precision import make_copies
 from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
 from tcm_fast.optim import (
     Ema,
@@ -380,10 +381,13 @@ class Trainer:
         graphs = self._graphs()
         emas = [Ema(rule, student.parameters()) for rule in config.ema]
         scaled = self.config.precision == "fp16"
+        if dtype != torch.float32 and not extension_gap(self.device):
+            loss.copies = make_copies(student, dtype)
         optimizer = build_optimizer(
             student.parameters(),
             config,
             emas=emas,
+            copies=loss.copies,
             scale=LOSS_SCALE if scaled else None,
             growth_interval=SCALE_GROWTH_INTERVAL,
             capturable=graphs is not None,

@@ -14,6 +14,7 @@ from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.noise_pair import NOISE_LAYER
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import build_network
+from tcm_fast.networks.precision import make_copies
 from tcm_fast.networks.precond import Precond
 from tcm_fast.objectives import Objective, make_batch, row_granule
 from tcm_fast.times import IMAGE, STAGE1, plan_times
@@ -389,3 +390,16 @@ def test_frozen_weights_are_cast_once_and_the_students_once_a_step():
         next(low.student.parameters()).add_(1)
     run(low, plan, images)
     assert low._cast[1] is not cast
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_copies_that_an_optimizer_keeps_are_used_instead_of_casts(dtype):
+    config, plan, objective, images = problem("tcm", c=0.06)
+    cast = Objective("tcm", config, objective.student, objective.frozen, dtype=dtype)
+    kept = Objective("tcm", config, objective.student, objective.frozen, dtype=dtype)
+    kept.copies = make_copies(kept.student, dtype)
+    for (name, _), copied in zip(kept.student.named_parameters(), kept.copies, strict=True):
+        assert (copied is None) == ("norm" in name or "map_" in name), name
+    expected, found = run(cast, plan, images), run(kept, plan, images)
+    assert found[0] == expected[0]
+    assert torch.equal(found[2], expected[2])

@@ -29,19 +29,27 @@ def cast_names(model: nn.Module) -> list[str]:
 
 
 class _Cast(torch.autograd.Function):
-    """Casts a list of tensors, in a few launches each way."""
+    """Casts a list of tensors, or stands for casts that are there already, and casts the gradients back:
+    a few launches each way."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any,
+        dtype: torch.dtype,
+        copies: list[torch.Tensor] | None,
+        *weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.dtypes = [weight.dtype for weight in weights]
+        if copies is not None:
+            return tuple(copy.detach() for copy in copies)
         return tuple(_cast(list(weights), [dtype] * len(weights)))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         there = [(g, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True) if g is not None]
         wide = iter(_cast([g for g, _ in there], [dtype for _, dtype in there]))
-        return None, *[None if g is None else next(wide) for g in grads]
+        return None, None, *[None if g is None else next(wide) for g in grads]
 
 
 def _cast(tensors: list[torch.Tensor], dtypes: list[torch.dtype]) -> list[torch.Tensor]:
@@ -51,13 +59,31 @@ def _cast(tensors: list[torch.Tensor], dtypes: list[torch.dtype]) -> list[torch.
     return out
 
 
-def cast_weights(net: Precond, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def make_copies(net: Precond, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """For each parameter of `net`, in their order, its value in `dtype`, or None where it stays fp32:
+    what an optimizer keeps up to date."""
+    names = {f"model.{name}" for name in cast_names(net.model)}
+    return [
+        parameter.detach().to(dtype) if name in names else None
+        for name, parameter in net.named_parameters()
+    ]
+
+
+def cast_weights(
+    net: Precond, dtype: torch.dtype, copies: list[torch.Tensor | None] | None = None
+) -> dict[str, torch.Tensor]:
     """Copies in `dtype` of the weights that compute in 16 bits, by their names in `net.model`; a
-    gradient with respect to a copy flows to its parameter in fp32."""
-    names = cast_names(net.model)
+    gradient with respect to a copy flows to its parameter in fp32. `copies` (`make_copies`) are used
+    where somebody keeps them up to date."""
     parameters = dict(net.model.named_parameters())
-    copies = _Cast.apply(dtype, *[parameters[name] for name in names])
-    return dict(zip(names, copies, strict=True))
+    names = cast_names(net.model)
+    there = None
+    if copies is not None:
+        order = [name for name, _ in net.named_parameters()]
+        found = dict(zip(order, copies, strict=True))
+        there = [found[f"model.{name}"] for name in names]
+    cast = _Cast.apply(dtype, there, *[parameters[name] for name in names])
+    return dict(zip(names, cast, strict=True))
 
 
 @torch.no_grad()

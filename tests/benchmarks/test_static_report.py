@@ -1,0 +1,84 @@
+"""The report of what the compilers make of the kernels."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tcm_fast.benchmarks.static_report import (
+    ARCHS,
+    OPERATIONS,
+    SM,
+    access_bytes,
+    module_of,
+    resident,
+    sources_hash,
+    summary,
+)
+
+RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "static_report.json"
+
+
+def test_widths_of_accesses():
+    names = ("LDG.E.128", "STG.E.64.STRONG.GPU", "LDG.E.U16.CONSTANT", "LDG.E.U8", "STG.E")
+    assert [access_bytes(name) for name in names] == [16, 8, 2, 1, 4]
+
+
+def test_resident_programs():
+    assert resident(90, 32, 0, 4) == 16  # 2048 threads in programs of 128
+    assert resident(90, 255, 0, 8) == 1  # 65536 registers
+    assert resident(86, 32, 49 << 10, 4) == 2  # 100 KB of shared memory
+    assert resident(90, 16, 0, 1) == 32
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_variants_name_the_kernels_arguments(operation):
+    pytest.importorskip("triton")
+    for arch in ARCHS:
+        for variant in module_of(operation).specialisations(arch):
+            names = list(variant.kernel.arg_names)
+            given = [*variant.signature, *variant.constants]
+            assert sorted(given) == sorted(names), variant.site
+            assert variant.aligned <= set(variant.signature)
+
+
+def test_the_recorded_report_is_of_these_sources_and_clean():
+    """`python -m tcm_fast.benchmarks.static_report --out benchmarks/results/static_report.json` writes
+    it anew."""
+    recorded = json.loads(RESULT.read_text())
+    assert recorded["sources"] == sources_hash(), "the kernels have changed since the report"
+    rows = recorded["rows"]
+    assert {row["arch"] for row in rows} == set(ARCHS)
+    assert {row["operation"] for row in rows} >= set(OPERATIONS)
+    assert not [row for row in rows if "error" in row]
+    assert all(row["shared_bytes"] <= SM[row["arch"]][1] for row in rows)
+    assert all(row["spill_bytes"] == 0 for row in rows if row["operation"] in CLEAN)
+    assert "registers" not in summary(rows)  # a table, not a dump
+
+
+CLEAN = ("consistency_loss", "noise_pair", "denoise_to_uint8", "_C")
+
+
+@pytest.mark.slow
+def test_small_kernels_compile_without_spills(tmp_path):
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    for only in ("loss", "noise", "uint8"):
+        out = tmp_path / f"{only}.json"
+        command = [sys.executable, "-m", "tcm_fast.benchmarks.static_report", "--only", only]
+        command += ["--archs", "80", "90", "--jobs", "2", "--out", str(out)]
+        subprocess.run(command, check=True, env=environment, timeout=600)
+        rows = json.loads(out.read_text())["rows"]
+        assert {row["arch"] for row in rows} == {80, 90}
+        assert all(row["spill_bytes"] == 0 for row in rows)
+
+
+def test_an_interpreting_process_refuses(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tcm_fast.benchmarks.static_report"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ended.returncode == 2
+    assert "an interpreting process cannot compile" in ended.stdout
