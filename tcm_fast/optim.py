@@ -21,7 +21,7 @@ from tcm_fast.kernels.fused_step import (
     store_step_options,
 )
 
-TORCH_KINDS: dict[str, type[torch.optim.Optimizer]] = {
+TORCH_KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "radam": torch.optim.RAdam,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -199,7 +199,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             first = params[0]["params"][0]
         if isinstance(first, tuple):
             first = first[1]
-        decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+        decay: dict[str, Any] = {} if weight_decay is None else {"weight_decay": weight_decay}
         model = TORCH_KINDS[kind](
             [torch.zeros(())],
             lr=lr,
