@@ -23,7 +23,7 @@ import torch
 from tcm_fast.networks import build_network
 from tcm_fast.optim import FusedOptimizer
 
-ARCHITECTURE = {"model_channels": 56, "channel_mult": [1, 2, 2], "num_blocks": 2}
+ARCHITECTURE = {"model_channels": 64, "channel_mult": [1, 2, 2], "num_blocks": 1}
 KINDS = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam}
 PROVIDERS = {
     "radam": ("tcm_fast", "foreach", "loop"),
