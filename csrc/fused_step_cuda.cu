@@ -17,6 +17,13 @@ __device__ __forceinline__ T* at(const int64_t* row, int64_t field) {
   return reinterpret_cast<T*>(row[field]);
 }
 
+// What the compiler cannot see of an address that was read from memory.
+template <typename T>
+__device__ __forceinline__ T* global(T* address) {
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
 __device__ __forceinline__ bool finite(float x) {
   return (__float_as_uint(x) & 0x7F800000u) != 0x7F800000u;
 }
@@ -45,7 +52,7 @@ sum_squares(const int64_t* table, int64_t width, const int2* chunks, double* sum
   float sum = 0;
   bool good = true;
   if (grad) {
-    grad += first;
+    grad = global(grad + first);
     const int vectors = row[kFlags] & kAligned ? count / 4 : 0;
 #pragma unroll 4
     for (int i = threadIdx.x; i < vectors; i += kThreads) {
@@ -98,59 +105,84 @@ struct Elements {
 
   __device__ __forceinline__ void load(const float* from) {
     if constexpr (kWide == 4) {
-      const float4 x = *reinterpret_cast<const float4*>(from);
+      const float4 x = *reinterpret_cast<const float4*>(global(from));
       of[0] = x.x, of[1] = x.y, of[2] = x.z, of[3] = x.w;
     } else {
-      of[0] = *from;
+      of[0] = *global(from);
     }
   }
   __device__ __forceinline__ void store(float* to) const {
     if constexpr (kWide == 4) {
-      *reinterpret_cast<float4*>(to) = make_float4(of[0], of[1], of[2], of[3]);
+      *reinterpret_cast<float4*>(global(to)) = make_float4(of[0], of[1], of[2], of[3]);
     } else {
-      *to = of[0];
+      *global(to) = of[0];
     }
   }
   __device__ __forceinline__ void store(uint16_t* to, bool bfloat) const {
     uint16_t bits[kWide];
     for (int j = 0; j < kWide; ++j) bits[j] = to_16_bits(of[j], bfloat);
     if constexpr (kWide == 4) {
-      *reinterpret_cast<uint2*>(to) =
+      *reinterpret_cast<uint2*>(global(to)) =
           make_uint2(bits[0] | uint32_t{bits[1]} << 16, bits[2] | uint32_t{bits[3]} << 16);
     } else {
-      *to = bits[0];
+      *global(to) = bits[0];
     }
   }
 };
 
+// A row's addresses and what the chunk's elements share, in registers.
+struct Places {
+  float *param, *grad, *exp_avg, *exp_avg_sq, *average;
+  uint16_t* copy;
+  bool bfloat;
+
+  __device__ __forceinline__ Places(const int64_t* row, int averages)
+      : param(at<float>(row, kParam)),
+        grad(at<float>(row, kGrad)),
+        exp_avg(at<float>(row, kExpAvg)),
+        exp_avg_sq(at<float>(row, kExpAvgSq)),
+        average(averages ? at<float>(row, kFields) : nullptr),
+        copy(at<uint16_t>(row, kCopy)),
+        bfloat(row[kFlags] & kBfloat) {}
+};
+
 template <int kWide>
-__device__ __forceinline__ void step_elements(const int64_t* row, int64_t i, int averages,
-                                              const double* betas, float factor,
-                                              const Coefficients& c) {
+__device__ __forceinline__ void move_average(Elements<kWide>& average, const Elements<kWide>& param,
+                                             double beta) {
+  const float weight = static_cast<float>(1 - beta), keep = static_cast<float>(beta);
+  for (int j = 0; j < kWide; ++j) average.of[j] = lerp(average.of[j], param.of[j], weight, keep);
+}
+
+// Most runs have one average: its load is under way with the others.
+template <int kWide>
+__device__ __forceinline__ void step_elements(const Places& at_row, int64_t i, int averages,
+                                              const int64_t* row, const double* betas, double beta,
+                                              float factor, const Coefficients& c) {
   Elements<kWide> param, grad, exp_avg, exp_avg_sq, average;
-  param.load(at<float>(row, kParam) + i);
-  // Most runs have one average: its load is under way with the others.
-  if (averages) average.load(at<float>(row, kFields) + i);
-  if (row[kGrad]) {
-    grad.load(at<float>(row, kGrad) + i);
-    exp_avg.load(at<float>(row, kExpAvg) + i);
-    exp_avg_sq.load(at<float>(row, kExpAvgSq) + i);
+  param.load(at_row.param + i);
+  if (at_row.average) average.load(at_row.average + i);
+  if (at_row.grad) {
+    grad.load(at_row.grad + i);
+    exp_avg.load(at_row.exp_avg + i);
+    exp_avg_sq.load(at_row.exp_avg_sq + i);
     for (int j = 0; j < kWide; ++j) {
       update_element(param.of[j], grad.of[j], exp_avg.of[j], exp_avg_sq.of[j], factor, c);
     }
-    param.store(at<float>(row, kParam) + i);
-    exp_avg.store(at<float>(row, kExpAvg) + i);
-    exp_avg_sq.store(at<float>(row, kExpAvgSq) + i);
+    param.store(at_row.param + i);
+    exp_avg.store(at_row.exp_avg + i);
+    exp_avg_sq.store(at_row.exp_avg_sq + i);
   }
-  for (int k = 0; k < averages; ++k) {
-    const float weight = static_cast<float>(1 - betas[k]), keep = static_cast<float>(betas[k]);
-    if (k) average.load(at<float>(row, kFields + k) + i);
-    for (int j = 0; j < kWide; ++j) {
-      average.of[j] = lerp(average.of[j], param.of[j], weight, keep);
-    }
-    average.store(at<float>(row, kFields + k) + i);
+  if (at_row.average) {
+    move_average(average, param, beta);
+    average.store(at_row.average + i);
   }
-  if (row[kCopy]) param.store(at<uint16_t>(row, kCopy) + i, row[kFlags] & kBfloat);
+  for (int k = 1; k < averages; ++k) {
+    float* further = at<float>(row, kFields + k) + i;
+    average.load(further);
+    move_average(average, param, betas[k]);
+    average.store(further);
+  }
+  if (at_row.copy) param.store(at_row.copy + i, at_row.bfloat);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -163,13 +195,15 @@ update_tensors(const int64_t* table, int64_t width, const int2* chunks, int aver
   const int64_t first = chunk.y * kChunk;
   const int count = static_cast<int>(min(kChunk, row[kNumel] - first));
   const int vectors = row[kFlags] & kAligned ? count / 4 : 0;
+  const Places places(row, averages);
   const Coefficients c = coefficients[chunk.x];
   const double* betas = options + kOptions;
+  const double beta = averages ? betas[0] : 0;
   for (int i = threadIdx.x; i < vectors; i += kThreads) {
-    step_elements<4>(row, first + 4 * i, averages, betas, all.factor, c);
+    step_elements<4>(places, first + 4 * i, averages, row, betas, beta, all.factor, c);
   }
   for (int i = 4 * vectors + threadIdx.x; i < count; i += kThreads) {
-    step_elements<1>(row, first + i, averages, betas, all.factor, c);
+    step_elements<1>(places, first + i, averages, row, betas, beta, all.factor, c);
   }
 }
 

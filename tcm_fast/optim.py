@@ -199,7 +199,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             first = params[0]["params"][0]
         if isinstance(first, tuple):
             first = first[1]
-        decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+        decay: dict[str, Any] = {} if weight_decay is None else {"weight_decay": weight_decay}
         model = TORCH_KINDS[kind](
             [torch.zeros(())],
             lr=lr,

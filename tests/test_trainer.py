@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from tcm_fast import optim
 from tcm_fast import trainer as trainer_module
 from tcm_fast.checkpoint import find_checkpoints, load_checkpoint, load_network, newest_checkpoint
 from tcm_fast.config import Config, from_dict, load_config, save_config
 from tcm_fast.data import load_images
 from tcm_fast.graphs import GraphCache
+from tcm_fast.kernels._backend import extension
 from tcm_fast.sampler import sample
 from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
 
@@ -131,6 +133,42 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stop_at, images, tmp_
     train(config, tmp_path / "cut", resume=True)
     for file in ("model", "ema-0", "stage1"):
         assert_equal(weights(tmp_path / "whole", file), weights(tmp_path / "cut", file))
+
+
+needs_extension = pytest.mark.skipif(extension() is None, reason="needs the extension: not built")
+
+
+@needs_extension
+def test_without_the_extension_torchs_optimizer_trains_alike(images, tmp_path, monkeypatch, capsys):
+    """Clipping and averages included; it says so, and goes on from the other one's checkpoint."""
+    phase = {"grad_clip": 0.5, "ema": ["constant:0.9", "power:6.94"]}
+    config = tiny(images, phases=["edm"], edm=phase)
+    train(config, tmp_path / "fused")
+    assert "optimizer:" not in capsys.readouterr().err
+    train(dataclasses.replace(config, max_steps=3), tmp_path / "both")
+    monkeypatch.setattr(trainer_module, "extension_gap", lambda device: "not here")
+    monkeypatch.setattr(optim, "extension_for", lambda name, device: None)
+    train(config, tmp_path / "torch")
+    train(config, tmp_path / "both", resume=True)
+    assert "optimizer: torch's, in many passes" in capsys.readouterr().err
+    for file in ("model", "ema-0", "ema-1"):
+        fused = weights(tmp_path / "fused", file)
+        for other in ("torch", "both"):
+            for name, value in weights(tmp_path / other, file).items():
+                torch.testing.assert_close(value, fused[name], rtol=1e-4, atol=1e-6)
+
+
+@needs_extension
+def test_gradients_that_never_are_finite_stop_the_run(images, tmp_path, monkeypatch):
+    step = optim.FusedOptimizer.step
+
+    def spoilt(self):
+        self.param_groups[0]["params"][0].grad.fill_(np.inf)
+        step(self)
+
+    monkeypatch.setattr(optim.FusedOptimizer, "step", spoilt)
+    with pytest.raises(TrainingError, match=r"edm: no gradient is finite between images 0 and 32"):
+        train(tiny(images, phases=["edm"]), tmp_path / "run")
 
 
 def test_phases_trained_singly_in_one_folder(images, tmp_path):
