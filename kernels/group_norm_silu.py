@@ -1,10 +1,17 @@
 """Group normalisation with what surrounds it in a diffusion U-Net's block: the embedding added
 before, scale, shift, SiLU and dropout after (Wu & He 2018; Karras et al. 2022, appendix C)."""
 
+import functools
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from tcm_fast.kernels.dropout import DropoutKey, dropout
+from tcm_fast.kernels._philox_triton import philox_blocks
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels.dropout import DropoutKey, _check_samples, _threshold, dropout
+from tcm_fast.kernels.philox import counters
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -46,6 +53,590 @@ def group_norm_silu_reference(
     return y
 
 
+# -- kernels --------------------------------------------------------------------------------------
+
+# A program owns a slab: GROUPS whole groups of one sample, at all pixels. Tiles are [PIXELS, SLAB] in
+# both layouts (a pixel is a row of memory in channels_last, a channel is one otherwise: the compiler
+# orders the threads by the addresses), SLAB and PIXELS being powers of two with the rest masked. Where
+# one tile holds the slab (TILES == 1), x stays in registers; otherwise a second loop reads it again,
+# backwards, so that what was read last is found in the L2 cache.
+
+
+@triton.jit
+def _sigmoid(z, ASM: tl.constexpr):
+    if ASM:
+        # Two special-function instructions and no handling of denormals, 2^-21 relative.
+        # tanh.approx would save one instruction of four, at 2^-11 absolute.
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
+            " add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
+
+
+@triton.jit
+def _hold(x, ASM: tl.constexpr):
+    """x, of which the compiler no longer knows where it came from: it keeps two 16-bit values in a
+    register instead of their two fp32 conversions."""
+    if ASM and x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+        )
+    return x
+
+
+@triton.jit
+def _slab(
+    CHANNELS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr,
+    BY_EIGHT: tl.constexpr,
+):  # fmt: skip
+    """-> sample number int64, first channel of the tile, its channels [SLAB], which of them are the
+    slab's, and [SLAB, groups] who is in which group."""
+    CPG: tl.constexpr = CHANNELS // NUM_GROUPS
+    SLABS: tl.constexpr = (NUM_GROUPS + GROUPS - 1) // GROUPS
+    GROUP_TILE: tl.constexpr = triton.next_power_of_2(GROUPS)
+    n = (tl.program_id(0) // SLABS).to(tl.int64)
+    first = tl.program_id(0) % SLABS * (GROUPS * CPG)
+    # Eight neighbouring channels share a Philox block: the tile starts with a whole one.
+    start = first // 8 * 8 if BY_EIGHT else first
+    c = start + tl.arange(0, SLAB)
+    if SLAB == GROUPS * CPG and CHANNELS % SLAB == 0:
+        own = tl.full([SLAB], True, tl.int1)
+    else:
+        own = (c >= first) & (c < first + GROUPS * CPG) & (c < CHANNELS)
+    member = ((c - first) // CPG)[:, None] == tl.arange(0, GROUP_TILE)[None, :]
+    return n, start, c, own, member & own[:, None]
+
+
+@triton.jit
+def _group_sums(v, member):
+    """v fp32 [SLAB] -> for each channel the sum over its group."""
+    sums = tl.sum(tl.where(member, v[:, None], 0.0), 0)
+    return tl.sum(tl.where(member, sums[None, :], 0.0), 1)
+
+
+@triton.jit
+def _where(tile, c, own, CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr,
+           CHANNELS_LAST: tl.constexpr):  # fmt: skip
+    """-> pixels [PIXELS], offsets within the sample and mask [PIXELS, SLAB] of one tile."""
+    p = tile * PIXELS + tl.arange(0, PIXELS)
+    if HW % PIXELS == 0:
+        inside = tl.full([PIXELS], True, tl.int1)[:, None] & own[None, :]
+    else:
+        inside = (p < HW)[:, None] & own[None, :]
+    if CHANNELS_LAST:
+        at = p[:, None] * CHANNELS + c[None, :]
+    else:
+        at = p[:, None] + c[None, :] * HW
+    return p, at, inside
+
+
+@triton.jit
+def _kept(p, start, c, sample, seed, step, layer, threshold, CHANNELS: tl.constexpr,
+          BY_EIGHT: tl.constexpr, SLAB: tl.constexpr):  # fmt: skip
+    """Which elements of a tile dropout keeps: the rule of dropout.py."""
+    if BY_EIGHT:
+        block = p[:, None] * (CHANNELS // 8) + (start // 8 + tl.arange(0, SLAB // 8))[None, :]
+        w0, w1, w2, w3 = philox_blocks(block, sample, seed, step, layer)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        lanes = tl.join(words & 0xFFFF, words >> 16).reshape(p.shape[0], SLAB)
+    else:
+        e = p[:, None] * CHANNELS + c[None, :]
+        w0, w1, w2, w3 = philox_blocks(e >> 3, sample, seed, step, layer)
+        word = tl.where(e & 4 == 0, tl.where(e & 2 == 0, w0, w1), tl.where(e & 2 == 0, w2, w3))
+        lanes = tl.where(e & 1 == 0, word & 0xFFFF, word >> 16)
+    return lanes.to(tl.int32) >= threshold
+
+
+@triton.jit
+def _affine(n, c, own, weight, bias, scale, shift, scale_row, shift_row, HAS_SCALE: tl.constexpr,
+            HAS_SHIFT: tl.constexpr):  # fmt: skip
+    """-> weight, bias, 1 + scale, and the bias after scale and shift, each fp32 [SLAB]."""
+    w = tl.load(weight + c, mask=own, other=0)
+    b = tl.load(bias + c, mask=own, other=0)
+    gain = tl.full(c.shape, 1.0, tl.float32)
+    offset = b
+    if HAS_SCALE:
+        gain += tl.load(scale + n * scale_row + c, mask=own, other=0).to(tl.float32)
+        offset = b * gain
+    if HAS_SHIFT:
+        offset += tl.load(shift + n * shift_row + c, mask=own, other=0).to(tl.float32)
+    return w, b, gain, offset
+
+
+@triton.jit
+def _finish(v, slope, offset, SILU: tl.constexpr, ASM: tl.constexpr):
+    z = v * slope[None, :] + offset[None, :]
+    if SILU:
+        z = z * _sigmoid(z, ASM)
+    return z
+
+
+@triton.jit(do_not_specialize=["layer", "threshold"])
+def _group_norm_silu_fwd_kernel(
+    x, weight, bias, add, scale, shift, sample, seed, step, y, mean, rstd,
+    add_row, scale_row, shift_row, layer, threshold, keep_scale, eps,
+    CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
+    SLAB: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_ADD: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr,
+    BY_EIGHT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    CPG: tl.constexpr = CHANNELS // NUM_GROUPS
+    TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
+    n, start, c, own, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB, BY_EIGHT)
+    x += n * (CHANNELS * HW)
+    y += n * (CHANNELS * HW)
+
+    # Mean and summed squared deviation of each channel, in two steps: never E[x²] - E[x]².
+    if TILES == 1:
+        p, at, inside = _where(0, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+        held = tl.load(x + at, mask=inside, other=0)
+        average = tl.sum(held.to(tl.float32), 0) / HW
+        held = _hold(held, ASM)
+        d = tl.where(inside, held.to(tl.float32) - average[None, :], 0.0)
+        rest = tl.sum(d, 0)
+        average += rest / HW
+        spread = tl.sum(d * d, 0) - rest * (rest / HW)
+        held = _hold(held, ASM)
+    else:
+        # Welford's recurrence in every slot of the tile, the slots joined after Chan.
+        slot_average = tl.zeros([PIXELS, SLAB], tl.float32)
+        slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
+        for tile in tl.range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
+            d = tl.where(inside, v - slot_average, 0.0)
+            slot_average += d * (1.0 / (tile + 1))
+            slot_spread += d * (v - slot_average)
+        last = (TILES - 1) * PIXELS + tl.arange(0, PIXELS)
+        count = tl.where(last < HW, 1.0 * TILES, 1.0 * TILES - 1.0)[:, None]
+        average = tl.sum(slot_average * count, 0) / HW
+        d = tl.where(count > 0, slot_average - average[None, :], 0.0)
+        rest = tl.sum(d * count, 0)
+        average += rest / HW
+        spread = tl.sum(slot_spread + d * d * count, 0) - rest * (rest / HW)
+
+    # Channels of equal size joined into groups, after Chan; `add` moves a channel as a whole.
+    moved = tl.zeros([SLAB], tl.float32)
+    if HAS_ADD:
+        moved = tl.load(add + n * add_row + c, mask=own, other=0).to(tl.float32)
+    average += moved
+    group_mean = _group_sums(average, member) / CPG
+    d = average - group_mean
+    group_rstd = tl.rsqrt(_group_sums(spread + d * d * HW, member) / (CPG * HW) + eps)
+    group_at = n * NUM_GROUPS + c // CPG
+    tl.store(mean + group_at, group_mean, mask=own & (c % CPG == 0))
+    tl.store(rstd + group_at, group_rstd, mask=own & (c % CPG == 0))
+
+    w, _, gain, offset = _affine(
+        n, c, own, weight, bias, scale, shift, scale_row, shift_row, HAS_SCALE, HAS_SHIFT
+    )
+    slope = group_rstd * w * gain
+    origin = group_mean - moved
+    if DROPS:
+        sample_n, seed_n, step_n = tl.load(sample + n), tl.load(seed), tl.load(step)
+    for i in tl.range(TILES):
+        tile = TILES - 1 - i
+        p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+        if TILES == 1:
+            v = held.to(tl.float32)
+        else:
+            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
+        out = _finish(v - origin[None, :], slope, offset, SILU, ASM)
+        if DROPS:
+            kept = _kept(p, start, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
+                         BY_EIGHT, SLAB)  # fmt: skip
+            out = tl.where(kept, out * keep_scale, 0.0)
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _grad_tile(v, grad, p, start, c, slope, offset, sample, seed, step, layer, threshold, keep_scale,
+               CHANNELS: tl.constexpr, SLAB: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr,
+               BY_EIGHT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """The gradient at the affine map's output z = v·slope + offset, v = x + add - mean."""
+    if DROPS:
+        kept = _kept(p, start, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
+        grad = tl.where(kept, grad * keep_scale, 0.0)
+    if SILU:
+        z = v * slope[None, :] + offset[None, :]
+        s = _sigmoid(z, ASM)
+        grad = grad * (s + (z * s) * (1.0 - s))
+    return grad
+
+
+@triton.jit(do_not_specialize=["layer", "threshold"])
+def _group_norm_silu_bwd_kernel(
+    grad_y, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, grad_x, grad_affine,
+    grad_add, grad_scale, grad_shift, batch, add_row, scale_row, shift_row, layer, threshold,
+    keep_scale,
+    CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
+    SLAB: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_ADD: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, WANTS_AFFINE: tl.constexpr,
+    SILU: tl.constexpr, DROPS: tl.constexpr, BY_EIGHT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    CPG: tl.constexpr = CHANNELS // NUM_GROUPS
+    TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
+    n, start, c, own, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB, BY_EIGHT)
+    x += n * (CHANNELS * HW)
+    grad_y += n * (CHANNELS * HW)
+    grad_x += n * (CHANNELS * HW)
+    r = tl.load(rstd + n * NUM_GROUPS + c // CPG, mask=own, other=0)
+    origin = tl.load(mean + n * NUM_GROUPS + c // CPG, mask=own, other=0)
+    if HAS_ADD:
+        origin -= tl.load(add + n * add_row + c, mask=own, other=0).to(tl.float32)
+    w, b, gain, offset = _affine(
+        n, c, own, weight, bias, scale, shift, scale_row, shift_row, HAS_SCALE, HAS_SHIFT
+    )
+    slope = r * w * gain
+    sample_n, seed_n, step_n = n, n, n
+    if DROPS:
+        sample_n, seed_n, step_n = tl.load(sample + n), tl.load(seed), tl.load(step)
+
+    # Of each channel: sum_b of the gradient g at z, sum_a of g·xhat, sum_s of xhat.
+    if TILES == 1:
+        p, at, inside = _where(0, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+        held = _hold(tl.load(x + at, mask=inside, other=0), ASM)
+        g = tl.load(grad_y + at, mask=inside, other=0).to(tl.float32)
+        v = held.to(tl.float32) - origin[None, :]
+        g = _grad_tile(v, g, p, start, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
+                       keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
+        sum_b = tl.sum(g, 0)
+        sum_a = tl.sum(g * v, 0) * r
+        sum_s = tl.sum(tl.where(inside, v, 0.0), 0) * r if HAS_ADD else sum_b
+        held = _hold(held, ASM)
+    else:
+        slot_b = tl.zeros([PIXELS, SLAB], tl.float32)
+        slot_a = tl.zeros([PIXELS, SLAB], tl.float32)
+        slot_s = tl.zeros([PIXELS, SLAB], tl.float32)
+        for tile in tl.range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
+            g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_last")
+            v -= origin[None, :]
+            g = _grad_tile(v, g.to(tl.float32), p, start, c, slope, offset, sample_n, seed_n, step_n,
+                           layer, threshold, keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT,
+                           ASM)  # fmt: skip
+            slot_b += g
+            slot_a += g * v
+            if HAS_ADD:
+                slot_s += tl.where(inside, v, 0.0)
+        sum_b = tl.sum(slot_b, 0)
+        sum_a = tl.sum(slot_a, 0) * r
+        sum_s = tl.sum(slot_s, 0) * r if HAS_ADD else sum_b
+
+    # grad_x = rstd·(w·gain·g - mean of it over the group - xhat · mean of (w·gain·g·xhat)).
+    to_a = _group_sums(w * gain * sum_a, member) / (CPG * HW)
+    to_b = _group_sums(w * gain * sum_b, member) / (CPG * HW)
+    if WANTS_AFFINE:
+        tl.store(grad_affine + n * CHANNELS + c, gain * sum_a, mask=own)
+        tl.store(grad_affine + (batch + n) * CHANNELS + c, gain * sum_b, mask=own)
+    if HAS_ADD:
+        total = r * (w * gain * sum_b - HW * to_b - to_a * sum_s)
+        tl.store(grad_add + n * CHANNELS + c, total.to(grad_add.dtype.element_ty), mask=own)
+    if HAS_SCALE:
+        total = w * sum_a + b * sum_b
+        tl.store(grad_scale + n * CHANNELS + c, total.to(grad_scale.dtype.element_ty), mask=own)
+    if HAS_SHIFT:
+        tl.store(grad_shift + n * CHANNELS + c, sum_b.to(grad_shift.dtype.element_ty), mask=own)
+
+    from_v = (r * r * to_a)[None, :]
+    from_all = (r * to_b)[None, :]
+    for i in tl.range(TILES):
+        tile = TILES - 1 - i
+        p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+        if TILES == 1:
+            v = held.to(tl.float32) - origin[None, :]
+        else:
+            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
+            g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_first")
+            v -= origin[None, :]
+            g = _grad_tile(v, g.to(tl.float32), p, start, c, slope, offset, sample_n, seed_n, step_n,
+                           layer, threshold, keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT,
+                           ASM)  # fmt: skip
+        out = g * slope[None, :] - from_all - v * from_v
+        tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
+
+
+# -- launchers ------------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """A program's tile: `groups` whole groups in `slab` columns, `pixels` rows, and its warps."""
+
+    groups: int
+    slab: int
+    pixels: int
+    warps: int
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def _plan(
+    channels: int, pixels: int, num_groups: int, itemsize: int, channels_last: bool, drops: bool,
+    backward: bool,
+) -> _Plan:  # fmt: skip
+    """Reasoned from registers, not measured. 64 KB of x (as much of grad_y besides) stay in the
+    registers of 16 warps; in the backward pass half of it lets a second program on the SM load while
+    the first computes. Rows of a slab have 64 bytes or more where that is free, 32 (a sector) at least
+    where x is to be read once; a slab that is read twice takes the narrowest rows of 64 bytes, so
+    that its second read finds it in L2.
+    """
+    cpg = channels // num_groups
+    whole = _power_of_two(pixels)
+    most = 65536 // itemsize
+    wished = most // 2 if backward else most
+    plans = []
+    for groups in range(1, min(num_groups, max(1, 512 // cpg)) + 1):
+        used = groups * cpg
+        # The tile starts with a whole Philox block: at most this many channels before the slab.
+        before = 8 - math.gcd(used, 8) if drops and channels % 8 == 0 and groups < num_groups else 0
+        slab = max(8 if drops and channels % 8 == 0 else 1, _power_of_two(used + before))
+        slots = whole * slab
+        row = (used if channels_last else pixels) * itemsize
+        all_channels = groups == num_groups
+        fits = slots <= most and (row >= 32 or all_channels or not channels_last)
+        aligned = used % 8 == 0 or all_channels
+        dense = used / slab
+        if not channels_last:
+            score = (fits, slots >= 1024 if fits else -groups, aligned, dense)
+        elif fits:
+            score = (True, aligned, slots <= wished, row >= 64, dense)
+        else:
+            score = (False, row >= 64 or all_channels, aligned, dense)
+        plans.append((score, -groups, fits, slots, slab))
+    _, negative, fits, slots, slab = max(plans)
+    if fits:
+        each = 64 if itemsize == 2 else 32
+        return _Plan(-negative, slab, whole, min(16, max(4, slots // (32 * each))))
+    # 8 values a thread besides the sums of the backward pass, 16 besides the forward's.
+    tile = max(1, (4096 if backward else 8192) // slab)
+    return _Plan(-negative, slab, min(whole, tile), 16)
+
+
+def _layout(x: torch.Tensor) -> torch.memory_format:
+    is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+def _rows(v: torch.Tensor | None) -> torch.Tensor | None:
+    """[N,C] with neighbouring channels side by side; rows may lie apart, as halves of a chunk do."""
+    return v if v is None or v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous()
+
+
+def _constants(x, num_groups, add, scale, shift, silu, threshold, backward) -> tuple[dict, int]:
+    """A kernel's constants, and the number of programs."""
+    n, c, h, w = x.shape
+    channels_last = _layout(x) == torch.channels_last
+    drops = threshold > 0
+    plan = _plan(c, h * w, num_groups, x.itemsize, channels_last, drops, backward)
+    constants = dict(
+        CHANNELS=c, HW=h * w, NUM_GROUPS=num_groups, GROUPS=plan.groups, SLAB=plan.slab,
+        PIXELS=plan.pixels, CHANNELS_LAST=channels_last, HAS_ADD=add is not None,
+        HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, SILU=silu, DROPS=drops,
+        BY_EIGHT=drops and c % 8 == 0, ASM=x.is_cuda and torch.version.hip is None,
+        num_warps=plan.warps,
+    )  # fmt: skip
+    return constants, n * -(-num_groups // plan.groups)
+
+
+def _fwd(
+    x, weight, bias, add, scale, shift, sample, seed, step, num_groups, eps, silu, layer, threshold
+):
+    x = x.contiguous(memory_format=_layout(x))
+    add, scale, shift = _rows(add), _rows(scale), _rows(shift)
+    constants, programs = _constants(x, num_groups, add, scale, shift, silu, threshold, False)
+    y = torch.empty_like(x)
+    mean, rstd = _statistics(x, num_groups)
+    launch(
+        _group_norm_silu_fwd_kernel, (programs,), x, weight.contiguous(), bias.contiguous(),
+        *_given(x, add, scale, shift, sample, seed, step), y, mean, rstd,
+        *_row_strides(add, scale, shift), layer, threshold, 65536 / (65536 - threshold), eps,
+        **constants,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _bwd(
+    grad_y, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
+    layer, threshold, wants_affine,
+):  # fmt: skip
+    x = x.contiguous(memory_format=_layout(x))
+    grad_y = grad_y.contiguous(memory_format=_layout(x))
+    add, scale, shift = _rows(add), _rows(scale), _rows(shift)
+    constants, programs = _constants(x, num_groups, add, scale, shift, silu, threshold, True)
+    n, c = x.shape[:2]
+    grad_x = torch.empty_like(x)
+    # One program writes each entry; PyTorch's sum over the batch has one order too.
+    by_sample = torch.empty((2, n if wants_affine else 0, c), dtype=torch.float32, device=x.device)
+    grads = [
+        None if v is None else torch.empty((n, c), dtype=v.dtype, device=x.device)
+        for v in (add, scale, shift)
+    ]
+    launch(
+        _group_norm_silu_bwd_kernel, (programs,), grad_y, x, mean, rstd, weight.contiguous(),
+        bias.contiguous(), *_given(x, add, scale, shift, sample, seed, step), grad_x, by_sample,
+        *_given(x, *grads), n, *_row_strides(add, scale, shift), layer, threshold,
+        65536 / (65536 - threshold), **constants, WANTS_AFFINE=wants_affine,
+    )  # fmt: skip
+    return [grad_x, by_sample.sum(1), *(v for v in grads if v is not None)]
+
+
+def _statistics(x, num_groups):
+    shape = (x.shape[0], num_groups)
+    return tuple(torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+
+
+def _given(x, *optional):
+    """What is absent is never touched; x stands in for it."""
+    return [x if v is None else v for v in optional]
+
+
+def _row_strides(*modulations):
+    return [0 if v is None else v.stride(0) for v in modulations]
+
+
+# Channels, pixels, how a block of the network uses it. DDPM++ CIFAR-10 (groups of C/32) and ADM-64.
+_NORM, _EMBEDDED, _PLAIN, _MODULATED = "norm", "add dropout", "no silu", "scale shift dropout"
+_SITES = {
+    "ddpmpp": (
+        (32, (128, 256, 384, 512), (_NORM,)), (32, (256,), (_EMBEDDED,)),
+        (16, (256, 512), (_NORM,)), (16, (256,), (_EMBEDDED, _PLAIN)),
+        (8, (256, 512), (_NORM,)), (8, (256,), (_EMBEDDED, _PLAIN)),
+    ),
+    "adm": (
+        (64, (192, 384, 576), (_NORM,)), (64, (192,), (_MODULATED,)),
+        (32, (192, 384, 576, 768, 960), (_NORM,)), (32, (384,), (_MODULATED, _PLAIN)),
+        (16, (384, 576, 768, 960, 1152, 1344), (_NORM,)), (16, (576,), (_MODULATED, _PLAIN)),
+        (8, (576, 768, 1344, 1536), (_NORM,)), (8, (768,), (_MODULATED, _PLAIN)),
+    ),
+}  # fmt: skip
+
+
+def specialisations(capability: int) -> list[Variant]:
+    """The forms in which DDPM++ on CIFAR-10 and ADM at 64 x 64 use the kernels, in channels_last;
+    the same for every compute capability."""
+    types = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    return [
+        variant
+        for network, sites in _SITES.items()
+        for size, widths, uses in sites
+        for channels in widths
+        for use in uses
+        for dtype, name in types.items()
+        for variant in _variants(f"{network} {size}x{size}x{channels} {use}", size, channels, use,
+                                 dtype, name)
+    ]  # fmt: skip
+
+
+def _variants(site, size, channels, use, dtype, name):
+    batch = 64
+    x = torch.empty((batch, channels, size, size), dtype=dtype, device="meta")
+    x = x.contiguous(memory_format=torch.channels_last)
+    row = x.new_empty((batch, channels))
+    add, scale = row if use == _EMBEDDED else None, row if use == _MODULATED else None
+    threshold = 8520 if "dropout" in use else 0
+    optional = {key: f"*{name}" for key in ("add", "scale", "shift")} | {
+        key: "*i64" if threshold else f"*{name}" for key in ("sample", "seed", "step")
+    }
+    affine = {"weight": "*fp32", "bias": "*fp32"} | optional
+    statistics = {"mean": "*fp32", "rstd": "*fp32"}
+    scalars = {key: "i32" for key in ("add_row", "scale_row", "shift_row", "layer", "threshold")}
+    fwd = {"x": f"*{name}"} | affine | {"y": f"*{name}"} | statistics | scalars
+    fwd |= {"keep_scale": "fp32", "eps": "fp32"}
+    bwd = {"grad_y": f"*{name}", "x": f"*{name}"} | statistics | affine | {"grad_x": f"*{name}"}
+    bwd |= {"grad_affine": "*fp32"} | {
+        f"grad_{key}": f"*{name}" for key in ("add", "scale", "shift")
+    }
+    bwd |= {"batch": "i32"} | scalars | {"keep_scale": "fp32"}
+    for backward, kernel, signature in (
+        (False, _group_norm_silu_fwd_kernel, fwd),
+        (True, _group_norm_silu_bwd_kernel, bwd),
+    ):
+        constants, programs = _constants(
+            x, min(32, channels // 4), add, scale, scale, use != _PLAIN, threshold, backward
+        )
+        constants["ASM"] = True
+        warps = constants.pop("num_warps")
+        if backward:
+            constants["WANTS_AFFINE"] = True
+        aligned = frozenset(
+            {"add_row", "scale_row", "shift_row"} | ({"batch"} if backward else set())
+        )
+        yield Variant(
+            f"{site} {name}",
+            kernel,
+            signature,
+            constants,
+            warps,
+            aligned=aligned,
+            programs=programs,
+        )
+
+
+# -- registration ---------------------------------------------------------------------------------
+
+_OPTIONAL = "Tensor? add, Tensor? scale, Tensor? shift, Tensor? sample, Tensor? seed, Tensor? step"
+torch.library.define(
+    "tcm_fast::group_norm_silu_fwd",
+    f"(Tensor x, Tensor weight, Tensor bias, {_OPTIONAL}, int num_groups, float eps, bool silu, "
+    "int layer, int threshold) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "tcm_fast::group_norm_silu_bwd",
+    f"(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, {_OPTIONAL}, "
+    "int num_groups, bool silu, int layer, int threshold, bool wants_affine) -> Tensor[]",
+)
+torch.library.impl("tcm_fast::group_norm_silu_fwd", ("cpu", "cuda"), _fwd)
+torch.library.impl("tcm_fast::group_norm_silu_bwd", ("cpu", "cuda"), _bwd)
+
+
+@torch.library.register_fake("tcm_fast::group_norm_silu_fwd")
+def _(x, weight, bias, add, scale, shift, sample, seed, step, num_groups, *_):
+    y = torch.empty_like(x.contiguous(memory_format=_layout(x)))
+    return y, *_statistics(x, num_groups)
+
+
+@torch.library.register_fake("tcm_fast::group_norm_silu_bwd")
+def _(grad_y, x, mean, rstd, weight, bias, add, scale, shift, *_):
+    grad_x = torch.empty_like(x.contiguous(memory_format=_layout(x)))
+    sums = torch.empty((2, x.shape[1]), dtype=torch.float32, device=x.device)
+    given = [v for v in (add, scale, shift) if v is not None]
+    return [grad_x, sums, *(v.new_empty(v.shape) for v in given)]
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.num_groups, _, ctx.silu, ctx.layer, ctx.threshold = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(*tensors, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx, grad_y, *_):
+    x, weight, bias, add, scale, shift, sample, seed, step, mean, rstd = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad_x, affine, *rest = torch.ops.tcm_fast.group_norm_silu_bwd(
+        grad_y, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step,
+        ctx.num_groups, ctx.silu, ctx.layer, ctx.threshold, needs[1] or needs[2],
+    )  # fmt: skip
+    given = iter(rest)
+    modulations = [None if v is None else next(given) for v in (add, scale, shift)]
+    grads = [grad_x, *affine.unbind(), *modulations]
+    return *(g if need else None for g, need in zip(grads, needs[:6], strict=True)), *[None] * 8
+
+
+def _refuse(ctx, *_):
+    raise NotImplementedError("group_norm_silu: has no second derivative, got a double backward")
+
+
+torch.library.register_autograd("tcm_fast::group_norm_silu_fwd", _backward, setup_context=_save)
+torch.library.register_autograd("tcm_fast::group_norm_silu_bwd", _refuse)
+
+
 # -- public function ------------------------------------------------------------------------------
 
 
@@ -68,7 +659,7 @@ def group_norm_silu(
     Args:
         x: activations [N,C,H,W] of a floating dtype, contiguous or channels_last.
         num_groups: number of groups, a divisor of C.
-        weight, bias: affine parameters [C], fp32 as a rule.
+        weight, bias: affine parameters [C], fp32 (or float64, with a float64 x).
         eps: added to the variance.
         silu: False leaves the SiLU out.
         add, scale, shift: per sample and channel, [N,C], each optional.
@@ -79,28 +670,55 @@ def group_norm_silu(
         [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64).
 
     Raises:
-        TypeError: x is not a floating tensor.
-        ValueError: shapes that do not fit, a dropout_p out of range or without a key.
+        TypeError: x is not floating, affine parameters have half precision.
+        ValueError: shapes or devices that do not fit, a dropout_p out of range or without a key, a
+            sample of 2**31 elements or more.
     """
     if not x.is_floating_point():
         raise TypeError(f"group_norm_silu: x must be floating, got {x.dtype}")
     if x.ndim != 4:
         raise ValueError(f"group_norm_silu: x must be [N,C,H,W], got {list(x.shape)}")
-    n, c = x.shape[:2]
+    n, c, height, width = x.shape
     if num_groups < 1 or c % num_groups:
         raise ValueError(f"group_norm_silu: num_groups must divide C={c}, got {num_groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter.shape != (c,):
             raise ValueError(f"group_norm_silu: {name} must be [{c}], got {list(parameter.shape)}")
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"group_norm_silu: {name} must be fp32, got {parameter.dtype}")
     for name, modulation in (("add", add), ("scale", scale), ("shift", shift)):
         if modulation is not None and modulation.shape != (n, c):
             raise ValueError(
                 f"group_norm_silu: {name} must be [{n},{c}], got {list(modulation.shape)}"
             )
+    operands = {"weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
+    for name, operand in operands.items():
+        if operand is not None and operand.device != x.device:
+            raise ValueError(f"group_norm_silu: {name} must be on {x.device}, got {operand.device}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"group_norm_silu: dropout_p must be in [0,1), got {dropout_p}")
     if dropout_p > 0 and dropout_key is None:
         raise ValueError("group_norm_silu: dropout_key is required where dropout_p > 0, got None")
+    is_wide = x.dtype == torch.float64 or weight.dtype == torch.float64
+    if not is_wide and c * height * width > 0 and runs_triton("group_norm_silu", x.device.type):
+        if c * height * width >= 2**31:
+            raise ValueError(
+                "group_norm_silu: a sample must have fewer than 2**31 elements, "
+                f"got {c * height * width}"
+            )
+        sample = seed = step = None
+        layer, threshold = 0, _threshold("group_norm_silu", dropout_p)
+        if threshold > 0:
+            _check_samples("group_norm_silu", dropout_key, n, x.device)
+            key = dropout_key
+            sample, seed, step, layer = counters(
+                "group_norm_silu", key.seed, key.step, key.layer, key.sample
+            )
+        y, _, _ = torch.ops.tcm_fast.group_norm_silu_fwd(
+            x.contiguous(memory_format=_layout(x)), weight, bias, add, scale, shift, sample, seed,
+            step, num_groups, eps, silu, layer, threshold,
+        )  # fmt: skip
+        return y
     return group_norm_silu_reference(
         x, num_groups, weight, bias, eps,
         silu=silu, add=add, scale=scale, shift=shift, dropout_p=dropout_p, dropout_key=dropout_key,
