@@ -61,7 +61,10 @@ def tcm_fast(
         seen = count * config.batch_size
         plan = plan_times(config, seed=0, images_seen=seen, iteration=ITERATION + count)
         (part,) = plan.parts(1)
-        batch = make_batch(plan, part, *stream.batch(seen + part), seed=0, step=count)
+        batch = make_batch(
+            plan, part, *stream.batch(seen + part), seed=0, step=count,
+            boundary_weight=config.boundary_weight,
+        )  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
         objective(batch)[0].backward()
         optimizer.param_groups[0]["lr"] = learning_rate(config, seen, count)

@@ -35,6 +35,11 @@ void check(const char* name, std::initializer_list<Address> addresses, int64_t n
   }
 }
 
+int64_t read(const char* name, Address scalar) {
+  require(scalar != 0, name, "addresses must not be null, got 0");
+  return *at<int64_t>(scalar);
+}
+
 void check_threshold(const char* name, uint32_t threshold) {
   require(threshold < 65536, name,
           "threshold must be below 65536, got " + std::to_string(threshold));
@@ -44,33 +49,36 @@ void check_threads(const char* name, int threads) {
   require(threads > 0, name, "threads must be positive, got " + std::to_string(threads));
 }
 
-void philox_bits_cpu(Address out, Address sample, int64_t n, int64_t num_blocks, int64_t seed,
-                     int64_t step, uint32_t layer, int threads) {
+void philox_bits_cpu(Address out, Address sample, int64_t n, int64_t num_blocks, Address seed,
+                     Address step, uint32_t layer, int threads) {
   check("philox_bits_cpu", {out, sample}, n, num_blocks, num_blocks);
   check_threads("philox_bits_cpu", threads);
-  tcm_fast::philox_bits_cpu(at<int32_t>(out), at<int64_t>(sample), n, num_blocks, seed, step, layer,
+  tcm_fast::philox_bits_cpu(at<int32_t>(out), at<int64_t>(sample), n, num_blocks,
+                            read("philox_bits_cpu", seed), read("philox_bits_cpu", step), layer,
                             threads);
 }
 
-void philox_normal_cpu(Address out, Address sample, int64_t n, int64_t elements, int64_t seed,
-                       int64_t step, uint32_t layer, int threads) {
+void philox_normal_cpu(Address out, Address sample, int64_t n, int64_t elements, Address seed,
+                       Address step, uint32_t layer, int threads) {
   check("philox_normal_cpu", {out, sample}, n, elements, elements / 4);
   check_threads("philox_normal_cpu", threads);
-  tcm_fast::philox_normal_cpu(at<float>(out), at<int64_t>(sample), n, elements, seed, step, layer,
-                              threads);
+  tcm_fast::philox_normal_cpu(at<float>(out), at<int64_t>(sample), n, elements,
+                              read("philox_normal_cpu", seed), read("philox_normal_cpu", step),
+                              layer, threads);
 }
 
-void dropout_mask_cpu(Address out, Address sample, int64_t n, int64_t elements, int64_t seed,
-                      int64_t step, uint32_t layer, uint32_t threshold, int threads) {
+void dropout_mask_cpu(Address out, Address sample, int64_t n, int64_t elements, Address seed,
+                      Address step, uint32_t layer, uint32_t threshold, int threads) {
   check("dropout_mask_cpu", {out, sample}, n, elements, elements / 8);
   check_threshold("dropout_mask_cpu", threshold);
   check_threads("dropout_mask_cpu", threads);
-  tcm_fast::dropout_mask_cpu(at<uint8_t>(out), at<int64_t>(sample), n, elements, seed, step, layer,
+  tcm_fast::dropout_mask_cpu(at<uint8_t>(out), at<int64_t>(sample), n, elements,
+                             read("dropout_mask_cpu", seed), read("dropout_mask_cpu", step), layer,
                              threshold, threads);
 }
 
 void dropout_cpu(Address out, Address x, Address sample, int64_t n, int64_t channels,
-                 int64_t pixels, bool channels_last, int64_t seed, int64_t step, uint32_t layer,
+                 int64_t pixels, bool channels_last, Address seed, Address step, uint32_t layer,
                  uint32_t threshold, int threads) {
   require(channels >= 0, "dropout_cpu",
           "channels must not be negative, got " + std::to_string(channels));
@@ -78,7 +86,8 @@ void dropout_cpu(Address out, Address x, Address sample, int64_t n, int64_t chan
   check_threshold("dropout_cpu", threshold);
   check_threads("dropout_cpu", threads);
   tcm_fast::dropout_cpu(at<float>(out), at<float>(x), at<int64_t>(sample), n, channels, pixels,
-                        channels_last, seed, step, layer, threshold, threads);
+                        channels_last, read("dropout_cpu", seed), read("dropout_cpu", step), layer,
+                        threshold, threads);
 }
 
 #ifdef TCM_FAST_WITH_CUDA

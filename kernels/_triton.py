@@ -63,6 +63,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     """Runs a kernel on the device of its first tensor and counts the launch; nothing for an empty grid."""
     if 0 in grid:
         return
+    constants.setdefault("enable_fp_fusion", True)  # releases of Triton differ in what is usual
     LAUNCHES[kernel.__name__] += 1
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -87,5 +88,6 @@ class Variant:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    fp_fusion: bool = True
     aligned: frozenset[str] = field(default_factory=frozenset)
     programs: int = 0

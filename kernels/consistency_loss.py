@@ -227,6 +227,7 @@ def _save(ctx, inputs, output):
     images_and_levels, is_clean, ctx.sigma_data = inputs[:6], inputs[8], inputs[11]
     ctx.save_for_backward(*images_and_levels, is_clean, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_loss, _):

@@ -65,9 +65,9 @@ def noise_pair_reference(y, t, r, noise, *, sigma_data=0.5, dtype=torch.float32,
 @triton.jit
 def _noise_pair_kernel(
     y, t, r, sample, seed, step, unit, x_t, x_r, input_t, input_r,
-    size, channels, y_pixel, y_channel, x_pixel, x_channel, in_pixel, in_channel, in_size, variance,
-    IS_UINT8: tl.constexpr, HAS_R: tl.constexpr, APPEND_ONES: tl.constexpr, LAYER: tl.constexpr,
-    BLOCK: tl.constexpr,
+    size, channels, x_pixel, x_channel, in_pixel, in_channel, in_size, variance,
+    IS_UINT8: tl.constexpr, HAS_R: tl.constexpr, APPEND_ONES: tl.constexpr, IS_LINEAR: tl.constexpr,
+    LAYER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -80,12 +80,14 @@ def _noise_pair_kernel(
     e = tl.program_id(1) * 4 * BLOCK + tl.arange(0, 4 * BLOCK)
     inside = e < size
     pixel, channel = e // channels, e % channels
-    value = tl.load(y + n * size + pixel * y_pixel + channel * y_channel, mask=inside, other=0)
+    x_at = n * size + (e if IS_LINEAR else pixel * x_pixel + channel * x_channel)
+    value = tl.load(y + x_at, mask=inside, other=0)
     value = value.to(tl.float32)
     if IS_UINT8:
         value = tl.div_rn(value, 127.5) - 1.0
-    x_at = n * size + pixel * x_pixel + channel * x_channel
-    in_at = n * in_size + pixel * in_pixel + channel * in_channel
+    in_at = x_at
+    if APPEND_ONES or not IS_LINEAR:
+        in_at = n * in_size + pixel * in_pixel + channel * in_channel
     ones_at = n * in_size + pixel * in_pixel + channels * in_channel
     is_first = inside & (channel == 0)
     one = tl.full([4 * BLOCK], 1.0, tl.float32)
@@ -154,10 +156,11 @@ def _launch(y, t, r, sample, seed, step, sigma_data, dtype, append_ones):
     # Without fused products the Gaussians are the reference's, bit for bit.
     launch(
         _noise_pair_kernel, (n, -(-size // (4 * BLOCK))), y, t, t if r is None else r, sample, seed,
-        step, unit, x_t, x_r, input_t, input_r, size, c, *image, *image,
+        step, unit, x_t, x_r, input_t, input_r, size, c, *image,
         *_strides(c + append_ones, pixels, layout), pixels * (c + append_ones), sigma_data**2,
         IS_UINT8=y.dtype == torch.uint8, HAS_R=r is not None, APPEND_ONES=append_ones,
-        LAYER=NOISE_LAYER, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+        IS_LINEAR=layout == torch.channels_last, LAYER=NOISE_LAYER, BLOCK=BLOCK,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return buffers
 
@@ -165,8 +168,7 @@ def _launch(y, t, r, sample, seed, step, sigma_data, dtype, append_ones):
 def specialisations(capability: int) -> list[Variant]:
     """The forms in which CIFAR-10 and ImageNet-64 use the kernel."""
     variants = []
-    sizes = ("size", "channels", "y_pixel", "y_channel", "x_pixel", "x_channel", "in_pixel")
-    sizes += ("in_channel", "in_size")
+    sizes = ("size", "channels", "x_pixel", "x_channel", "in_pixel", "in_channel", "in_size")
     for site, pixels, ones in (("3x32x32", 1024, False), ("3x64x64", 4096, True)):
         for dtype in ("fp32", "fp16", "bf16"):
             signature = {"y": "*u8", "t": "*fp32", "r": "*fp32", "sample": "*i64", "seed": "*i64"}
@@ -174,10 +176,10 @@ def specialisations(capability: int) -> list[Variant]:
             signature |= {"input_t": f"*{dtype}", "input_r": f"*{dtype}"}
             signature |= dict.fromkeys(sizes, "i32") | {"variance": "fp32"}
             constants = {"IS_UINT8": True, "HAS_R": True, "APPEND_ONES": ones}
-            constants |= {"LAYER": NOISE_LAYER, "BLOCK": BLOCK}
+            constants |= {"IS_LINEAR": True, "LAYER": NOISE_LAYER, "BLOCK": BLOCK}
             variants.append(
                 Variant(f"{site} {dtype}", _noise_pair_kernel, signature, constants,
-                        aligned=frozenset({"size", "in_size"}),
+                        fp_fusion=False, aligned=frozenset({"size", "in_size"}),
                         programs=128 * 3 * pixels // (4 * BLOCK))
             )  # fmt: skip
     return variants

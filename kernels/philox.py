@@ -96,16 +96,12 @@ def launch(name, ext, out, sample, sizes, seed, step, layer, *rest, inputs=()) -
     """Calls `name`_cpu or _cuda of the extension: addresses of `out` and `inputs`, then the sizes."""
     sample = sample.contiguous()
     pointers = [t.data_ptr() for t in (out, *inputs, sample)]
-    sizes = (len(sample), *sizes)
+    arguments = (*pointers, len(sample), *sizes, seed.data_ptr(), step.data_ptr(), layer, *rest)
     if out.device.type == "cpu":
-        function = getattr(ext, f"{name}_cpu")
-        threads = torch.get_num_threads()
-        function(*pointers, *sizes, seed.item(), step.item(), layer, *rest, threads)
+        getattr(ext, f"{name}_cpu")(*arguments, torch.get_num_threads())
         return out
-    function = getattr(ext, f"{name}_cuda")
     with torch.cuda.device(out.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        function(*pointers, *sizes, seed.data_ptr(), step.data_ptr(), layer, *rest, stream)
+        getattr(ext, f"{name}_cuda")(*arguments, torch.cuda.current_stream().cuda_stream)
     return out
 
 

@@ -19,28 +19,39 @@ from tcm_fast.kernels.consistency_loss import consistency_loss
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.noise_pair import network_input, noise_pair
 from tcm_fast.kernels.precondition import denoise
+from tcm_fast.networks.precision import cast_weights, in_precision
 from tcm_fast.networks.precond import Precond
 from tcm_fast.times import IMAGE, STAGE1, STUDENT, TimePlan
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the device, sorted by where its targets come from.
+    """One micro-batch on the device, sorted by where its targets come from: rows of the student first,
+    rows whose target is the image in the middle, rows of the stage-1 network last.
 
-    images: uint8 [n,C,H,W]; labels: one-hot fp32 [n,K] or None; t, r, delta, share: float64 [n]
-    (r, delta None in pre-training); boundary: bool [n]; counts: numbers of rows whose target is
-    computed by the student, by the stage-1 network, and given by the image, known to the host; key:
-    seed, step and global sample numbers of noise and dropout.
+    images: uint8 [n,C,H,W]; labels: one-hot fp32 [n,K] or None.
+    t, r, delta: fp32 [n] (r, delta zero in pre-training; delta was formed in float64).
+    weights: fp32 [3,n], what each row's loss counts for in the step's loss, in the mean off the boundary
+        and in the mean on it.
+    is_clean: bool [n], rows whose target is the image.
+    position: int64 [n], the place of each row's target among those of the student's rows, of all images
+        and of the stage-1 network's rows, put one after another.
+    student_rows, stage1_rows, has_clean: how many rows from the front and from the back the two networks
+        compute, and whether any target is an image: known to the host.
+    key: seed, step and global sample numbers of noise and dropout.
     """
 
     images: torch.Tensor
     labels: torch.Tensor | None
     t: torch.Tensor
-    r: torch.Tensor | None
-    delta: torch.Tensor | None
-    boundary: torch.Tensor
-    share: torch.Tensor
-    counts: tuple[int, int, int]
+    r: torch.Tensor
+    delta: torch.Tensor
+    weights: torch.Tensor
+    is_clean: torch.Tensor
+    position: torch.Tensor
+    student_rows: int
+    stage1_rows: int
+    has_clean: bool
     key: DropoutKey
 
 
@@ -52,41 +63,70 @@ def make_batch(
     *,
     seed: int,
     step: int,
+    boundary_weight: float = 0.0,
+    granule: int = 1,
 ) -> Batch:
-    """The samples `part` of a plan with their images [n,C,H,W] (and labels), in one host-to-device copy."""
-    device = images.device
-    zeros = np.zeros_like(plan.t)
-    columns = [
-        plan.t,
-        zeros if plan.r is None else plan.r,
-        zeros if plan.delta is None else plan.delta,
-    ]
-    columns += [plan.boundary, plan.share, np.arange(len(plan.t))]
-    table = torch.from_numpy(np.stack([np.asarray(c, np.float64)[part] for c in columns]))
-    if device.type == "cuda":
-        table = table.pin_memory()
-    t, r, delta, boundary, share, sample = table.to(device, non_blocking=True)
-    source = plan.source[part]
+    """The samples `part` of a plan with their images [n,C,H,W] (and labels), in one host-to-device copy.
+
+    The numbers of rows that each network computes are rounded up to a multiple of `granule` (at most
+    n): so few shapes occur that graphs and tuned convolutions are used again."""
+    n, source = len(part), plan.source[part]
     assert (np.diff(source) >= 0).all()
-    return Batch(
-        images=images,
-        labels=labels,
-        t=t,
-        r=None if plan.r is None else r,
-        delta=None if plan.delta is None else delta,
-        boundary=boundary > 0,
-        share=share,
-        counts=tuple(int((source == kind).sum()) for kind in (STUDENT, STAGE1, IMAGE)),  # type: ignore[arg-type]
-        key=DropoutKey(seed=seed, step=step, layer=0, sample=sample.to(torch.int64)),
+    student, clean, stage1 = ((source == kind).sum() for kind in (STUDENT, IMAGE, STAGE1))
+    front, back = (min(-(-int(count) // granule) * granule, n) for count in (student, stage1))
+    row = np.arange(n)
+    position = np.where(source == STAGE1, row - (n - back) + front, row)
+    if clean:  # all images stand between the two networks' rows
+        position += np.where(source == STUDENT, 0, np.where(source == IMAGE, front, n))
+    share, boundary = plan.share[part], plan.boundary[part]
+    parts = [share * np.where(boundary, boundary_weight, 1.0), share * ~boundary, share * boundary]
+    levels = [np.zeros(n) if v is None else v[part] for v in (plan.t, plan.r, plan.delta)]
+    t, r, delta, weights, is_clean, place, sample, keys = _to_device(
+        images.device,
+        *(level.astype(np.float32) for level in levels),
+        np.stack(parts).astype(np.float32),
+        source == IMAGE,
+        position.astype(np.int64),
+        part.astype(np.int64),
+        np.array([seed, step], np.int64),
     )
+    key = DropoutKey(seed=keys[0], step=keys[1], layer=0, sample=sample)
+    return Batch(
+        images=images, labels=labels, t=t, r=r, delta=delta, weights=weights, is_clean=is_clean,
+        position=place, student_rows=front, stage1_rows=back, has_clean=bool(clean), key=key,
+    )  # fmt: skip
+
+
+def _to_device(device: torch.device, *columns: np.ndarray) -> list[torch.Tensor]:
+    """Arrays of any dtypes and shapes as tensors on the device, by one copy that nothing waits for."""
+    starts = np.cumsum([0] + [-(-column.nbytes // 16) * 16 for column in columns])
+    is_cuda = device.type == "cuda"
+    packed = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=is_cuda)
+    for start, column in zip(starts[:-1], columns, strict=True):
+        packed.numpy()[start : start + column.nbytes] = np.frombuffer(column.tobytes(), np.uint8)
+    packed = packed.to(device, non_blocking=True)
+    return [
+        packed[int(start) : int(start) + column.nbytes]
+        .view(torch.from_numpy(column[:0]).dtype)
+        .view(column.shape)
+        for start, column in zip(starts[:-1], columns, strict=True)
+    ]
+
+
+def row_granule(batch_size: int, device: torch.device) -> int:
+    """To what multiple each network's rows are rounded up. Rows too many cost a forward pass each, so
+    2 (granule - 1) of them stay below 3 % of a step's 4 batch_size where that is 128 or more."""
+    if device.type != "cuda":
+        return 1  # nothing there is captured or tuned by shape
+    return max(8, int(0.06 * batch_size) // 8 * 8)
 
 
 class Objective(nn.Module):
     """A phase's loss, with the student as its only trainable sub-module.
 
     `frozen` is the stage-1 network of `tcm` (train mode: its dropout shares the student's masks) or
-    the teacher of `cd` (eval mode). It is kept out of the module tree, so that neither the optimizer
-    nor DistributedDataParallel nor a state dict sees it.
+    the teacher of `cd` (eval mode); below fp32 a copy in `dtype` is kept of it. It is kept out of the
+    module tree, so that neither the optimizer nor DistributedDataParallel nor a state dict sees it.
     """
 
     def __init__(
@@ -107,8 +147,9 @@ class Objective(nn.Module):
                 f"objective: {name} {'needs a' if needs_frozen else 'has no'} frozen network"
             )
         if frozen is not None:
-            frozen.requires_grad_(False).train(name == "tcm")
+            frozen = in_precision(frozen, dtype).requires_grad_(False).train(name == "tcm")
         self._frozen = (frozen,)
+        self._cast: tuple[tuple[int, bool], dict[str, torch.Tensor]] | None = None
         image_size = student.img_channels * student.img_resolution**2
         self.c = getattr(config, "c", 0.0)
         if isinstance(config, IctConfig) and self.c == 0:
@@ -123,64 +164,92 @@ class Objective(nn.Module):
         on the boundary (two numbers for the log, [2])."""
         is_edm = isinstance(self.config, EdmConfig)
         losses = self._denoising(batch) if is_edm else self._consistency(batch)
-        shares = losses * batch.share.to(losses.dtype)
-        consistency, boundary = (shares * ~batch.boundary).sum(), (shares * batch.boundary).sum()
-        loss = consistency + getattr(self.config, "boundary_weight", 0.0) * boundary
-        return loss, torch.stack([consistency, boundary]).detach()
+        return torch.dot(losses, batch.weights[0]), batch.weights[1:] @ losses.detach()
 
-    def _raw(self, net: Precond, x: torch.Tensor, batch: Batch, t: torch.Tensor, rows: slice):
+    def _weights(self) -> dict[str, torch.Tensor] | None:
+        """The student's weights in the compute dtype, cast when an optimizer has changed them."""
+        if self.dtype == torch.float32:
+            return None
+        state = (sum(p._version for p in self.student.parameters()), torch.is_grad_enabled())
+        if self._cast is None or self._cast[0] != state:
+            self._cast = (state, cast_weights(self.student, self.dtype))
+        return self._cast[1]
+
+    def _raw(
+        self,
+        net: Precond,
+        x: torch.Tensor,
+        batch: Batch,
+        t: torch.Tensor,
+        rows: slice,
+        weights: dict[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
         """Raw output of a network on some rows, with the rows' labels and dropout masks."""
         labels = None if batch.labels is None else batch.labels[rows]
-        key = batch.key.select(rows)
-        device = x.device.type
-        with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return net.raw(x[rows], t[rows].to(torch.float32), labels, dropout_key=key)
+        return net.raw(
+            x[rows], t[rows], labels, dropout_key=batch.key.select(rows), weights=weights
+        )
 
     def _denoising(self, batch: Batch) -> torch.Tensor:
         """w(t) ‖D(y + t eps, t) - y‖², w = (t²+sd²)/(t sd)², summed over the image: [n]."""
         net, sd = self.student, self.student.sigma_data
-        noisy = noise_pair(batch.images, batch.t, None, batch.key, sigma_data=sd)
-        output = self._raw(net, noisy.input_t, batch, batch.t, slice(None))
+        noisy = noise_pair(batch.images, batch.t, None, batch.key, sigma_data=sd, dtype=self.dtype)
+        output = self._raw(net, noisy.input_t, batch, batch.t, slice(None), self._weights())
         error = denoise(output, noisy.x_t, batch.t, sd) - noisy.y
         weight = (batch.t.square() + sd**2) / (batch.t * sd).square()
-        return weight.to(error.dtype) * error.square().sum((1, 2, 3))
+        return weight * error.square().sum((1, 2, 3))
 
     def _consistency(self, batch: Batch) -> torch.Tensor:
         """w(t,r) d(D(x_t,t), sg D(x_r,r)) for each sample: [n]."""
         config, sd = self.config, self.student.sigma_data
         assert isinstance(config, ConsistencyConfig)
-        assert batch.r is not None
-        assert batch.delta is not None
-        pair = noise_pair(batch.images, batch.t, batch.r, batch.key, sigma_data=sd)
+        pair = noise_pair(
+            batch.images, batch.t, batch.r, batch.key, sigma_data=sd, dtype=self.dtype
+        )
+        assert pair.x_r is not None
+        assert pair.input_r is not None
         x_r, input_r, clean = pair.x_r, pair.input_r, pair.y
         if self.name == "cd":
             x_r = self._euler_step(pair.x_t, pair.input_t, batch)
-            input_r, clean = network_input(x_r, batch.r, sd, torch.float32), x_r
-        output = self._raw(self.student, pair.input_t, batch, batch.t, slice(None))
-
-        # Every target needs exactly one network, and those at r = r_min need none.
-        first, second = batch.counts[0], batch.counts[0] + batch.counts[1]
-        rows = ((self.student, slice(0, first)), (self.frozen, slice(first, second)))
+            input_r, clean = network_input(x_r, batch.r, sd, self.dtype), x_r
+        weights = self._weights()
+        output = self._raw(self.student, pair.input_t, batch, batch.t, slice(None), weights)
         with torch.no_grad():
-            targets = [
-                self._raw(net, input_r, batch, batch.r, part)
-                for net, part in rows
-                if net is not None and part.stop > part.start
-            ]
-            target = torch.cat([*targets, clean[second:]])
-        is_clean = torch.zeros_like(batch.boundary)
-        is_clean[second:] = True
+            target = self._targets(input_r, clean, batch, weights)
         return consistency_loss(
             output, pair.x_t, batch.t, target, x_r, batch.r, delta=batch.delta, c=self.c,
-            weighting=config.weighting, sigma_data=sd, is_clean=is_clean,
+            weighting=config.weighting, sigma_data=sd,
+            is_clean=batch.is_clean if batch.has_clean else None,
         )  # fmt: skip
+
+    def _targets(
+        self,
+        input_r: torch.Tensor,
+        clean: torch.Tensor,
+        batch: Batch,
+        weights: dict[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Raw outputs at (x_r, r), each by the one network that it needs; images where it needs none."""
+        found, n = [], len(input_r)
+        if batch.student_rows:
+            detached = None if weights is None else {k: v.detach() for k, v in weights.items()}
+            rows = slice(0, batch.student_rows)
+            found.append(self._raw(self.student, input_r, batch, batch.r, rows, detached))
+        if batch.has_clean:
+            found.append(clean)
+        if batch.stage1_rows:
+            assert self.frozen is not None
+            rows = slice(n - batch.stage1_rows, n)
+            found.append(self._raw(self.frozen, input_r, batch, batch.r, rows, None))
+        target = found[0] if len(found) == 1 else torch.cat(found)
+        in_order = len(target) == n and not batch.has_clean
+        return target if in_order else target.index_select(0, batch.position)
 
     @torch.no_grad()
     def _euler_step(self, x_t: torch.Tensor, input_t: torch.Tensor, batch: Batch) -> torch.Tensor:
         """One step of the teacher's probability-flow ODE: x_t + (r - t) (x_t - D(x_t,t)) / t."""
         assert self.frozen is not None
-        assert batch.delta is not None
-        output = self._raw(self.frozen, input_t, batch, batch.t, slice(None))
+        output = self._raw(self.frozen, input_t, batch, batch.t, slice(None), None)
         denoised = denoise(output, x_t, batch.t, self.frozen.sigma_data)
         slope = -batch.delta / batch.t
-        return x_t + slope.to(x_t.dtype).reshape(-1, 1, 1, 1) * (x_t - denoised)
+        return x_t + slope.reshape(-1, 1, 1, 1) * (x_t - denoised)

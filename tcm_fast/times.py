@@ -15,8 +15,9 @@ from scipy import special
 
 from tcm_fast.config import ConsistencyConfig, EdmConfig, IctConfig, PhaseConfig, TcmConfig
 
-# Where a sample's target comes from, in the order in which a batch is sorted.
-STUDENT, STAGE1, IMAGE = 0, 1, 2
+# Where a sample's target comes from, in the order in which a batch is sorted: each network has one end
+# of the batch, so that either may take some rows too many and its number of rows stay the same.
+STUDENT, IMAGE, STAGE1 = 0, 1, 2
 
 TABLE_SIZE = 1 << 16
 

@@ -29,7 +29,7 @@ from tcm_fast import checkpoint, distributed, metrics
 from tcm_fast.config import PHASES, Config, ConsistencyConfig, PhaseConfig, save_config, to_dict
 from tcm_fast.data import ImageStream, load_images
 from tcm_fast.networks import Precond, build_network
-from tcm_fast.objectives import Objective, make_batch
+from tcm_fast.objectives import Objective, make_batch, row_granule
 from tcm_fast.optim import Ema, EmaRule, build_optimizer, learning_rate
 from tcm_fast.runlog import RunLog
 from tcm_fast.sampler import HEUN_STEPS, sample, save_grid
@@ -256,7 +256,11 @@ class Trainer:
             images, labels = stream.batch(phase.images + part)
             if not config.network.class_conditional:
                 labels = None
-            batch = make_batch(plan, part, images, labels, seed=phase.seed, step=phase.iteration)
+            batch = make_batch(
+                plan, part, images, labels, seed=phase.seed, step=phase.iteration,
+                boundary_weight=getattr(phase.config, "boundary_weight", 0.0),
+                granule=row_granule(len(part), self.device),
+            )  # fmt: skip
             is_last = index == micro - 1
             module = phase.objective
             waits = isinstance(module, DistributedDataParallel) and not is_last
@@ -304,9 +308,10 @@ class Trainer:
     def _assemble(self, name: str, student: Precond, frozen: Precond | None) -> Phase:
         config = self.config.phase(name)
         student.train()
-        objective: torch.nn.Module = Objective(
-            name, config, student, frozen, dtype=DTYPES[self.config.precision]
-        )
+        dtype = DTYPES[self.config.precision]
+        objective: torch.nn.Module = Objective(name, config, student, frozen, dtype=dtype)
+        if frozen is not None and dtype != torch.float32:
+            frozen.to("cpu")  # for checkpoints; the device holds the objective's copy alone
         if self.workers.world > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             objective = DistributedDataParallel(

@@ -142,7 +142,7 @@ class SongUNet(nn.Module):
         (c_noise), class_labels one-hot [N,label_dim] and augment_labels [N,augment_dim]."""
         if dropout_key is None and self.training and (self.dropout > 0 or self.label_dropout > 0):
             dropout_key = fresh_key(len(x), x.device)
-        emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key)
+        emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key).to(x.dtype)
         skips: list[torch.Tensor] = []
         for block in self.enc.values():
             x = block(x, emb, dropout_key) if isinstance(block, UNetBlock) else block(x)

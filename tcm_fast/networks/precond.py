@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.precondition import denoise, preconditioning
@@ -71,20 +72,30 @@ class Precond(nn.Module):
         labels: torch.Tensor | None = None,
         *,
         dropout_key: DropoutKey | None = None,
+        weights: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The network's own output F(x_in, ln(t)/4), x_in = c_in(t) x; otherwise as `forward`."""
+        """The network's own output F(x_in, ln(t)/4), x_in = c_in(t) x, in the dtype that its
+        convolutions compute in; otherwise as `forward`.
+
+        `weights` replace parameters of `model` by name (`precision.cast_weights`); x_in then has their
+        dtype."""
         self._check(x_in, t, labels)
-        return self._raw(x_in, t, labels, dropout_key)
+        if weights is None:
+            return self._raw(x_in.to(self._weights_dtype), t, labels, dropout_key)
+        c_noise = t.to(torch.float32).log() / 4
+        inputs, key = (x_in, c_noise, labels), {"dropout_key": dropout_key}
+        return functional_call(self.model, weights, inputs, key)
 
     def _raw(self, x_in, t, labels, dropout_key):
         dtype = self._weights_dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        c_noise = t.to(wide).log() / 4
-        return self.model(x_in.to(dtype), c_noise, labels, dropout_key=dropout_key).to(wide)
+        c_noise = t.to(torch.promote_types(dtype, torch.float32)).log() / 4
+        return self.model(x_in.to(dtype), c_noise, labels, dropout_key=dropout_key)
 
     @property
     def _weights_dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        """Of the first convolution, which takes the images."""
+        convolutions = (p for p in self.model.parameters() if p.ndim == 4)
+        return next(convolutions, next(self.model.parameters())).dtype
 
     def _check(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> None:
         size = [self.img_channels, self.img_resolution, self.img_resolution]

@@ -60,16 +60,17 @@ def test_loss_and_gradients_are_the_same(weighting, iteration):
     plan = plan_times(config, seed=4, images_seen=0, iteration=iteration)
     part = plan.parts(1)[0]
     images = torch.randint(0, 256, (SIZE, 2, 8, 8), dtype=torch.uint8)
-    batch = make_batch(plan, part, images[part], None, seed=4, step=9)
+    batch = make_batch(plan, part, images[part], None, seed=4, step=9, boundary_weight=0.1)
     loss, stats = Objective("tcm", config, ours, our_stage1)(batch)
     loss.backward()
 
     noise = philox_normal(4, 9, NOISE_LAYER, batch.key.sample, (2, 8, 8))
-    level = (-1, 1, 1, 1)
+    t, r = (torch.from_numpy(v[part]).reshape(-1, 1, 1, 1) for v in (plan.t, plan.r))
+    boundary = torch.from_numpy(plan.boundary[part])
     losses = consistency_losses(
-        theirs, their_stage1, images[part].float() / 127.5 - 1, batch.t.reshape(level),
-        batch.r.reshape(level), batch.boundary, noise, t_prime=1.0, c=0.06, weighting=weighting,
-        boundary_weight=0.1, dropout=lambda x, p, layer: dropout(x, p, batch.key.at_layer(layer)),
+        theirs, their_stage1, images[part].float() / 127.5 - 1, t, r, boundary, noise, t_prime=1.0,
+        c=0.06, weighting=weighting, boundary_weight=0.1,
+        dropout=lambda x, p, layer: dropout(x, p, batch.key.at_layer(layer)),
     )  # fmt: skip
     losses[0].backward()
     assert loss.item() == pytest.approx(losses[0].item(), rel=1e-4)
