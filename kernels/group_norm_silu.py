@@ -87,6 +87,19 @@ def _hold(x, ASM: tl.constexpr):
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _sums(a, b, ASM: tl.constexpr):
+    """Sums over the pixels; in one pass where compiled (interpreted, that takes minutes)."""
+    if ASM:
+        return tl.reduce((a, b), 0, _add_both)
+    return tl.sum(a, 0), tl.sum(b, 0)
+
+
+@triton.jit
 def _slab(
     CHANNELS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr,
     BY_EIGHT: tl.constexpr,
@@ -195,9 +208,9 @@ def _group_norm_silu_fwd_kernel(
         average = tl.sum(held.to(tl.float32), 0) / HW
         held = _hold(held, ASM)
         d = tl.where(inside, held.to(tl.float32) - average[None, :], 0.0)
-        rest = tl.sum(d, 0)
+        rest, spread = _sums(d, d * d, ASM)
         average += rest / HW
-        spread = tl.sum(d * d, 0) - rest * (rest / HW)
+        spread -= rest * (rest / HW)
         held = _hold(held, ASM)
     else:
         # Welford's recurrence in every slot of the tile, the slots joined after Chan.
@@ -212,10 +225,10 @@ def _group_norm_silu_fwd_kernel(
         last = (TILES - 1) * PIXELS + tl.arange(0, PIXELS)
         count = tl.where(last < HW, 1.0 * TILES, 1.0 * TILES - 1.0)[:, None]
         average = tl.sum(slot_average * count, 0) / HW
-        d = tl.where(count > 0, slot_average - average[None, :], 0.0)
-        rest = tl.sum(d * count, 0)
+        d = slot_average - average[None, :]
+        rest, spread = _sums(d * count, slot_spread + d * d * count, ASM)
         average += rest / HW
-        spread = tl.sum(slot_spread + d * d * count, 0) - rest * (rest / HW)
+        spread -= rest * (rest / HW)
 
     # Channels of equal size joined into groups, after Chan; `add` moves a channel as a whole.
     moved = tl.zeros([SLAB], tl.float32)
@@ -302,9 +315,12 @@ def _group_norm_silu_bwd_kernel(
         v = held.to(tl.float32) - origin[None, :]
         g = _grad_tile(v, g, p, start, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
                        keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
-        sum_b = tl.sum(g, 0)
-        sum_a = tl.sum(g * v, 0) * r
-        sum_s = tl.sum(tl.where(inside, v, 0.0), 0) * r if HAS_ADD else sum_b
+        sum_b, sum_a = _sums(g, g * v, ASM)
+        held = _hold(held, ASM)
+        sum_s = sum_b
+        if HAS_ADD:
+            v = held.to(tl.float32) - origin[None, :]
+            sum_s = tl.sum(tl.where(inside, v, 0.0), 0) * r
         held = _hold(held, ASM)
     else:
         slot_b = tl.zeros([PIXELS, SLAB], tl.float32)
@@ -322,10 +338,10 @@ def _group_norm_silu_bwd_kernel(
             slot_a += g * v
             if HAS_ADD:
                 slot_s += tl.where(inside, v, 0.0)
-        sum_b = tl.sum(slot_b, 0)
-        sum_a = tl.sum(slot_a, 0) * r
+        sum_b, sum_a = _sums(slot_b, slot_a, ASM)
         sum_s = tl.sum(slot_s, 0) * r if HAS_ADD else sum_b
 
+    sum_a *= r
     # grad_x = rstd·(w·gain·g - mean of it over the group - xhat · mean of (w·gain·g·xhat)).
     to_a = _group_sums(w * gain * sum_a, member) / (CPG * HW)
     to_b = _group_sums(w * gain * sum_b, member) / (CPG * HW)
