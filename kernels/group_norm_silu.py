@@ -55,11 +55,11 @@ def group_norm_silu_reference(
 
 # -- kernels --------------------------------------------------------------------------------------
 
-# A program owns a slab: GROUPS whole groups of one sample, at all pixels. Tiles are [PIXELS, SLAB] in
-# both layouts (a pixel is a row of memory in channels_last, a channel is one otherwise: the compiler
-# orders the threads by the addresses), SLAB and PIXELS being powers of two with the rest masked. Where
-# one tile holds the slab (TILES == 1), x stays in registers; otherwise a second loop reads it again,
-# backwards, so that what was read last is found in the L2 cache.
+# A program owns a slab: GROUPS whole groups of one sample, at all pixels, cut into TILES tiles
+# [PIXELS, SLAB] in both layouts (a pixel is a row of memory in channels_last, a channel is one
+# otherwise: the compiler orders the threads by the addresses). SLAB and PIXELS are powers of two, the
+# rest is masked. HOLDS: the tiles stay in registers, and x is read once. Otherwise a second loop reads
+# them again, backwards, so that what was read last is found in the L2 cache.
 
 
 @triton.jit
@@ -153,13 +153,14 @@ def _kept(p, start, c, sample, seed, step, layer, threshold, CHANNELS: tl.conste
         block = p[:, None] * (CHANNELS // 8) + (start // 8 + tl.arange(0, SLAB // 8))[None, :]
         w0, w1, w2, w3 = philox_blocks(block, sample, seed, step, layer)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-        lanes = tl.join(words & 0xFFFF, words >> 16).reshape(p.shape[0], SLAB)
+        lanes = tl.join(words << 16, words).reshape(p.shape[0], SLAB)
     else:
         e = p[:, None] * CHANNELS + c[None, :]
         w0, w1, w2, w3 = philox_blocks(e >> 3, sample, seed, step, layer)
         word = tl.where(e & 4 == 0, tl.where(e & 2 == 0, w0, w1), tl.where(e & 2 == 0, w2, w3))
-        lanes = tl.where(e & 1 == 0, word & 0xFFFF, word >> 16)
-    return lanes.to(tl.int32) >= threshold
+        lanes = tl.where(e & 1 == 0, word << 16, word)
+    # A lane stands in the high half; what is below it does not change the comparison.
+    return lanes >= (threshold.to(tl.uint32) << 16)
 
 
 @triton.jit
@@ -179,10 +180,16 @@ def _affine(n, c, own, weight, bias, scale, shift, scale_row, shift_row, HAS_SCA
 
 
 @triton.jit
-def _finish(v, slope, offset, SILU: tl.constexpr, ASM: tl.constexpr):
+def _finish(v, p, start, c, slope, offset, sample, seed, step, layer, threshold, keep_scale,
+            CHANNELS: tl.constexpr, SLAB: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr,
+            BY_EIGHT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """dropout(silu(z)) with z = v·slope + offset, v = x + add - mean."""
     z = v * slope[None, :] + offset[None, :]
     if SILU:
         z = z * _sigmoid(z, ASM)
+    if DROPS:
+        kept = _kept(p, start, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
+        z = tl.where(kept, z * keep_scale, 0.0)
     return z
 
 
@@ -191,7 +198,8 @@ def _group_norm_silu_fwd_kernel(
     x, weight, bias, add, scale, shift, sample, seed, step, y, mean, rstd,
     add_row, scale_row, shift_row, layer, threshold, keep_scale, eps,
     CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
-    SLAB: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_ADD: tl.constexpr,
+    SLAB: tl.constexpr, PIXELS: tl.constexpr, HOLDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    HAS_ADD: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr,
     BY_EIGHT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -202,16 +210,22 @@ def _group_norm_silu_fwd_kernel(
     y += n * (CHANNELS * HW)
 
     # Mean and summed squared deviation of each channel, in two steps: never E[x²] - E[x]².
-    if TILES == 1:
-        p, at, inside = _where(0, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-        held = tl.load(x + at, mask=inside, other=0)
-        average = tl.sum(held.to(tl.float32), 0) / HW
-        held = _hold(held, ASM)
-        d = tl.where(inside, held.to(tl.float32) - average[None, :], 0.0)
-        rest, spread = _sums(d, d * d, ASM)
-        average += rest / HW
-        spread -= rest * (rest / HW)
-        held = _hold(held, ASM)
+    held = ()
+    if HOLDS:
+        total = tl.zeros([PIXELS, SLAB], tl.float32)
+        for tile in tl.static_range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            held = held + (tl.load(x + at, mask=inside, other=0),)
+        for tile in tl.static_range(TILES):
+            total += held[tile].to(tl.float32)
+        average = tl.sum(total, 0) / HW
+        slot_rest = tl.zeros([PIXELS, SLAB], tl.float32)
+        slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
+        for tile in tl.static_range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            d = tl.where(inside, _hold(held[tile], ASM).to(tl.float32) - average[None, :], 0.0)
+            slot_rest += d
+            slot_spread += d * d
     else:
         # Welford's recurrence in every slot of the tile, the slots joined after Chan.
         slot_average = tl.zeros([PIXELS, SLAB], tl.float32)
@@ -226,9 +240,11 @@ def _group_norm_silu_fwd_kernel(
         count = tl.where(last < HW, 1.0 * TILES, 1.0 * TILES - 1.0)[:, None]
         average = tl.sum(slot_average * count, 0) / HW
         d = slot_average - average[None, :]
-        rest, spread = _sums(d * count, slot_spread + d * d * count, ASM)
-        average += rest / HW
-        spread -= rest * (rest / HW)
+        slot_rest = d * count
+        slot_spread += d * slot_rest
+    rest, spread = _sums(slot_rest, slot_spread, ASM)
+    average += rest / HW
+    spread -= rest * (rest / HW)
 
     # Channels of equal size joined into groups, after Chan; `add` moves a channel as a whole.
     moved = tl.zeros([SLAB], tl.float32)
@@ -247,31 +263,40 @@ def _group_norm_silu_fwd_kernel(
     )
     slope = group_rstd * w * gain
     origin = group_mean - moved
+    sample_n, seed_n, step_n = n, n, n
     if DROPS:
         sample_n, seed_n, step_n = tl.load(sample + n), tl.load(seed), tl.load(step)
-    for i in tl.range(TILES):
-        tile = TILES - 1 - i
-        p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-        if TILES == 1:
-            v = held.to(tl.float32)
-        else:
+    if HOLDS:
+        for tile in tl.static_range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = _hold(held[tile], ASM).to(tl.float32) - origin[None, :]
+            out = _finish(v, p, start, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
+                          keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
+            tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+    else:
+        for i in tl.range(TILES):
+            p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
-        out = _finish(v - origin[None, :], slope, offset, SILU, ASM)
-        if DROPS:
-            kept = _kept(p, start, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
-                         BY_EIGHT, SLAB)  # fmt: skip
-            out = tl.where(kept, out * keep_scale, 0.0)
-        tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+            v -= origin[None, :]
+            out = _finish(v, p, start, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
+                          keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
+            tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _grad_tile(v, grad, p, start, c, slope, offset, sample, seed, step, layer, threshold, keep_scale,
-               CHANNELS: tl.constexpr, SLAB: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr,
-               BY_EIGHT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """The gradient at the affine map's output z = v·slope + offset, v = x + add - mean."""
+def _drop(grad, p, start, c, sample, seed, step, layer, threshold, CHANNELS: tl.constexpr,
+          SLAB: tl.constexpr, DROPS: tl.constexpr, BY_EIGHT: tl.constexpr):  # fmt: skip
+    """grad_y where dropout kept, not yet divided by the keep probability."""
     if DROPS:
         kept = _kept(p, start, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
-        grad = tl.where(kept, grad * keep_scale, 0.0)
+        grad = tl.where(kept, grad, 0.0)
+    return grad
+
+
+@triton.jit
+def _grad_z(v, grad, slope, offset, SILU: tl.constexpr, ASM: tl.constexpr):
+    """The gradient at z = v·slope + offset, v = x + add - mean."""
+    grad = grad.to(tl.float32)
     if SILU:
         z = v * slope[None, :] + offset[None, :]
         s = _sigmoid(z, ASM)
@@ -285,7 +310,8 @@ def _group_norm_silu_bwd_kernel(
     grad_add, grad_scale, grad_shift, batch, add_row, scale_row, shift_row, layer, threshold,
     keep_scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
-    SLAB: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_ADD: tl.constexpr,
+    SLAB: tl.constexpr, PIXELS: tl.constexpr, HOLDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    HAS_ADD: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, WANTS_AFFINE: tl.constexpr,
     SILU: tl.constexpr, DROPS: tl.constexpr, BY_EIGHT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -308,40 +334,44 @@ def _group_norm_silu_bwd_kernel(
         sample_n, seed_n, step_n = tl.load(sample + n), tl.load(seed), tl.load(step)
 
     # Of each channel: sum_b of the gradient g at z, sum_a of g·xhat, sum_s of xhat.
-    if TILES == 1:
-        p, at, inside = _where(0, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-        held = _hold(tl.load(x + at, mask=inside, other=0), ASM)
-        g = tl.load(grad_y + at, mask=inside, other=0).to(tl.float32)
-        v = held.to(tl.float32) - origin[None, :]
-        g = _grad_tile(v, g, p, start, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
-                       keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
-        sum_b, sum_a = _sums(g, g * v, ASM)
-        held = _hold(held, ASM)
-        sum_s = sum_b
-        if HAS_ADD:
-            v = held.to(tl.float32) - origin[None, :]
-            sum_s = tl.sum(tl.where(inside, v, 0.0), 0) * r
-        held = _hold(held, ASM)
-    else:
-        slot_b = tl.zeros([PIXELS, SLAB], tl.float32)
-        slot_a = tl.zeros([PIXELS, SLAB], tl.float32)
-        slot_s = tl.zeros([PIXELS, SLAB], tl.float32)
-        for tile in tl.range(TILES):
+    slot_b = tl.zeros([PIXELS, SLAB], tl.float32)
+    slot_a = tl.zeros([PIXELS, SLAB], tl.float32)
+    slot_s = tl.zeros([PIXELS, SLAB], tl.float32)
+    held_x, held_g = (), ()
+    if HOLDS:
+        for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
-            g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_last")
-            v -= origin[None, :]
-            g = _grad_tile(v, g.to(tl.float32), p, start, c, slope, offset, sample_n, seed_n, step_n,
-                           layer, threshold, keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT,
-                           ASM)  # fmt: skip
+            held_x = held_x + (tl.load(x + at, mask=inside, other=0),)
+            held_g = held_g + (tl.load(grad_y + at, mask=inside, other=0),)
+        raw, held_g = held_g, ()
+        for tile in tl.static_range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = held_x[tile].to(tl.float32) - origin[None, :]
+            g = _drop(raw[tile], p, start, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
+                      SLAB, DROPS, BY_EIGHT)  # fmt: skip
+            held_g = held_g + (g,)
+            g = _grad_z(v, g, slope, offset, SILU, ASM)
             slot_b += g
             slot_a += g * v
             if HAS_ADD:
                 slot_s += tl.where(inside, v, 0.0)
-        sum_b, sum_a = _sums(slot_b, slot_a, ASM)
-        sum_s = tl.sum(slot_s, 0) * r if HAS_ADD else sum_b
+    else:
+        for tile in tl.range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
+            v -= origin[None, :]
+            g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_last")
+            g = _drop(g, p, start, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
+                      SLAB, DROPS, BY_EIGHT)  # fmt: skip
+            g = _grad_z(v, g, slope, offset, SILU, ASM)
+            slot_b += g
+            slot_a += g * v
+            if HAS_ADD:
+                slot_s += tl.where(inside, v, 0.0)
+    sum_b, sum_a = _sums(slot_b, slot_a, ASM)
+    sum_b *= keep_scale
+    sum_a *= keep_scale * r
 
-    sum_a *= r
     # grad_x = rstd·(w·gain·g - mean of it over the group - xhat · mean of (w·gain·g·xhat)).
     to_a = _group_sums(w * gain * sum_a, member) / (CPG * HW)
     to_b = _group_sums(w * gain * sum_b, member) / (CPG * HW)
@@ -349,6 +379,7 @@ def _group_norm_silu_bwd_kernel(
         tl.store(grad_affine + n * CHANNELS + c, gain * sum_a, mask=own)
         tl.store(grad_affine + (batch + n) * CHANNELS + c, gain * sum_b, mask=own)
     if HAS_ADD:
+        sum_s = tl.sum(slot_s, 0) * r
         total = r * (w * gain * sum_b - HW * to_b - to_a * sum_s)
         tl.store(grad_add + n * CHANNELS + c, total.to(grad_add.dtype.element_ty), mask=own)
     if HAS_SCALE:
@@ -357,33 +388,39 @@ def _group_norm_silu_bwd_kernel(
     if HAS_SHIFT:
         tl.store(grad_shift + n * CHANNELS + c, sum_b.to(grad_shift.dtype.element_ty), mask=own)
 
-    from_v = (r * r * to_a)[None, :]
-    from_all = (r * to_b)[None, :]
-    for i in tl.range(TILES):
-        tile = TILES - 1 - i
-        p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-        if TILES == 1:
-            v = held.to(tl.float32) - origin[None, :]
-        else:
+    from_v = r * r * to_a
+    from_all = r * to_b
+    if HOLDS:
+        for tile in tl.static_range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = _hold(held_x[tile], ASM).to(tl.float32) - origin[None, :]
+            g = _grad_z(v, _hold(held_g[tile], ASM), slope, offset, SILU, ASM)
+            out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
+            tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
+    else:
+        for i in tl.range(TILES):
+            p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
-            g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_first")
             v -= origin[None, :]
-            g = _grad_tile(v, g.to(tl.float32), p, start, c, slope, offset, sample_n, seed_n, step_n,
-                           layer, threshold, keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT,
-                           ASM)  # fmt: skip
-        out = g * slope[None, :] - from_all - v * from_v
-        tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
+            g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_first")
+            g = _drop(g, p, start, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
+                      SLAB, DROPS, BY_EIGHT)  # fmt: skip
+            g = _grad_z(v, g, slope, offset, SILU, ASM)
+            out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
+            tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
 
 
 # -- launchers ------------------------------------------------------------------------------------
 
 
 class _Plan(NamedTuple):
-    """A program's tile: `groups` whole groups in `slab` columns, `pixels` rows, and its warps."""
+    """A program's tiles: `groups` whole groups in `slab` columns, `pixels` rows; whether it holds all of
+    them at once; its warps."""
 
     groups: int
     slab: int
     pixels: int
+    holds: bool
     warps: int
 
 
@@ -403,7 +440,6 @@ def _plan(
     that its second read finds it in L2.
     """
     cpg = channels // num_groups
-    whole = _power_of_two(pixels)
     most = 65536 // itemsize
     wished = most // 2 if backward else most
     plans = []
@@ -412,7 +448,7 @@ def _plan(
         # The tile starts with a whole Philox block: at most this many channels before the slab.
         before = 8 - math.gcd(used, 8) if drops and channels % 8 == 0 and groups < num_groups else 0
         slab = max(8 if drops and channels % 8 == 0 else 1, _power_of_two(used + before))
-        slots = whole * slab
+        slots = pixels * slab
         row = (used if channels_last else pixels) * itemsize
         all_channels = groups == num_groups
         fits = slots <= most and (row >= 32 or all_channels or not channels_last)
@@ -426,12 +462,13 @@ def _plan(
             score = (False, row >= 64 or all_channels, aligned, dense)
         plans.append((score, -groups, fits, slots, slab))
     _, negative, fits, slots, slab = max(plans)
+    each = 8
     if fits:
-        each = 64 if itemsize == 2 else 32
-        return _Plan(-negative, slab, whole, min(16, max(4, slots // (32 * each))))
-    # 8 values a thread besides the sums of the backward pass, 16 besides the forward's.
-    tile = max(1, (4096 if backward else 8192) // slab)
-    return _Plan(-negative, slab, min(whole, tile), 16)
+        warps = min(16, max(4, _power_of_two(slots) // (32 * (64 if itemsize == 2 else 32))))
+    else:
+        warps = 16
+    tile = max(1, 32 * warps * each // slab)
+    return _Plan(-negative, slab, min(_power_of_two(pixels), tile), fits, warps)
 
 
 def _layout(x: torch.Tensor) -> torch.memory_format:
@@ -452,7 +489,7 @@ def _constants(x, num_groups, add, scale, shift, silu, threshold, backward) -> t
     plan = _plan(c, h * w, num_groups, x.itemsize, channels_last, drops, backward)
     constants = dict(
         CHANNELS=c, HW=h * w, NUM_GROUPS=num_groups, GROUPS=plan.groups, SLAB=plan.slab,
-        PIXELS=plan.pixels, CHANNELS_LAST=channels_last, HAS_ADD=add is not None,
+        PIXELS=plan.pixels, HOLDS=plan.holds, CHANNELS_LAST=channels_last, HAS_ADD=add is not None,
         HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, SILU=silu, DROPS=drops,
         BY_EIGHT=drops and c % 8 == 0, ASM=x.is_cuda and torch.version.hip is None,
         num_warps=plan.warps,
