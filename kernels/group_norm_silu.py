@@ -81,7 +81,12 @@ def _hold(x, ASM: tl.constexpr):
     register instead of their two fp32 conversions."""
     if ASM and x.dtype.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+            "{ .reg .u32 z; mov.u32 z, %ctaid.z; xor.b32 $0, $1, z; }",
+            "=r,r",
+            [x],
+            dtype=x.dtype,
+            is_pure=False,
+            pack=2,
         )
     return x
 
@@ -101,25 +106,22 @@ def _sums(a, b, ASM: tl.constexpr):
 
 @triton.jit
 def _slab(
-    CHANNELS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr,
-    BY_EIGHT: tl.constexpr,
+    CHANNELS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr
 ):  # fmt: skip
-    """-> sample number int64, first channel of the tile, its channels [SLAB], which of them are the
+    """-> sample number int64, first channel of the slab, its channels [SLAB], which of them are the
     slab's, and [SLAB, groups] who is in which group."""
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     SLABS: tl.constexpr = (NUM_GROUPS + GROUPS - 1) // GROUPS
     GROUP_TILE: tl.constexpr = triton.next_power_of_2(GROUPS)
     n = (tl.program_id(0) // SLABS).to(tl.int64)
     first = tl.program_id(0) % SLABS * (GROUPS * CPG)
-    # Eight neighbouring channels share a Philox block: the tile starts with a whole one.
-    start = first // 8 * 8 if BY_EIGHT else first
-    c = start + tl.arange(0, SLAB)
+    c = first + tl.arange(0, SLAB)
     if SLAB == GROUPS * CPG and CHANNELS % SLAB == 0:
         own = tl.full([SLAB], True, tl.int1)
     else:
         own = (c >= first) & (c < first + GROUPS * CPG) & (c < CHANNELS)
     member = ((c - first) // CPG)[:, None] == tl.arange(0, GROUP_TILE)[None, :]
-    return n, start, c, own, member & own[:, None]
+    return n, first, c, own, member & own[:, None]
 
 
 @triton.jit
@@ -146,11 +148,11 @@ def _where(tile, c, own, CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.co
 
 
 @triton.jit
-def _kept(p, start, c, sample, seed, step, layer, threshold, CHANNELS: tl.constexpr,
+def _kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS: tl.constexpr,
           BY_EIGHT: tl.constexpr, SLAB: tl.constexpr):  # fmt: skip
     """Which elements of a tile dropout keeps: the rule of dropout.py."""
     if BY_EIGHT:
-        block = p[:, None] * (CHANNELS // 8) + (start // 8 + tl.arange(0, SLAB // 8))[None, :]
+        block = p[:, None] * (CHANNELS // 8) + (first // 8 + tl.arange(0, SLAB // 8))[None, :]
         w0, w1, w2, w3 = philox_blocks(block, sample, seed, step, layer)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
         lanes = tl.join(words << 16, words).reshape(p.shape[0], SLAB)
@@ -180,7 +182,7 @@ def _affine(n, c, own, weight, bias, scale, shift, scale_row, shift_row, HAS_SCA
 
 
 @triton.jit
-def _finish(v, p, start, c, slope, offset, sample, seed, step, layer, threshold, keep_scale,
+def _finish(v, p, first, c, slope, offset, sample, seed, step, layer, threshold, keep_scale,
             CHANNELS: tl.constexpr, SLAB: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr,
             BY_EIGHT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """dropout(silu(z)) with z = v·slope + offset, v = x + add - mean."""
@@ -188,7 +190,7 @@ def _finish(v, p, start, c, slope, offset, sample, seed, step, layer, threshold,
     if SILU:
         z = z * _sigmoid(z, ASM)
     if DROPS:
-        kept = _kept(p, start, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
+        kept = _kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
         z = tl.where(kept, z * keep_scale, 0.0)
     return z
 
@@ -205,7 +207,7 @@ def _group_norm_silu_fwd_kernel(
 ):  # fmt: skip
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
-    n, start, c, own, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB, BY_EIGHT)
+    n, first, c, own, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
     x += n * (CHANNELS * HW)
     y += n * (CHANNELS * HW)
 
@@ -270,7 +272,7 @@ def _group_norm_silu_fwd_kernel(
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             v = _hold(held[tile], ASM).to(tl.float32) - origin[None, :]
-            out = _finish(v, p, start, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
+            out = _finish(v, p, first, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
                           keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
             tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
     else:
@@ -278,17 +280,17 @@ def _group_norm_silu_fwd_kernel(
             p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
             v -= origin[None, :]
-            out = _finish(v, p, start, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
+            out = _finish(v, p, first, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
                           keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
             tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _drop(grad, p, start, c, sample, seed, step, layer, threshold, CHANNELS: tl.constexpr,
+def _drop(grad, p, first, c, sample, seed, step, layer, threshold, CHANNELS: tl.constexpr,
           SLAB: tl.constexpr, DROPS: tl.constexpr, BY_EIGHT: tl.constexpr):  # fmt: skip
     """grad_y where dropout kept, not yet divided by the keep probability."""
     if DROPS:
-        kept = _kept(p, start, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
+        kept = _kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
         grad = tl.where(kept, grad, 0.0)
     return grad
 
@@ -317,7 +319,7 @@ def _group_norm_silu_bwd_kernel(
 ):  # fmt: skip
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
-    n, start, c, own, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB, BY_EIGHT)
+    n, first, c, own, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
     x += n * (CHANNELS * HW)
     grad_y += n * (CHANNELS * HW)
     grad_x += n * (CHANNELS * HW)
@@ -336,7 +338,6 @@ def _group_norm_silu_bwd_kernel(
     # Of each channel: sum_b of the gradient g at z, sum_a of g·xhat, sum_s of xhat.
     slot_b = tl.zeros([PIXELS, SLAB], tl.float32)
     slot_a = tl.zeros([PIXELS, SLAB], tl.float32)
-    slot_s = tl.zeros([PIXELS, SLAB], tl.float32)
     held_x, held_g = (), ()
     if HOLDS:
         for tile in tl.static_range(TILES):
@@ -347,27 +348,23 @@ def _group_norm_silu_bwd_kernel(
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             v = held_x[tile].to(tl.float32) - origin[None, :]
-            g = _drop(raw[tile], p, start, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
+            g = _drop(raw[tile], p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
                       SLAB, DROPS, BY_EIGHT)  # fmt: skip
             held_g = held_g + (g,)
             g = _grad_z(v, g, slope, offset, SILU, ASM)
             slot_b += g
             slot_a += g * v
-            if HAS_ADD:
-                slot_s += tl.where(inside, v, 0.0)
     else:
         for tile in tl.range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
             v -= origin[None, :]
             g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_last")
-            g = _drop(g, p, start, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
+            g = _drop(g, p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
                       SLAB, DROPS, BY_EIGHT)  # fmt: skip
             g = _grad_z(v, g, slope, offset, SILU, ASM)
             slot_b += g
             slot_a += g * v
-            if HAS_ADD:
-                slot_s += tl.where(inside, v, 0.0)
     sum_b, sum_a = _sums(slot_b, slot_a, ASM)
     sum_b *= keep_scale
     sum_a *= keep_scale * r
@@ -378,10 +375,6 @@ def _group_norm_silu_bwd_kernel(
     if WANTS_AFFINE:
         tl.store(grad_affine + n * CHANNELS + c, gain * sum_a, mask=own)
         tl.store(grad_affine + (batch + n) * CHANNELS + c, gain * sum_b, mask=own)
-    if HAS_ADD:
-        sum_s = tl.sum(slot_s, 0) * r
-        total = r * (w * gain * sum_b - HW * to_b - to_a * sum_s)
-        tl.store(grad_add + n * CHANNELS + c, total.to(grad_add.dtype.element_ty), mask=own)
     if HAS_SCALE:
         total = w * sum_a + b * sum_b
         tl.store(grad_scale + n * CHANNELS + c, total.to(grad_scale.dtype.element_ty), mask=own)
@@ -390,12 +383,15 @@ def _group_norm_silu_bwd_kernel(
 
     from_v = r * r * to_a
     from_all = r * to_b
+    slot_add = tl.zeros([PIXELS, SLAB], tl.float32)
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             v = _hold(held_x[tile], ASM).to(tl.float32) - origin[None, :]
             g = _grad_z(v, _hold(held_g[tile], ASM), slope, offset, SILU, ASM)
             out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
+            if HAS_ADD:
+                slot_add += tl.where(inside, out, 0.0)
             tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
     else:
         for i in tl.range(TILES):
@@ -403,11 +399,16 @@ def _group_norm_silu_bwd_kernel(
             v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
             v -= origin[None, :]
             g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_first")
-            g = _drop(g, p, start, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
+            g = _drop(g, p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
                       SLAB, DROPS, BY_EIGHT)  # fmt: skip
             g = _grad_z(v, g, slope, offset, SILU, ASM)
             out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
+            if HAS_ADD:
+                slot_add += tl.where(inside, out, 0.0)
             tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
+    if HAS_ADD:
+        total = tl.sum(slot_add, 0)
+        tl.store(grad_add + n * CHANNELS + c, total.to(grad_add.dtype.element_ty), mask=own)
 
 
 # -- launchers ------------------------------------------------------------------------------------
@@ -430,45 +431,44 @@ def _power_of_two(n: int) -> int:
 
 @functools.cache
 def _plan(
-    channels: int, pixels: int, num_groups: int, itemsize: int, channels_last: bool, drops: bool,
-    backward: bool,
+    channels: int, pixels: int, num_groups: int, itemsize: int, channels_last: bool, backward: bool
 ) -> _Plan:  # fmt: skip
-    """Reasoned from registers, not measured. 64 KB of x (as much of grad_y besides) stay in the
-    registers of 16 warps; in the backward pass half of it lets a second program on the SM load while
-    the first computes. Rows of a slab have 64 bytes or more where that is free, 32 (a sector) at least
-    where x is to be read once; a slab that is read twice takes the narrowest rows of 64 bytes, so
-    that its second read finds it in L2.
+    """Reasoned from registers (of sm_80 and sm_90, whose files are equal), not measured.
+
+    A slab that is held takes 64 values of a thread in 16 bits (32 registers, in the backward pass 64)
+    or 32 in fp32, besides the 24 to 40 that hold what belongs to its channels: 8 warps hold 16384
+    values of 16 bits in 128 registers, twice on an SM, so that one program loads while the other
+    computes; backward they need up to 255, once. At 32 x 32 that makes rows of 32 bytes, a sector; rows
+    of 64 fit too, forward, but once on an SM, and then nothing overlaps: they are taken where a group
+    is that wide. Smaller images get rows of 64. A slab that is read twice takes the narrowest rows of
+    32 bytes or more: 132 times two slabs of 196 KB (ADM, 64 x 64) are about what L2 holds.
     """
     cpg = channels // num_groups
-    most = 65536 // itemsize
-    wished = most // 2 if backward else most
+    is_wide = itemsize > 2
+    wished = 8192 if is_wide else 16384
+    most = wished if backward and not is_wide else 2 * wished
     plans = []
     for groups in range(1, min(num_groups, max(1, 512 // cpg)) + 1):
-        used = groups * cpg
-        # The tile starts with a whole Philox block: at most this many channels before the slab.
-        before = 8 - math.gcd(used, 8) if drops and channels % 8 == 0 and groups < num_groups else 0
-        slab = max(8 if drops and channels % 8 == 0 else 1, _power_of_two(used + before))
+        used, is_whole = groups * cpg, groups == num_groups
+        slab = _power_of_two(used)
         slots = pixels * slab
         row = (used if channels_last else pixels) * itemsize
-        all_channels = groups == num_groups
-        fits = slots <= most and (row >= 32 or all_channels or not channels_last)
-        aligned = used % 8 == 0 or all_channels
-        dense = used / slab
-        if not channels_last:
-            score = (fits, slots >= 1024 if fits else -groups, aligned, dense)
-        elif fits:
-            score = (True, aligned, slots <= wished, row >= 64, dense)
+        is_row = row >= 32 or is_whole or not channels_last
+        # Accesses of 16 bytes in both layouts' sense, and whole blocks of Philox.
+        aligned = channels % 8 == 0 and used % 8 == 0
+        if slots <= most and is_row:
+            ample = row >= 64 if channels_last else slots >= 1024
+            score: tuple[float, ...] = (aligned, 1, slots <= wished, ample, used / slab, -groups)
         else:
-            score = (False, row >= 64 or all_channels, aligned, dense)
-        plans.append((score, -groups, fits, slots, slab))
-    _, negative, fits, slots, slab = max(plans)
-    each = 8
-    if fits:
-        warps = min(16, max(4, _power_of_two(slots) // (32 * (64 if itemsize == 2 else 32))))
-    else:
-        warps = 16
-    tile = max(1, 32 * warps * each // slab)
-    return _Plan(-negative, slab, min(_power_of_two(pixels), tile), fits, warps)
+            score = (aligned, 0, is_row, -slab, used / slab)
+        plans.append((score, groups, slab))
+    (_, holds, *_), groups, slab = max(plans)
+    each = 32 if is_wide else 64
+    warps = min(16, max(4, _power_of_two(pixels * slab) // (32 * each))) if holds else 16
+    # A tile is 8 values of a thread: one or two accesses. A loop's forward pass keeps more in flight.
+    tile = 32 * warps * (8 if holds or backward else 16)
+    rows = min(_power_of_two(pixels), max(1, tile // slab))
+    return _Plan(groups, slab, rows, bool(holds), warps)
 
 
 def _layout(x: torch.Tensor) -> torch.memory_format:
@@ -486,12 +486,12 @@ def _constants(x, num_groups, add, scale, shift, silu, threshold, backward) -> t
     n, c, h, w = x.shape
     channels_last = _layout(x) == torch.channels_last
     drops = threshold > 0
-    plan = _plan(c, h * w, num_groups, x.itemsize, channels_last, drops, backward)
+    plan = _plan(c, h * w, num_groups, x.itemsize, channels_last, backward)
     constants = dict(
         CHANNELS=c, HW=h * w, NUM_GROUPS=num_groups, GROUPS=plan.groups, SLAB=plan.slab,
         PIXELS=plan.pixels, HOLDS=plan.holds, CHANNELS_LAST=channels_last, HAS_ADD=add is not None,
         HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, SILU=silu, DROPS=drops,
-        BY_EIGHT=drops and c % 8 == 0, ASM=x.is_cuda and torch.version.hip is None,
+        BY_EIGHT=drops and c % 8 == 0 and plan.groups * (c // num_groups) % 8 == 0, ASM=x.is_cuda and torch.version.hip is None,
         num_warps=plan.warps,
     )  # fmt: skip
     return constants, n * -(-num_groups // plan.groups)
