@@ -108,27 +108,34 @@ def _sums(a, b, ASM: tl.constexpr):
 def _slab(
     CHANNELS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr
 ):  # fmt: skip
-    """-> sample number int64, first channel of the slab, its channels [SLAB], which of them are the
-    slab's, and [SLAB, groups] who is in which group."""
+    """-> sample number int64, first channel of the slab, its channels [SLAB], which of them it has, its
+    groups, which of them it has, and [SLAB, groups] which channel is in which group."""
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     SLABS: tl.constexpr = (NUM_GROUPS + GROUPS - 1) // GROUPS
-    GROUP_TILE: tl.constexpr = triton.next_power_of_2(GROUPS)
     n = (tl.program_id(0) // SLABS).to(tl.int64)
-    first = tl.program_id(0) % SLABS * (GROUPS * CPG)
-    c = first + tl.arange(0, SLAB)
+    first_group = tl.program_id(0) % SLABS * GROUPS
+    first = first_group * CPG
+    i = tl.arange(0, SLAB)
+    g = tl.arange(0, triton.next_power_of_2(GROUPS))
     if SLAB == GROUPS * CPG and CHANNELS % SLAB == 0:
         own = tl.full([SLAB], True, tl.int1)
     else:
-        own = (c >= first) & (c < first + GROUPS * CPG) & (c < CHANNELS)
-    member = ((c - first) // CPG)[:, None] == tl.arange(0, GROUP_TILE)[None, :]
-    return n, first, c, own, member & own[:, None]
+        own = (i < GROUPS * CPG) & (first + i < CHANNELS)
+    has = (g < GROUPS) & (first_group + g < NUM_GROUPS)
+    member = ((i // CPG)[:, None] == g[None, :]) & own[:, None]
+    return n, first, first + i, own, first_group + g, has, member
 
 
 @triton.jit
-def _group_sums(v, member):
-    """v fp32 [SLAB] -> for each channel the sum over its group."""
-    sums = tl.sum(tl.where(member, v[:, None], 0.0), 0)
-    return tl.sum(tl.where(member, sums[None, :], 0.0), 1)
+def _to_groups(v, member):
+    """fp32 [SLAB] summed over the channels of each group."""
+    return tl.sum(tl.where(member, v[:, None], 0.0), 0)
+
+
+@triton.jit
+def _to_channels(v, member):
+    """fp32 [groups] -> [SLAB], to each channel its group's."""
+    return tl.sum(tl.where(member, v[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -207,7 +214,7 @@ def _group_norm_silu_fwd_kernel(
 ):  # fmt: skip
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
-    n, first, c, own, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
+    n, first, c, own, group, has, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
     x += n * (CHANNELS * HW)
     y += n * (CHANNELS * HW)
 
@@ -253,18 +260,19 @@ def _group_norm_silu_fwd_kernel(
     if HAS_ADD:
         moved = tl.load(add + n * add_row + c, mask=own, other=0).to(tl.float32)
     average += moved
-    group_mean = _group_sums(average, member) / CPG
-    d = average - group_mean
-    group_rstd = tl.rsqrt(_group_sums(spread + d * d * HW, member) / (CPG * HW) + eps)
-    group_at = n * NUM_GROUPS + c // CPG
-    tl.store(mean + group_at, group_mean, mask=own & (c % CPG == 0))
-    tl.store(rstd + group_at, group_rstd, mask=own & (c % CPG == 0))
+    group_mean = _to_groups(average, member) / CPG
+    channel_mean = _to_channels(group_mean, member)
+    d = average - channel_mean
+    variance = _to_groups(spread + d * d * HW, member) / (CPG * HW)
+    group_rstd = tl.rsqrt(variance + eps)
+    tl.store(mean + n * NUM_GROUPS + group, group_mean, mask=has)
+    tl.store(rstd + n * NUM_GROUPS + group, group_rstd, mask=has)
 
     w, _, gain, offset = _affine(
         n, c, own, weight, bias, scale, shift, scale_row, shift_row, HAS_SCALE, HAS_SHIFT
     )
-    slope = group_rstd * w * gain
-    origin = group_mean - moved
+    slope = _to_channels(group_rstd, member) * w * gain
+    origin = channel_mean - moved
     sample_n, seed_n, step_n = n, n, n
     if DROPS:
         sample_n, seed_n, step_n = tl.load(sample + n), tl.load(seed), tl.load(step)
@@ -319,12 +327,13 @@ def _group_norm_silu_bwd_kernel(
 ):  # fmt: skip
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
-    n, first, c, own, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
+    n, first, c, own, group, has, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
     x += n * (CHANNELS * HW)
     grad_y += n * (CHANNELS * HW)
     grad_x += n * (CHANNELS * HW)
-    r = tl.load(rstd + n * NUM_GROUPS + c // CPG, mask=own, other=0)
-    origin = tl.load(mean + n * NUM_GROUPS + c // CPG, mask=own, other=0)
+    group_mean = tl.load(mean + n * NUM_GROUPS + group, mask=has, other=0)
+    group_rstd = tl.load(rstd + n * NUM_GROUPS + group, mask=has, other=0)
+    origin, r = _to_channels(group_mean, member), _to_channels(group_rstd, member)
     if HAS_ADD:
         origin -= tl.load(add + n * add_row + c, mask=own, other=0).to(tl.float32)
     w, b, gain, offset = _affine(
@@ -370,8 +379,8 @@ def _group_norm_silu_bwd_kernel(
     sum_a *= keep_scale * r
 
     # grad_x = rstd·(w·gain·g - mean of it over the group - xhat · mean of (w·gain·g·xhat)).
-    to_a = _group_sums(w * gain * sum_a, member) / (CPG * HW)
-    to_b = _group_sums(w * gain * sum_b, member) / (CPG * HW)
+    to_a = _to_channels(_to_groups(w * gain * sum_a, member), member) / (CPG * HW)
+    to_b = _to_channels(_to_groups(w * gain * sum_b, member), member) / (CPG * HW)
     if WANTS_AFFINE:
         tl.store(grad_affine + n * CHANNELS + c, gain * sum_a, mask=own)
         tl.store(grad_affine + (batch + n) * CHANNELS + c, gain * sum_b, mask=own)
@@ -431,9 +440,12 @@ def _power_of_two(n: int) -> int:
 
 @functools.cache
 def _plan(
-    channels: int, pixels: int, num_groups: int, itemsize: int, channels_last: bool, backward: bool
+    channels: int, pixels: int, num_groups: int, itemsize: int, unit: int, channels_last: bool,
+    backward: bool,
 ) -> _Plan:  # fmt: skip
-    """Reasoned from registers (of sm_80 and sm_90, whose files are equal), not measured.
+    """The tiles of a shape; a slab is a multiple of `unit` channels where it can be.
+
+    Reasoned from registers (of sm_80 and sm_90, whose files are equal), not measured.
 
     A slab that is held takes 64 values of a thread in 16 bits (32 registers, in the backward pass 64)
     or 32 in fp32, besides the 24 to 40 that hold what belongs to its channels: 8 warps hold 16384
@@ -454,8 +466,7 @@ def _plan(
         slots = pixels * slab
         row = (used if channels_last else pixels) * itemsize
         is_row = row >= 32 or is_whole or not channels_last
-        # Accesses of 16 bytes in both layouts' sense, and whole blocks of Philox.
-        aligned = channels % 8 == 0 and used % 8 == 0
+        aligned = channels % unit == 0 and used % unit == 0
         if slots <= most and is_row:
             ample = row >= 64 if channels_last else slots >= 1024
             score: tuple[float, ...] = (aligned, 1, slots <= wished, ample, used / slab, -groups)
@@ -465,8 +476,8 @@ def _plan(
     (_, holds, *_), groups, slab = max(plans)
     each = 32 if is_wide else 64
     warps = min(16, max(4, _power_of_two(pixels * slab) // (32 * each))) if holds else 16
-    # A tile is 8 values of a thread: one or two accesses. A loop's forward pass keeps more in flight.
-    tile = 32 * warps * (8 if holds or backward else 16)
+    # A tile is 8 or 16 values of a thread, one to four accesses: few live at once, enough in flight.
+    tile = 32 * warps * (16 if is_wide and holds or not backward and not holds else 8)
     rows = min(_power_of_two(pixels), max(1, tile // slab))
     return _Plan(groups, slab, rows, bool(holds), warps)
 
@@ -486,7 +497,9 @@ def _constants(x, num_groups, add, scale, shift, silu, threshold, backward) -> t
     n, c, h, w = x.shape
     channels_last = _layout(x) == torch.channels_last
     drops = threshold > 0
-    plan = _plan(c, h * w, num_groups, x.itemsize, channels_last, backward)
+    # A slab starts at a multiple of 16 bytes, and of the channels that share a block of Philox.
+    unit = 8 if drops else 16 // x.itemsize
+    plan = _plan(c, h * w, num_groups, x.itemsize, unit, channels_last, backward)
     constants = dict(
         CHANNELS=c, HW=h * w, NUM_GROUPS=num_groups, GROUPS=plan.groups, SLAB=plan.slab,
         PIXELS=plan.pixels, HOLDS=plan.holds, CHANNELS_LAST=channels_last, HAS_ADD=add is not None,
