@@ -606,12 +606,11 @@ def _variants(site, size, channels, use, dtype, name):
     row = x.new_empty((batch, channels))
     add, scale = row if use == _EMBEDDED else None, row if use == _MODULATED else None
     threshold = 8520 if "dropout" in use else 0
-    optional = {key: f"*{name}" for key in ("add", "scale", "shift")} | {
-        key: "*i64" if threshold else f"*{name}" for key in ("sample", "seed", "step")
-    }
+    optional = dict.fromkeys(("add", "scale", "shift"), f"*{name}")
+    optional |= dict.fromkeys(("sample", "seed", "step"), "*i64" if threshold else f"*{name}")
     affine = {"weight": "*fp32", "bias": "*fp32"} | optional
     statistics = {"mean": "*fp32", "rstd": "*fp32"}
-    scalars = {key: "i32" for key in ("add_row", "scale_row", "shift_row", "layer", "threshold")}
+    scalars = dict.fromkeys(("add_row", "scale_row", "shift_row", "layer", "threshold"), "i32")
     fwd = {"x": f"*{name}"} | affine | {"y": f"*{name}"} | statistics | scalars
     fwd |= {"keep_scale": "fp32", "eps": "fp32"}
     bwd = {"grad_y": f"*{name}", "x": f"*{name}"} | statistics | affine | {"grad_x": f"*{name}"}
