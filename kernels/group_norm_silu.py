@@ -2,8 +2,8 @@
 before, scale, shift, SiLU and dropout after (Wu & He 2018; Karras et al. 2022, appendix C)."""
 
 import functools
-import math
-from typing import NamedTuple
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,18 +76,15 @@ def _sigmoid(z, ASM: tl.constexpr):
 
 
 @triton.jit
-def _hold(x, ASM: tl.constexpr):
-    """x, of which the compiler no longer knows where it came from: it keeps two 16-bit values in a
-    register instead of their two fp32 conversions."""
-    if ASM and x.dtype.primitive_bitwidth == 16:
+def _hold(x, PACKS: tl.constexpr):
+    """x itself, in a way that no compiler sees through (%ctaid.z is 0, which they do not know): what
+    is held are two 16-bit values in a register, not the fp32 values that they were converted to before.
+    """
+    if PACKS:
         return tl.inline_asm_elementwise(
             "{ .reg .u32 z; mov.u32 z, %ctaid.z; xor.b32 $0, $1, z; }",
-            "=r,r",
-            [x],
-            dtype=x.dtype,
-            is_pure=False,
-            pack=2,
-        )
+            "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2,
+        )  # fmt: skip
     return x
 
 
@@ -147,10 +144,8 @@ def _where(tile, c, own, CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.co
         inside = tl.full([PIXELS], True, tl.int1)[:, None] & own[None, :]
     else:
         inside = (p < HW)[:, None] & own[None, :]
-    if CHANNELS_LAST:
-        at = p[:, None] * CHANNELS + c[None, :]
-    else:
-        at = p[:, None] + c[None, :] * HW
+    by_pixel = p[:, None] * CHANNELS + c[None, :]
+    at = by_pixel if CHANNELS_LAST else p[:, None] + c[None, :] * HW
     return p, at, inside
 
 
@@ -208,9 +203,8 @@ def _group_norm_silu_fwd_kernel(
     add_row, scale_row, shift_row, layer, threshold, keep_scale, eps,
     CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
     SLAB: tl.constexpr, PIXELS: tl.constexpr, HOLDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    HAS_ADD: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr,
-    BY_EIGHT: tl.constexpr, ASM: tl.constexpr,
+    HAS_ADD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
+    DROPS: tl.constexpr, BY_EIGHT: tl.constexpr, ASM: tl.constexpr, PACKS: tl.constexpr,
 ):  # fmt: skip
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
@@ -224,7 +218,7 @@ def _group_norm_silu_fwd_kernel(
         total = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            held = held + (tl.load(x + at, mask=inside, other=0),)
+            held = held + (tl.load(x + at, mask=inside, other=0),)  # noqa: RUF005
         for tile in tl.static_range(TILES):
             total += held[tile].to(tl.float32)
         average = tl.sum(total, 0) / HW
@@ -232,7 +226,7 @@ def _group_norm_silu_fwd_kernel(
         slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            d = tl.where(inside, _hold(held[tile], ASM).to(tl.float32) - average[None, :], 0.0)
+            d = tl.where(inside, _hold(held[tile], PACKS).to(tl.float32) - average[None, :], 0.0)
             slot_rest += d
             slot_spread += d * d
     else:
@@ -279,7 +273,7 @@ def _group_norm_silu_fwd_kernel(
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _hold(held[tile], ASM).to(tl.float32) - origin[None, :]
+            v = _hold(held[tile], PACKS).to(tl.float32) - origin[None, :]
             out = _finish(v, p, first, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
                           keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
             tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
@@ -321,9 +315,9 @@ def _group_norm_silu_bwd_kernel(
     keep_scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
     SLAB: tl.constexpr, PIXELS: tl.constexpr, HOLDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    HAS_ADD: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, WANTS_AFFINE: tl.constexpr,
-    SILU: tl.constexpr, DROPS: tl.constexpr, BY_EIGHT: tl.constexpr, ASM: tl.constexpr,
+    HAS_ADD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
+    DROPS: tl.constexpr, BY_EIGHT: tl.constexpr, ASM: tl.constexpr, PACKS: tl.constexpr,
+    WANTS_AFFINE: tl.constexpr,
 ):  # fmt: skip
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
@@ -344,22 +338,22 @@ def _group_norm_silu_bwd_kernel(
     if DROPS:
         sample_n, seed_n, step_n = tl.load(sample + n), tl.load(seed), tl.load(step)
 
-    # Of each channel: sum_b of the gradient g at z, sum_a of g·xhat, sum_s of xhat.
+    # Of each channel: sum_b of the gradient g at z, sum_a of g·xhat.
     slot_b = tl.zeros([PIXELS, SLAB], tl.float32)
     slot_a = tl.zeros([PIXELS, SLAB], tl.float32)
     held_x, held_g = (), ()
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            held_x = held_x + (tl.load(x + at, mask=inside, other=0),)
-            held_g = held_g + (tl.load(grad_y + at, mask=inside, other=0),)
+            held_x = held_x + (tl.load(x + at, mask=inside, other=0),)  # noqa: RUF005
+            held_g = held_g + (tl.load(grad_y + at, mask=inside, other=0),)  # noqa: RUF005
         raw, held_g = held_g, ()
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             v = held_x[tile].to(tl.float32) - origin[None, :]
             g = _drop(raw[tile], p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
                       SLAB, DROPS, BY_EIGHT)  # fmt: skip
-            held_g = held_g + (g,)
+            held_g = held_g + (g,)  # noqa: RUF005
             g = _grad_z(v, g, slope, offset, SILU, ASM)
             slot_b += g
             slot_a += g * v
@@ -396,8 +390,8 @@ def _group_norm_silu_bwd_kernel(
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _hold(held_x[tile], ASM).to(tl.float32) - origin[None, :]
-            g = _grad_z(v, _hold(held_g[tile], ASM), slope, offset, SILU, ASM)
+            v = _hold(held_x[tile], PACKS).to(tl.float32) - origin[None, :]
+            g = _grad_z(v, _hold(held_g[tile], PACKS), slope, offset, SILU, ASM)
             out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
             if HAS_ADD:
                 slot_add += tl.where(inside, out, 0.0)
@@ -477,7 +471,7 @@ def _plan(
     each = 32 if is_wide else 64
     warps = min(16, max(4, _power_of_two(pixels * slab) // (32 * each))) if holds else 16
     # A tile is 8 or 16 values of a thread, one to four accesses: few live at once, enough in flight.
-    tile = 32 * warps * (16 if is_wide and holds or not backward and not holds else 8)
+    tile = 32 * warps * (16 if (is_wide if holds else not backward) else 8)
     rows = min(_power_of_two(pixels), max(1, tile // slab))
     return _Plan(groups, slab, rows, bool(holds), warps)
 
@@ -492,7 +486,9 @@ def _rows(v: torch.Tensor | None) -> torch.Tensor | None:
     return v if v is None or v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous()
 
 
-def _constants(x, num_groups, add, scale, shift, silu, threshold, backward) -> tuple[dict, int]:
+def _constants(
+    x, num_groups, add, scale, shift, silu, threshold, backward, asm
+) -> tuple[dict[str, Any], int]:
     """A kernel's constants, and the number of programs."""
     n, c, h, w = x.shape
     channels_last = _layout(x) == torch.channels_last
@@ -500,14 +496,20 @@ def _constants(x, num_groups, add, scale, shift, silu, threshold, backward) -> t
     # A slab starts at a multiple of 16 bytes, and of the channels that share a block of Philox.
     unit = 8 if drops else 16 // x.itemsize
     plan = _plan(c, h * w, num_groups, x.itemsize, unit, channels_last, backward)
+    by_eight = c % 8 == 0 and plan.groups * (c // num_groups) % 8 == 0
     constants = dict(
         CHANNELS=c, HW=h * w, NUM_GROUPS=num_groups, GROUPS=plan.groups, SLAB=plan.slab,
         PIXELS=plan.pixels, HOLDS=plan.holds, CHANNELS_LAST=channels_last, HAS_ADD=add is not None,
         HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, SILU=silu, DROPS=drops,
-        BY_EIGHT=drops and c % 8 == 0 and plan.groups * (c // num_groups) % 8 == 0, ASM=x.is_cuda and torch.version.hip is None,
+        BY_EIGHT=drops and by_eight, ASM=asm,
+        PACKS=asm and x.itemsize == 2 and plan.slab * plan.pixels >= 64 * plan.warps,
         num_warps=plan.warps,
     )  # fmt: skip
     return constants, n * -(-num_groups // plan.groups)
+
+
+def _has_asm(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is None
 
 
 def _fwd(
@@ -515,7 +517,9 @@ def _fwd(
 ):
     x = x.contiguous(memory_format=_layout(x))
     add, scale, shift = _rows(add), _rows(scale), _rows(shift)
-    constants, programs = _constants(x, num_groups, add, scale, shift, silu, threshold, False)
+    constants, programs = _constants(
+        x, num_groups, add, scale, shift, silu, threshold, False, _has_asm(x)
+    )
     y = torch.empty_like(x)
     mean, rstd = _statistics(x, num_groups)
     launch(
@@ -534,7 +538,9 @@ def _bwd(
     x = x.contiguous(memory_format=_layout(x))
     grad_y = grad_y.contiguous(memory_format=_layout(x))
     add, scale, shift = _rows(add), _rows(scale), _rows(shift)
-    constants, programs = _constants(x, num_groups, add, scale, shift, silu, threshold, True)
+    constants, programs = _constants(
+        x, num_groups, add, scale, shift, silu, threshold, True, _has_asm(x)
+    )
     n, c = x.shape[:2]
     grad_x = torch.empty_like(x)
     # One program writes each entry; PyTorch's sum over the batch has one order too.
@@ -586,61 +592,50 @@ _SITES = {
 def specialisations(capability: int) -> list[Variant]:
     """The forms in which DDPM++ on CIFAR-10 and ADM at 64 x 64 use the kernels, in channels_last;
     the same for every compute capability."""
-    types = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    return [
-        variant
-        for network, sites in _SITES.items()
-        for size, widths, uses in sites
-        for channels in widths
-        for use in uses
-        for dtype, name in types.items()
-        for variant in _variants(f"{network} {size}x{size}x{channels} {use}", size, channels, use,
-                                 dtype, name)
-    ]  # fmt: skip
+    variants = []
+    for network, sites in _SITES.items():
+        for size, widths, uses in sites:
+            for c, use, dtype in itertools.product(widths, uses, _TYPES):
+                x = torch.empty((64, c, size, size), dtype=dtype, device="meta")
+                x = x.contiguous(memory_format=torch.channels_last)
+                variants += _variants(f"{network} {size}x{size}x{c} {use}", x, min(32, c // 4), use)
+    return variants
 
 
-def _variants(site, size, channels, use, dtype, name):
-    batch = 64
-    x = torch.empty((batch, channels, size, size), dtype=dtype, device="meta")
-    x = x.contiguous(memory_format=torch.channels_last)
-    row = x.new_empty((batch, channels))
-    add, scale = row if use == _EMBEDDED else None, row if use == _MODULATED else None
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def _variants(site: str, x: torch.Tensor, num_groups: int, use: str) -> list[Variant]:
+    """Forward and backward for a tensor like x, on any device."""
+    name = _TYPES[x.dtype]
+    add, scale = (x[..., 0, 0] if part in use else None for part in ("add", "scale"))
     threshold = 8520 if "dropout" in use else 0
     optional = dict.fromkeys(("add", "scale", "shift"), f"*{name}")
     optional |= dict.fromkeys(("sample", "seed", "step"), "*i64" if threshold else f"*{name}")
     affine = {"weight": "*fp32", "bias": "*fp32"} | optional
     statistics = {"mean": "*fp32", "rstd": "*fp32"}
     scalars = dict.fromkeys(("add_row", "scale_row", "shift_row", "layer", "threshold"), "i32")
-    fwd = {"x": f"*{name}"} | affine | {"y": f"*{name}"} | statistics | scalars
-    fwd |= {"keep_scale": "fp32", "eps": "fp32"}
-    bwd = {"grad_y": f"*{name}", "x": f"*{name}"} | statistics | affine | {"grad_x": f"*{name}"}
-    bwd |= {"grad_affine": "*fp32"} | {
-        f"grad_{key}": f"*{name}" for key in ("add", "scale", "shift")
-    }
-    bwd |= {"batch": "i32"} | scalars | {"keep_scale": "fp32"}
-    for backward, kernel, signature in (
-        (False, _group_norm_silu_fwd_kernel, fwd),
-        (True, _group_norm_silu_bwd_kernel, bwd),
+    scalars["keep_scale"] = "fp32"
+    fwd = {"x": f"*{name}"} | affine | {"y": f"*{name}"} | statistics | scalars | {"eps": "fp32"}
+    bwd = {"grad_y": f"*{name}", "x": f"*{name}"} | statistics | affine
+    bwd |= {"grad_x": f"*{name}", "grad_affine": "*fp32"}
+    bwd |= {f"grad_{part}": f"*{name}" for part in ("add", "scale", "shift")}
+    bwd |= {"batch": "i32"} | scalars
+    rows = {f"{part}_row" for part in ("add", "scale", "shift") if x.shape[1] % 16 == 0}
+    variants = []
+    for kernel, signature, more in (
+        (_group_norm_silu_fwd_kernel, fwd, {}),
+        (_group_norm_silu_bwd_kernel, bwd, {"WANTS_AFFINE": True}),
     ):
         constants, programs = _constants(
-            x, min(32, channels // 4), add, scale, scale, use != _PLAIN, threshold, backward
+            x, num_groups, add, scale, scale, use != _PLAIN, threshold, bool(more), True
         )
-        constants["ASM"] = True
         warps = constants.pop("num_warps")
-        if backward:
-            constants["WANTS_AFFINE"] = True
-        aligned = frozenset(
-            {"add_row", "scale_row", "shift_row"} | ({"batch"} if backward else set())
-        )
-        yield Variant(
-            f"{site} {name}",
-            kernel,
-            signature,
-            constants,
-            warps,
-            aligned=aligned,
-            programs=programs,
-        )
+        variants.append(
+            Variant(f"{site} {name}", kernel, signature, constants | more, num_warps=warps,
+                    aligned=frozenset(rows), programs=programs)
+        )  # fmt: skip
+    return variants
 
 
 # -- registration ---------------------------------------------------------------------------------
