@@ -1,10 +1,17 @@
 """Group normalisation with what surrounds it in a diffusion U-Net's block: the embedding added
 before, scale, shift, SiLU and dropout after (Wu & He 2018; Karras et al. 2022, appendix C)."""
 
+import functools
+import itertools
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from tcm_fast.kernels.dropout import DropoutKey, dropout
+from tcm_fast.kernels._philox_triton import philox_blocks
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels.dropout import DropoutKey, _check_samples, _threshold, dropout
+from tcm_fast.kernels.philox import counters
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -46,6 +53,650 @@ def group_norm_silu_reference(
     return y
 
 
+# -- kernels --------------------------------------------------------------------------------------
+
+# A program owns a slab: GROUPS whole groups of one sample, at all pixels, cut into TILES tiles
+# [PIXELS, SLAB] in both layouts (a pixel is a row of memory in channels_last, a channel is one
+# otherwise: the compiler orders the threads by the addresses). SLAB and PIXELS are powers of two, the
+# rest is masked. HOLDS: the tiles stay in registers, and x is read once. Otherwise a second loop reads
+# them again, backwards, so that what was read last is found in the L2 cache.
+
+
+@triton.jit
+def _sigmoid(z, ASM: tl.constexpr):
+    if ASM:
+        # Two special-function instructions and no handling of denormals, 2^-21 relative.
+        # tanh.approx would save one instruction of four, at 2^-11 absolute.
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
+            " add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
+
+
+@triton.jit
+def _hold(x, PACKS: tl.constexpr):
+    """x itself, in a way that no compiler sees through (%ctaid.z is 0, which they do not know): what
+    is held are two 16-bit values in a register, not the fp32 values that they were converted to before.
+    """
+    if PACKS:
+        return tl.inline_asm_elementwise(
+            "{ .reg .u32 z; mov.u32 z, %ctaid.z; xor.b32 $0, $1, z; }",
+            "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2,
+        )  # fmt: skip
+    return x
+
+
+@triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _sums(a, b, ASM: tl.constexpr):
+    """Sums over the pixels; in one pass where compiled (interpreted, that takes minutes)."""
+    if ASM:
+        return tl.reduce((a, b), 0, _add_both)
+    return tl.sum(a, 0), tl.sum(b, 0)
+
+
+@triton.jit
+def _slab(
+    CHANNELS: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.constexpr
+):  # fmt: skip
+    """-> sample number int64, first channel of the slab, its channels [SLAB], which of them it has, its
+    groups, which of them it has, and [SLAB, groups] which channel is in which group."""
+    CPG: tl.constexpr = CHANNELS // NUM_GROUPS
+    SLABS: tl.constexpr = (NUM_GROUPS + GROUPS - 1) // GROUPS
+    n = (tl.program_id(0) // SLABS).to(tl.int64)
+    first_group = tl.program_id(0) % SLABS * GROUPS
+    first = first_group * CPG
+    i = tl.arange(0, SLAB)
+    g = tl.arange(0, triton.next_power_of_2(GROUPS))
+    if SLAB == GROUPS * CPG and CHANNELS % SLAB == 0:
+        own = tl.full([SLAB], True, tl.int1)
+    else:
+        own = (i < GROUPS * CPG) & (first + i < CHANNELS)
+    has = (g < GROUPS) & (first_group + g < NUM_GROUPS)
+    member = ((i // CPG)[:, None] == g[None, :]) & own[:, None]
+    return n, first, first + i, own, first_group + g, has, member
+
+
+@triton.jit
+def _to_groups(v, member):
+    """fp32 [SLAB] summed over the channels of each group."""
+    return tl.sum(tl.where(member, v[:, None], 0.0), 0)
+
+
+@triton.jit
+def _to_channels(v, member):
+    """fp32 [groups] -> [SLAB], to each channel its group's."""
+    return tl.sum(tl.where(member, v[None, :], 0.0), 1)
+
+
+@triton.jit
+def _where(tile, c, own, CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr,
+           CHANNELS_LAST: tl.constexpr):  # fmt: skip
+    """-> pixels [PIXELS], offsets within the sample and mask [PIXELS, SLAB] of one tile."""
+    p = tile * PIXELS + tl.arange(0, PIXELS)
+    if HW % PIXELS == 0:
+        inside = tl.full([PIXELS], True, tl.int1)[:, None] & own[None, :]
+    else:
+        inside = (p < HW)[:, None] & own[None, :]
+    by_pixel = p[:, None] * CHANNELS + c[None, :]
+    at = by_pixel if CHANNELS_LAST else p[:, None] + c[None, :] * HW
+    return p, at, inside
+
+
+@triton.jit
+def _kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS: tl.constexpr,
+          BY_EIGHT: tl.constexpr, SLAB: tl.constexpr):  # fmt: skip
+    """Which elements of a tile dropout keeps: the rule of dropout.py."""
+    if BY_EIGHT:
+        block = p[:, None] * (CHANNELS // 8) + (first // 8 + tl.arange(0, SLAB // 8))[None, :]
+        w0, w1, w2, w3 = philox_blocks(block, sample, seed, step, layer)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        lanes = tl.join(words << 16, words).reshape(p.shape[0], SLAB)
+    else:
+        e = p[:, None] * CHANNELS + c[None, :]
+        w0, w1, w2, w3 = philox_blocks(e >> 3, sample, seed, step, layer)
+        word = tl.where(e & 4 == 0, tl.where(e & 2 == 0, w0, w1), tl.where(e & 2 == 0, w2, w3))
+        lanes = tl.where(e & 1 == 0, word << 16, word)
+    # A lane stands in the high half; what is below it does not change the comparison.
+    return lanes >= (threshold.to(tl.uint32) << 16)
+
+
+@triton.jit
+def _affine(n, c, own, weight, bias, scale, shift, scale_row, shift_row, HAS_SCALE: tl.constexpr,
+            HAS_SHIFT: tl.constexpr):  # fmt: skip
+    """-> weight, bias, 1 + scale, and the bias after scale and shift, each fp32 [SLAB]."""
+    w = tl.load(weight + c, mask=own, other=0)
+    b = tl.load(bias + c, mask=own, other=0)
+    gain = tl.full(c.shape, 1.0, tl.float32)
+    offset = b
+    if HAS_SCALE:
+        gain += tl.load(scale + n * scale_row + c, mask=own, other=0).to(tl.float32)
+        offset = b * gain
+    if HAS_SHIFT:
+        offset += tl.load(shift + n * shift_row + c, mask=own, other=0).to(tl.float32)
+    return w, b, gain, offset
+
+
+@triton.jit
+def _finish(v, p, first, c, slope, offset, sample, seed, step, layer, threshold, keep_scale,
+            CHANNELS: tl.constexpr, SLAB: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr,
+            BY_EIGHT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """dropout(silu(z)) with z = v·slope + offset, v = x + add - mean."""
+    z = v * slope[None, :] + offset[None, :]
+    if SILU:
+        z = z * _sigmoid(z, ASM)
+    if DROPS:
+        kept = _kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
+        z = tl.where(kept, z * keep_scale, 0.0)
+    return z
+
+
+@triton.jit(do_not_specialize=["layer", "threshold"])
+def _group_norm_silu_fwd_kernel(
+    x, weight, bias, add, scale, shift, sample, seed, step, y, mean, rstd,
+    add_row, scale_row, shift_row, layer, threshold, keep_scale, eps,
+    CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
+    SLAB: tl.constexpr, PIXELS: tl.constexpr, HOLDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    HAS_ADD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
+    DROPS: tl.constexpr, BY_EIGHT: tl.constexpr, ASM: tl.constexpr, PACKS: tl.constexpr,
+):  # fmt: skip
+    CPG: tl.constexpr = CHANNELS // NUM_GROUPS
+    TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
+    n, first, c, own, group, has, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
+    x += n * (CHANNELS * HW)
+    y += n * (CHANNELS * HW)
+
+    # Mean and summed squared deviation of each channel, in two steps: never E[x²] - E[x]².
+    held = ()
+    if HOLDS:
+        total = tl.zeros([PIXELS, SLAB], tl.float32)
+        for tile in tl.static_range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            held = held + (tl.load(x + at, mask=inside, other=0),)  # noqa: RUF005
+        for tile in tl.static_range(TILES):
+            total += held[tile].to(tl.float32)
+        average = tl.sum(total, 0) / HW
+        slot_rest = tl.zeros([PIXELS, SLAB], tl.float32)
+        slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
+        for tile in tl.static_range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            d = tl.where(inside, _hold(held[tile], PACKS).to(tl.float32) - average[None, :], 0.0)
+            slot_rest += d
+            slot_spread += d * d
+    else:
+        # Welford's recurrence in every slot of the tile, the slots joined after Chan.
+        slot_average = tl.zeros([PIXELS, SLAB], tl.float32)
+        slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
+        for tile in tl.range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
+            d = tl.where(inside, v - slot_average, 0.0)
+            slot_average += d * (1.0 / (tile + 1))
+            slot_spread += d * (v - slot_average)
+        last = (TILES - 1) * PIXELS + tl.arange(0, PIXELS)
+        count = tl.where(last < HW, 1.0 * TILES, 1.0 * TILES - 1.0)[:, None]
+        average = tl.sum(slot_average * count, 0) / HW
+        d = slot_average - average[None, :]
+        slot_rest = d * count
+        slot_spread += d * slot_rest
+    rest, spread = _sums(slot_rest, slot_spread, ASM)
+    average += rest / HW
+    spread -= rest * (rest / HW)
+
+    # Channels of equal size joined into groups, after Chan; `add` moves a channel as a whole.
+    moved = tl.zeros([SLAB], tl.float32)
+    if HAS_ADD:
+        moved = tl.load(add + n * add_row + c, mask=own, other=0).to(tl.float32)
+    average += moved
+    group_mean = _to_groups(average, member) / CPG
+    channel_mean = _to_channels(group_mean, member)
+    d = average - channel_mean
+    variance = _to_groups(spread + d * d * HW, member) / (CPG * HW)
+    group_rstd = tl.rsqrt(variance + eps)
+    tl.store(mean + n * NUM_GROUPS + group, group_mean, mask=has)
+    tl.store(rstd + n * NUM_GROUPS + group, group_rstd, mask=has)
+
+    w, _, gain, offset = _affine(
+        n, c, own, weight, bias, scale, shift, scale_row, shift_row, HAS_SCALE, HAS_SHIFT
+    )
+    slope = _to_channels(group_rstd, member) * w * gain
+    origin = channel_mean - moved
+    sample_n, seed_n, step_n = n, n, n
+    if DROPS:
+        sample_n, seed_n, step_n = tl.load(sample + n), tl.load(seed), tl.load(step)
+    if HOLDS:
+        for tile in tl.static_range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = _hold(held[tile], PACKS).to(tl.float32) - origin[None, :]
+            out = _finish(v, p, first, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
+                          keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
+            tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+    else:
+        for i in tl.range(TILES):
+            p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
+            v -= origin[None, :]
+            out = _finish(v, p, first, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
+                          keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
+            tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _drop(grad, p, first, c, sample, seed, step, layer, threshold, CHANNELS: tl.constexpr,
+          SLAB: tl.constexpr, DROPS: tl.constexpr, BY_EIGHT: tl.constexpr):  # fmt: skip
+    """grad_y where dropout kept, not yet divided by the keep probability."""
+    if DROPS:
+        kept = _kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
+        grad = tl.where(kept, grad, 0.0)
+    return grad
+
+
+@triton.jit
+def _grad_z(v, grad, slope, offset, SILU: tl.constexpr, ASM: tl.constexpr):
+    """The gradient at z = v·slope + offset, v = x + add - mean."""
+    grad = grad.to(tl.float32)
+    if SILU:
+        z = v * slope[None, :] + offset[None, :]
+        s = _sigmoid(z, ASM)
+        grad = grad * (s + (z * s) * (1.0 - s))
+    return grad
+
+
+@triton.jit(do_not_specialize=["layer", "threshold"])
+def _group_norm_silu_bwd_kernel(
+    grad_y, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, grad_x, grad_affine,
+    grad_add, grad_scale, grad_shift, batch, add_row, scale_row, shift_row, layer, threshold,
+    keep_scale,
+    CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
+    SLAB: tl.constexpr, PIXELS: tl.constexpr, HOLDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    HAS_ADD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
+    DROPS: tl.constexpr, BY_EIGHT: tl.constexpr, ASM: tl.constexpr, PACKS: tl.constexpr,
+    WANTS_AFFINE: tl.constexpr,
+):  # fmt: skip
+    CPG: tl.constexpr = CHANNELS // NUM_GROUPS
+    TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
+    n, first, c, own, group, has, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
+    x += n * (CHANNELS * HW)
+    grad_y += n * (CHANNELS * HW)
+    grad_x += n * (CHANNELS * HW)
+    group_mean = tl.load(mean + n * NUM_GROUPS + group, mask=has, other=0)
+    group_rstd = tl.load(rstd + n * NUM_GROUPS + group, mask=has, other=0)
+    origin, r = _to_channels(group_mean, member), _to_channels(group_rstd, member)
+    if HAS_ADD:
+        origin -= tl.load(add + n * add_row + c, mask=own, other=0).to(tl.float32)
+    w, b, gain, offset = _affine(
+        n, c, own, weight, bias, scale, shift, scale_row, shift_row, HAS_SCALE, HAS_SHIFT
+    )
+    slope = r * w * gain
+    sample_n, seed_n, step_n = n, n, n
+    if DROPS:
+        sample_n, seed_n, step_n = tl.load(sample + n), tl.load(seed), tl.load(step)
+
+    # Of each channel: sum_b of the gradient g at z, sum_a of g·xhat.
+    slot_b = tl.zeros([PIXELS, SLAB], tl.float32)
+    slot_a = tl.zeros([PIXELS, SLAB], tl.float32)
+    held_x, held_g = (), ()
+    if HOLDS:
+        for tile in tl.static_range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            held_x = held_x + (tl.load(x + at, mask=inside, other=0),)  # noqa: RUF005
+            held_g = held_g + (tl.load(grad_y + at, mask=inside, other=0),)  # noqa: RUF005
+        raw, held_g = held_g, ()
+        for tile in tl.static_range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = held_x[tile].to(tl.float32) - origin[None, :]
+            g = _drop(raw[tile], p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
+                      SLAB, DROPS, BY_EIGHT)  # fmt: skip
+            held_g = held_g + (g,)  # noqa: RUF005
+            g = _grad_z(v, g, slope, offset, SILU, ASM)
+            slot_b += g
+            slot_a += g * v
+    else:
+        for tile in tl.range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
+            v -= origin[None, :]
+            g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_last")
+            g = _drop(g, p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
+                      SLAB, DROPS, BY_EIGHT)  # fmt: skip
+            g = _grad_z(v, g, slope, offset, SILU, ASM)
+            slot_b += g
+            slot_a += g * v
+    sum_b, sum_a = _sums(slot_b, slot_a, ASM)
+    sum_b *= keep_scale
+    sum_a *= keep_scale * r
+
+    # grad_x = rstd·(w·gain·g - mean of it over the group - xhat · mean of (w·gain·g·xhat)).
+    to_a = _to_channels(_to_groups(w * gain * sum_a, member), member) / (CPG * HW)
+    to_b = _to_channels(_to_groups(w * gain * sum_b, member), member) / (CPG * HW)
+    if WANTS_AFFINE:
+        tl.store(grad_affine + n * CHANNELS + c, gain * sum_a, mask=own)
+        tl.store(grad_affine + (batch + n) * CHANNELS + c, gain * sum_b, mask=own)
+    if HAS_SCALE:
+        total = w * sum_a + b * sum_b
+        tl.store(grad_scale + n * CHANNELS + c, total.to(grad_scale.dtype.element_ty), mask=own)
+    if HAS_SHIFT:
+        tl.store(grad_shift + n * CHANNELS + c, sum_b.to(grad_shift.dtype.element_ty), mask=own)
+
+    from_v = r * r * to_a
+    from_all = r * to_b
+    slot_add = tl.zeros([PIXELS, SLAB], tl.float32)
+    if HOLDS:
+        for tile in tl.static_range(TILES):
+            p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = _hold(held_x[tile], PACKS).to(tl.float32) - origin[None, :]
+            g = _grad_z(v, _hold(held_g[tile], PACKS), slope, offset, SILU, ASM)
+            out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
+            if HAS_ADD:
+                slot_add += tl.where(inside, out, 0.0)
+            tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
+    else:
+        for i in tl.range(TILES):
+            p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
+            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
+            v -= origin[None, :]
+            g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_first")
+            g = _drop(g, p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
+                      SLAB, DROPS, BY_EIGHT)  # fmt: skip
+            g = _grad_z(v, g, slope, offset, SILU, ASM)
+            out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
+            if HAS_ADD:
+                slot_add += tl.where(inside, out, 0.0)
+            tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
+    if HAS_ADD:
+        total = tl.sum(slot_add, 0)
+        tl.store(grad_add + n * CHANNELS + c, total.to(grad_add.dtype.element_ty), mask=own)
+
+
+# -- launchers ------------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """A program's tiles: `groups` whole groups in `slab` columns, `pixels` rows; whether it holds all of
+    them at once; its warps."""
+
+    groups: int
+    slab: int
+    pixels: int
+    holds: bool
+    warps: int
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def _plan(
+    channels: int, pixels: int, num_groups: int, itemsize: int, unit: int, channels_last: bool,
+    backward: bool,
+) -> _Plan:  # fmt: skip
+    """The tiles of a shape; a slab is a multiple of `unit` channels where it can be.
+
+    Reasoned from registers (of sm_80 and sm_90, whose files are equal), not measured.
+
+    A slab that is held takes 64 values of a thread in 16 bits (32 registers, in the backward pass 64)
+    or 32 in fp32, besides the 24 to 40 that hold what belongs to its channels: 8 warps hold 16384
+    values of 16 bits in 128 registers, twice on an SM, so that one program loads while the other
+    computes; backward they need up to 255, once. At 32 x 32 that makes rows of 32 bytes, a sector; rows
+    of 64 fit too, forward, but once on an SM, and then nothing overlaps: they are taken where a group
+    is that wide. Smaller images get rows of 64. A slab that is read twice takes the narrowest rows of
+    32 bytes or more: 132 times two slabs of 196 KB (ADM, 64 x 64) are about what L2 holds.
+    """
+    cpg = channels // num_groups
+    is_wide = itemsize > 2
+    wished = 8192 if is_wide else 16384
+    most = wished if backward and not is_wide else 2 * wished
+    plans = []
+    for groups in range(1, min(num_groups, max(1, 512 // cpg)) + 1):
+        used, is_whole = groups * cpg, groups == num_groups
+        slab = _power_of_two(used)
+        slots = pixels * slab
+        row = (used if channels_last else pixels) * itemsize
+        is_row = row >= 32 or is_whole or not channels_last
+        aligned = channels % unit == 0 and used % unit == 0
+        if slots <= most and is_row:
+            ample = row >= 64 if channels_last else slots >= 1024
+            score: tuple[float, ...] = (aligned, 1, slots <= wished, ample, used / slab, -groups)
+        else:
+            score = (aligned, 0, is_row, -slab, used / slab)
+        plans.append((score, groups, slab))
+    (_, holds, *_), groups, slab = max(plans)
+    each = 32 if is_wide else 64
+    warps = min(16, max(4, _power_of_two(pixels * slab) // (32 * each))) if holds else 16
+    # A tile is 8 or 16 values of a thread, one to four accesses: few live at once, enough in flight.
+    tile = 32 * warps * (16 if (is_wide if holds else not backward) else 8)
+    rows = min(_power_of_two(pixels), max(1, tile // slab))
+    return _Plan(groups, slab, rows, bool(holds), warps)
+
+
+def _layout(x: torch.Tensor) -> torch.memory_format:
+    is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+def _rows(v: torch.Tensor | None) -> torch.Tensor | None:
+    """[N,C] with neighbouring channels side by side; rows may lie apart, as halves of a chunk do."""
+    return v if v is None or v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous()
+
+
+def _constants(
+    x, num_groups, add, scale, shift, silu, threshold, backward, asm
+) -> tuple[dict[str, Any], int]:
+    """A kernel's constants, and the number of programs."""
+    n, c, h, w = x.shape
+    channels_last = _layout(x) == torch.channels_last
+    drops = threshold > 0
+    # A slab starts at a multiple of 16 bytes, and of the channels that share a block of Philox.
+    unit = 8 if drops else 16 // x.itemsize
+    plan = _plan(c, h * w, num_groups, x.itemsize, unit, channels_last, backward)
+    by_eight = c % 8 == 0 and plan.groups * (c // num_groups) % 8 == 0
+    constants = dict(
+        CHANNELS=c, HW=h * w, NUM_GROUPS=num_groups, GROUPS=plan.groups, SLAB=plan.slab,
+        PIXELS=plan.pixels, HOLDS=plan.holds, CHANNELS_LAST=channels_last, HAS_ADD=add is not None,
+        HAS_SCALE=scale is not None, HAS_SHIFT=shift is not None, SILU=silu, DROPS=drops,
+        BY_EIGHT=drops and by_eight, ASM=asm,
+        PACKS=asm and x.itemsize == 2 and plan.slab * plan.pixels >= 64 * plan.warps,
+        num_warps=plan.warps,
+    )  # fmt: skip
+    return constants, n * -(-num_groups // plan.groups)
+
+
+def _has_asm(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is None
+
+
+def _fwd(
+    x, weight, bias, add, scale, shift, sample, seed, step, num_groups, eps, silu, layer, threshold
+):
+    x = x.contiguous(memory_format=_layout(x))
+    add, scale, shift = _rows(add), _rows(scale), _rows(shift)
+    constants, programs = _constants(
+        x, num_groups, add, scale, shift, silu, threshold, False, _has_asm(x)
+    )
+    y = torch.empty_like(x)
+    mean, rstd = _statistics(x, num_groups)
+    launch(
+        _group_norm_silu_fwd_kernel, (programs,), x, weight.contiguous(), bias.contiguous(),
+        *_given(x, add, scale, shift, sample, seed, step), y, mean, rstd,
+        *_row_strides(add, scale, shift), layer, threshold, 65536 / (65536 - threshold), eps,
+        **constants,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _bwd(
+    grad_y, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
+    layer, threshold, wants_affine,
+):  # fmt: skip
+    x = x.contiguous(memory_format=_layout(x))
+    grad_y = grad_y.contiguous(memory_format=_layout(x))
+    add, scale, shift = _rows(add), _rows(scale), _rows(shift)
+    constants, programs = _constants(
+        x, num_groups, add, scale, shift, silu, threshold, True, _has_asm(x)
+    )
+    n, c = x.shape[:2]
+    grad_x = torch.empty_like(x)
+    # One program writes each entry; PyTorch's sum over the batch has one order too.
+    by_sample = torch.empty((2, n if wants_affine else 0, c), dtype=torch.float32, device=x.device)
+    grads = [
+        None if v is None else torch.empty((n, c), dtype=v.dtype, device=x.device)
+        for v in (add, scale, shift)
+    ]
+    launch(
+        _group_norm_silu_bwd_kernel, (programs,), grad_y, x, mean, rstd, weight.contiguous(),
+        bias.contiguous(), *_given(x, add, scale, shift, sample, seed, step), grad_x, by_sample,
+        *_given(x, *grads), n, *_row_strides(add, scale, shift), layer, threshold,
+        65536 / (65536 - threshold), **constants, WANTS_AFFINE=wants_affine,
+    )  # fmt: skip
+    return [grad_x, by_sample.sum(1), *(v for v in grads if v is not None)]
+
+
+def _statistics(x, num_groups):
+    shape = (x.shape[0], num_groups)
+    return tuple(torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+
+
+def _given(x, *optional):
+    """What is absent is never touched; x stands in for it."""
+    return [x if v is None else v for v in optional]
+
+
+def _row_strides(*modulations):
+    return [0 if v is None else v.stride(0) for v in modulations]
+
+
+# Channels, pixels, how a block of the network uses it. DDPM++ CIFAR-10 (groups of C/32) and ADM-64.
+_NORM, _EMBEDDED, _PLAIN, _MODULATED = "norm", "add dropout", "no silu", "scale shift dropout"
+_SITES = {
+    "ddpmpp": (
+        (32, (128, 256, 384, 512), (_NORM,)), (32, (256,), (_EMBEDDED,)),
+        (16, (256, 512), (_NORM,)), (16, (256,), (_EMBEDDED, _PLAIN)),
+        (8, (256, 512), (_NORM,)), (8, (256,), (_EMBEDDED, _PLAIN)),
+    ),
+    "adm": (
+        (64, (192, 384, 576), (_NORM,)), (64, (192,), (_MODULATED,)),
+        (32, (192, 384, 576, 768, 960), (_NORM,)), (32, (384,), (_MODULATED, _PLAIN)),
+        (16, (384, 576, 768, 960, 1152, 1344), (_NORM,)), (16, (576,), (_MODULATED, _PLAIN)),
+        (8, (576, 768, 1344, 1536), (_NORM,)), (8, (768,), (_MODULATED, _PLAIN)),
+    ),
+}  # fmt: skip
+
+
+def specialisations(capability: int) -> list[Variant]:
+    """The forms in which DDPM++ on CIFAR-10 and ADM at 64 x 64 use the kernels, in channels_last;
+    the same for every compute capability."""
+    variants = []
+    for network, sites in _SITES.items():
+        for size, widths, uses in sites:
+            for c, use, dtype in itertools.product(widths, uses, _TYPES):
+                x = torch.empty((64, c, size, size), dtype=dtype, device="meta")
+                x = x.contiguous(memory_format=torch.channels_last)
+                variants += _variants(f"{network} {size}x{size}x{c} {use}", x, min(32, c // 4), use)
+    return variants
+
+
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def _variants(site: str, x: torch.Tensor, num_groups: int, use: str) -> list[Variant]:
+    """Forward and backward for a tensor like x, on any device."""
+    name = _TYPES[x.dtype]
+    add, scale = (x[..., 0, 0] if part in use else None for part in ("add", "scale"))
+    threshold = 8520 if "dropout" in use else 0
+    optional = dict.fromkeys(("add", "scale", "shift"), f"*{name}")
+    optional |= dict.fromkeys(("sample", "seed", "step"), "*i64" if threshold else f"*{name}")
+    affine = {"weight": "*fp32", "bias": "*fp32"} | optional
+    statistics = {"mean": "*fp32", "rstd": "*fp32"}
+    scalars = dict.fromkeys(("add_row", "scale_row", "shift_row", "layer", "threshold"), "i32")
+    scalars["keep_scale"] = "fp32"
+    fwd = {"x": f"*{name}"} | affine | {"y": f"*{name}"} | statistics | scalars | {"eps": "fp32"}
+    bwd = {"grad_y": f"*{name}", "x": f"*{name}"} | statistics | affine
+    bwd |= {"grad_x": f"*{name}", "grad_affine": "*fp32"}
+    bwd |= {f"grad_{part}": f"*{name}" for part in ("add", "scale", "shift")}
+    bwd |= {"batch": "i32"} | scalars
+    rows = {f"{part}_row" for part in ("add", "scale", "shift") if x.shape[1] % 16 == 0}
+    variants = []
+    for kernel, signature, more in (
+        (_group_norm_silu_fwd_kernel, fwd, {}),
+        (_group_norm_silu_bwd_kernel, bwd, {"WANTS_AFFINE": True}),
+    ):
+        constants, programs = _constants(
+            x, num_groups, add, scale, scale, use != _PLAIN, threshold, bool(more), True
+        )
+        warps = constants.pop("num_warps")
+        variants.append(
+            Variant(f"{site} {name}", kernel, signature, constants | more, num_warps=warps,
+                    aligned=frozenset(rows), programs=programs)
+        )  # fmt: skip
+    return variants
+
+
+# -- registration ---------------------------------------------------------------------------------
+
+_OPTIONAL = "Tensor? add, Tensor? scale, Tensor? shift, Tensor? sample, Tensor? seed, Tensor? step"
+torch.library.define(
+    "tcm_fast::group_norm_silu_fwd",
+    f"(Tensor x, Tensor weight, Tensor bias, {_OPTIONAL}, int num_groups, float eps, bool silu, "
+    "int layer, int threshold) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "tcm_fast::group_norm_silu_bwd",
+    f"(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, {_OPTIONAL}, "
+    "int num_groups, bool silu, int layer, int threshold, bool wants_affine) -> Tensor[]",
+)
+torch.library.impl("tcm_fast::group_norm_silu_fwd", ("cpu", "cuda"), _fwd)
+torch.library.impl("tcm_fast::group_norm_silu_bwd", ("cpu", "cuda"), _bwd)
+
+
+@torch.library.register_fake("tcm_fast::group_norm_silu_fwd")
+def _(x, weight, bias, add, scale, shift, sample, seed, step, num_groups, *_):
+    y = torch.empty_like(x.contiguous(memory_format=_layout(x)))
+    return y, *_statistics(x, num_groups)
+
+
+@torch.library.register_fake("tcm_fast::group_norm_silu_bwd")
+def _(grad_y, x, mean, rstd, weight, bias, add, scale, shift, *_):
+    grad_x = torch.empty_like(x.contiguous(memory_format=_layout(x)))
+    sums = torch.empty((2, x.shape[1]), dtype=torch.float32, device=x.device)
+    given = [v for v in (add, scale, shift) if v is not None]
+    return [grad_x, sums, *(v.new_empty(v.shape) for v in given)]
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.num_groups, _, ctx.silu, ctx.layer, ctx.threshold = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(*tensors, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx, grad_y, *_):
+    x, weight, bias, add, scale, shift, sample, seed, step, mean, rstd = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad_x, affine, *rest = torch.ops.tcm_fast.group_norm_silu_bwd(
+        grad_y, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step,
+        ctx.num_groups, ctx.silu, ctx.layer, ctx.threshold, needs[1] or needs[2],
+    )  # fmt: skip
+    given = iter(rest)
+    modulations = [None if v is None else next(given) for v in (add, scale, shift)]
+    grads = [grad_x, *affine.unbind(), *modulations]
+    return *(g if need else None for g, need in zip(grads, needs[:6], strict=True)), *[None] * 8
+
+
+def _refuse(ctx, *_):
+    raise NotImplementedError("group_norm_silu: has no second derivative, got a double backward")
+
+
+torch.library.register_autograd("tcm_fast::group_norm_silu_fwd", _backward, setup_context=_save)
+torch.library.register_autograd("tcm_fast::group_norm_silu_bwd", _refuse)
+
+
 # -- public function ------------------------------------------------------------------------------
 
 
@@ -68,7 +719,7 @@ def group_norm_silu(
     Args:
         x: activations [N,C,H,W] of a floating dtype, contiguous or channels_last.
         num_groups: number of groups, a divisor of C.
-        weight, bias: affine parameters [C], fp32 as a rule.
+        weight, bias: affine parameters [C], fp32 (or float64, with a float64 x).
         eps: added to the variance.
         silu: False leaves the SiLU out.
         add, scale, shift: per sample and channel, [N,C], each optional.
@@ -79,28 +730,55 @@ def group_norm_silu(
         [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64).
 
     Raises:
-        TypeError: x is not a floating tensor.
-        ValueError: shapes that do not fit, a dropout_p out of range or without a key.
+        TypeError: x is not floating, affine parameters have half precision.
+        ValueError: shapes or devices that do not fit, a dropout_p out of range or without a key, a
+            sample of 2**31 elements or more.
     """
     if not x.is_floating_point():
         raise TypeError(f"group_norm_silu: x must be floating, got {x.dtype}")
     if x.ndim != 4:
         raise ValueError(f"group_norm_silu: x must be [N,C,H,W], got {list(x.shape)}")
-    n, c = x.shape[:2]
+    n, c, height, width = x.shape
     if num_groups < 1 or c % num_groups:
         raise ValueError(f"group_norm_silu: num_groups must divide C={c}, got {num_groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter.shape != (c,):
             raise ValueError(f"group_norm_silu: {name} must be [{c}], got {list(parameter.shape)}")
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"group_norm_silu: {name} must be fp32, got {parameter.dtype}")
     for name, modulation in (("add", add), ("scale", scale), ("shift", shift)):
         if modulation is not None and modulation.shape != (n, c):
             raise ValueError(
                 f"group_norm_silu: {name} must be [{n},{c}], got {list(modulation.shape)}"
             )
+    operands = {"weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift}
+    for name, operand in operands.items():
+        if operand is not None and operand.device != x.device:
+            raise ValueError(f"group_norm_silu: {name} must be on {x.device}, got {operand.device}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"group_norm_silu: dropout_p must be in [0,1), got {dropout_p}")
     if dropout_p > 0 and dropout_key is None:
         raise ValueError("group_norm_silu: dropout_key is required where dropout_p > 0, got None")
+    is_wide = x.dtype == torch.float64 or weight.dtype == torch.float64
+    if not is_wide and c * height * width > 0 and runs_triton("group_norm_silu", x.device.type):
+        if c * height * width >= 2**31:
+            raise ValueError(
+                "group_norm_silu: a sample must have fewer than 2**31 elements, "
+                f"got {c * height * width}"
+            )
+        sample = seed = step = None
+        layer, threshold = 0, _threshold("group_norm_silu", dropout_p)
+        if threshold > 0:
+            _check_samples("group_norm_silu", dropout_key, n, x.device)
+            key = dropout_key
+            sample, seed, step, layer = counters(
+                "group_norm_silu", key.seed, key.step, key.layer, key.sample
+            )
+        y, _, _ = torch.ops.tcm_fast.group_norm_silu_fwd(
+            x.contiguous(memory_format=_layout(x)), weight, bias, add, scale, shift, sample, seed,
+            step, num_groups, eps, silu, layer, threshold,
+        )  # fmt: skip
+        return y
     return group_norm_silu_reference(
         x, num_groups, weight, bias, eps,
         silu=silu, add=add, scale=scale, shift=shift, dropout_p=dropout_p, dropout_key=dropout_key,

@@ -1,11 +1,27 @@
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tcm_fast.kernels import _triton
 from tcm_fast.kernels.dropout import DropoutKey, dropout_mask
-from tcm_fast.kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from tcm_fast.kernels.group_norm_silu import (
+    _group_norm_silu_bwd_kernel,
+    _group_norm_silu_fwd_kernel,
+    _plan,
+    _sigmoid,
+    group_norm_silu,
+    group_norm_silu_reference,
+    specialisations,
+)
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # Relative to the largest element of the result: a few rounding steps of the output's dtype.
@@ -189,6 +205,18 @@ def test_refuses(change, message):
         group_norm_silu(**arguments)
 
 
+def test_refuses_half_precision_parameters_and_other_devices():
+    x, (weight, bias), modulation = case(dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"weight must be fp32, got torch\.float16"):
+        group_norm_silu(x, 3, weight.half(), bias)
+    with pytest.raises(TypeError, match=r"bias must be fp32, got torch\.bfloat16"):
+        group_norm_silu(x, 3, weight, bias.bfloat16())
+    with pytest.raises(ValueError, match=r"bias must be on cpu, got meta"):
+        group_norm_silu(x, 3, weight, bias.to("meta"))
+    with pytest.raises(ValueError, match=r"scale must be on cpu, got meta"):
+        group_norm_silu(x, 3, weight, bias, scale=modulation["scale"].to("meta"))
+
+
 def test_refuses_integers():
     with pytest.raises(TypeError, match=r"x must be floating, got torch\.uint8"):
         group_norm_silu(torch.ones(1, 4, 2, 2, dtype=torch.uint8), 1, torch.ones(4), torch.ones(4))
@@ -198,3 +226,464 @@ def test_silu_of_torch_is_the_one_meant():
     x, (weight, bias), _ = case(dtype=torch.float64)
     plain = group_norm_silu(x, 3, weight, bias, silu=False)
     assert torch.allclose(group_norm_silu(x, 3, weight, bias), F.silu(plain))
+
+
+# ---- the Triton kernels -------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# n, c, height, width, groups: the networks' channels a group (4, 8, 16; 6, 12, 18, 30, 42), sizes that
+# fill no tile, one group of all, slabs that do not divide the groups, one pixel.
+SITES = [
+    (1, 128, 8, 8, 32),
+    (2, 64, 16, 16, 8),
+    (2, 32, 8, 8, 2),
+    (1, 48, 16, 16, 8),
+    (1, 48, 8, 8, 4),
+    (1, 72, 5, 7, 4),
+    (1, 120, 4, 4, 4),
+    (1, 84, 7, 3, 2),
+    (3, 24, 1, 1, 3),
+    (2, 130, 3, 3, 13),
+    (1, 9, 12, 11, 1),
+    (2, 40, 1, 17, 5),
+]
+
+
+def run(x, groups, affine, modulation, grad, monkeypatch, backend="kernel", dtype=None, **options):
+    """Output and gradients of all inputs, by kernel or reference, in dtype if given."""
+    monkeypatch.setenv("TCM_FAST_BACKEND", backend)
+    tensors = [x, *affine, *modulation.values()]
+    tensors = [v.detach().to(dtype or v.dtype).requires_grad_() for v in tensors]
+    y = group_norm_silu(
+        tensors[0], groups, *tensors[1:3], 1e-6,
+        **dict(zip(modulation, tensors[3:], strict=True)), **options,
+    )  # fmt: skip
+    return [y, *torch.autograd.grad(y, tensors, grad.to(y.dtype))]
+
+
+def compare(x, groups, affine, modulation, check, monkeypatch, **options):
+    """The kernel against float64, allowed twice the error of the reference."""
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(x.shape, generator=generator).to(x)
+    arguments = (x, groups, affine, modulation, grad, monkeypatch)
+    ours = run(*arguments, **options)
+    plain = run(*arguments, backend="reference", **options)
+    oracle = run(*arguments, backend="reference", dtype=torch.float64, **options)
+    names = ("y", "x", "weight", "bias", *modulation)
+    for name, *results in zip(names, ours, plain, oracle, strict=True):
+        check(*results, name)
+    assert ours[0].stride() == ours[1].stride() == x.stride()
+
+
+def on(device, n, c, height, width, dtype, layout):
+    x, affine, modulation = case(n, c, height, width, dtype, layout)
+    move = lambda v: v.to(device)  # noqa: E731
+    return move(x), [move(v) for v in affine], {k: move(v) for k, v in modulation.items()}
+
+
+def key_on(device, n):
+    sample = torch.arange(n, device=device) * 7 + 2**32 - 40
+    return DropoutKey(seed=2**32 - 5, step=2**33 + 1, layer=2**31 + 3, sample=sample)
+
+
+@pytest.mark.parametrize("site", SITES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_against_float64(
+    site, layout, dtype, triton_device, check_against_oracle, monkeypatch
+):
+    n, c, height, width, groups = site
+    x, affine, modulation = on(triton_device, n, c, height, width, dtype, layout)
+    options = dict(dropout_p=0.3, dropout_key=key_on(triton_device, n))
+    compare(x, groups, affine, modulation, check_against_oracle, monkeypatch, **options)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("given_parts", [(), ("add",), ("scale",), ("shift",), ("scale", "shift")])
+def test_kernel_with_any_part_left_out(
+    given_parts, silu, triton_device, check_against_oracle, monkeypatch
+):
+    for layout in LAYOUTS:
+        x, affine, modulation = on(triton_device, 2, 24, 6, 5, torch.float32, layout)
+        modulation = {name: modulation[name] for name in given_parts}
+        compare(x, 6, affine, modulation, check_against_oracle, monkeypatch, silu=silu)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernel_reads_a_big_image_twice(
+    layout, dtype, triton_device, check_against_oracle, monkeypatch
+):
+    # 65 x 65 pixels: the last tile of the loop is not full.
+    is_last = layout == torch.channels_last
+    assert not _plan(24, 4225, 2, dtype.itemsize, 8, is_last, False).holds
+    assert not _plan(24, 4225, 2, dtype.itemsize, 8, is_last, True).holds
+    x, affine, modulation = on(triton_device, 1, 24, 65, 65, dtype, layout)
+    options = dict(dropout_p=0.3, dropout_key=key_on(triton_device, 1))
+    compare(x, 2, affine, modulation, check_against_oracle, monkeypatch, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "site",
+    [(128, 32), (256, 32), (384, 32), (512, 32), (512, 16), (192, 64), (576, 64), (960, 32)],
+    ids=str,
+)
+def test_kernel_at_the_networks_sites(
+    site, layout, dtype, triton_device, check_against_oracle, monkeypatch
+):
+    c, size = site
+    x, affine, modulation = on(triton_device, 1, c, size, size, dtype, layout)
+    options = dict(dropout_p=0.13, dropout_key=key_on(triton_device, 1))
+    compare(x, 32, affine, modulation, check_against_oracle, monkeypatch, **options)
+
+
+@given(
+    n=st.integers(1, 3),
+    groups=st.integers(1, 9),
+    per_group=st.integers(1, 18),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    layout=st.sampled_from(LAYOUTS),
+    p=st.sampled_from([0.0, 0.4]),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_kernel_on_any_size(
+    n, groups, per_group, size, layout, p, dtype, triton_device, check_against_oracle, monkeypatch
+):
+    x, affine, modulation = on(triton_device, n, groups * per_group, *size, dtype, layout)
+    # A group of one value has no gradient but rounding; nothing to compare there.
+    if per_group * math.prod(size) < 8:
+        x = x.requires_grad_()
+        assert group_norm_silu(x, groups, *affine, **modulation).isfinite().all()
+        return
+    options = dict(dropout_p=p, dropout_key=key_on(triton_device, n))
+    compare(x, groups, affine, modulation, check_against_oracle, monkeypatch, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("size", [16, 48])
+def test_kernel_with_a_large_mean(layout, size, triton_device, check_against_oracle, monkeypatch):
+    # |mean| / std = 1e3: E[x²] - E[x]² would have no digit left. 48 x 48 x 16 is read twice.
+    x, affine, _ = on(triton_device, 1, 16, size, size, torch.float32, layout)
+    x = x / 3 + torch.linspace(-1000, 1000, 2, device=x.device).repeat_interleave(8)[:, None, None]
+    x = x.contiguous(memory_format=layout)
+    compare(x, 2, affine, {}, check_against_oracle, monkeypatch)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_kernel_with_constant_groups(layout, triton_device):
+    _, (weight, bias), _ = on(triton_device, 2, 12, 5, 7, torch.float32, layout)
+    x = torch.full((2, 12, 5, 7), 777.7, device=triton_device).contiguous(memory_format=layout)
+    x.requires_grad_()
+    y = group_norm_silu(x, 3, weight, bias, 1e-6, silu=False)
+    # One unit in the last place of 777.7 is 6e-5, and 1/sqrt(eps) is 1e3.
+    assert (y - bias[:, None, None]).abs().max() < 0.2
+    assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_kernel_drops_what_dropout_drops(silu, triton_device):
+    n, key, p = 4, key_on(triton_device, 4), 0.4
+    for c, height, width, groups in ((48, 5, 7, 8), (12, 5, 7, 3), (10, 3, 5, 5)):
+        kept = dropout_mask(key, p, (n, c, height, width))
+        for layout in LAYOUTS:
+            for dtype in DTYPES:
+                x, affine, _ = on(triton_device, n, c, height, width, dtype, layout)
+                for rows in (slice(0, n), slice(1, 2)):
+                    part = x[rows].contiguous(memory_format=layout).requires_grad_()
+                    options = dict(silu=silu, dropout_p=p, dropout_key=key.select(rows))
+                    y = group_norm_silu(part, groups, *affine, **options)
+                    # Some output is zero by itself: a value that 16 bits cannot tell from zero.
+                    own = group_norm_silu(part, groups, *affine, silu=silu) == 0
+                    assert torch.equal((y != 0) | own, kept[rows] | own)
+    # Backward, the same mask: where nothing is kept, the bias has no gradient.
+    x, (weight, bias), _ = on(triton_device, n, 48, 1, 1, torch.float32, LAYOUTS[0])
+    shift = torch.zeros(n, 48, device=triton_device, requires_grad=True)
+    y = group_norm_silu(x, 8, weight, bias, shift=shift, silu=False, dropout_p=p, dropout_key=key)
+    kept = dropout_mask(key, p, (n, 48, 1, 1))[:, :, 0, 0]
+    (grad,) = torch.autograd.grad(y.sum(), shift)
+    assert torch.equal(grad, kept / (1 - round(p * 65536) / 65536))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_gives_equal_bits_and_writes_every_element(dtype, triton_device, monkeypatch):
+    def poisoned(make):
+        return lambda *args, **options: make(*args, **options).fill_(math.nan)
+
+    for layout in LAYOUTS:
+        for n, c, height, width, groups in ((2, 24, 5, 7, 4), (1, 6, 65, 66, 1)):
+            x, affine, modulation = on(triton_device, n, c, height, width, dtype, layout)
+            options = dict(dropout_p=0.3, dropout_key=key_on(triton_device, n))
+            grad = torch.randn_like(x)
+            arguments = (x, groups, affine, modulation, grad, monkeypatch)
+            first = run(*arguments, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "empty", poisoned(torch.empty))
+                patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+                second = run(*arguments, **options)
+            for a, b in zip(first, second, strict=True):
+                assert torch.equal(a, b)
+                assert a.isfinite().all()
+
+
+def test_kernel_serves_any_tensor_and_any_subset_of_gradients(triton_device, monkeypatch):
+    x, (weight, bias), _ = on(triton_device, 2, 12, 6, 8, torch.float32, LAYOUTS[1])
+    both = torch.randn(2, 24, device=x.device, requires_grad=True)
+    results = []
+    for backend in ("kernel", "reference"):
+        monkeypatch.setenv("TCM_FAST_BACKEND", backend)
+        # Rows that lie apart, columns that do, an expanded gradient.
+        scale, shift = both.chunk(2, 1)
+        parts = dict(scale=scale, shift=shift, add=both.T[:12].T)
+        leaf = x.clone().requires_grad_()
+        outputs = [
+            group_norm_silu(leaf[..., ::2], 3, weight, bias, **parts),
+            group_norm_silu(leaf.transpose(2, 3), 3, weight, bias, **parts),
+            group_norm_silu(leaf[:, :, 1:], 3, weight, bias, add=both[:, ::2]),
+        ]
+        grads = torch.autograd.grad(sum(y.sum() for y in outputs), (leaf, both))
+        results.append([*outputs, *grads])
+        for chosen in ([weight], [bias], [weight, bias]):
+            for tensor in (weight, bias):
+                tensor.requires_grad_(any(tensor is c for c in chosen))
+            y = group_norm_silu(x, 3, weight, bias)
+            results[-1] += torch.autograd.grad(y.square().sum(), chosen)
+        weight.requires_grad_(False), bias.requires_grad_(False)
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_kernel_on_an_empty_batch(layout, triton_device):
+    x, (weight, bias), modulation = on(triton_device, 0, 12, 5, 7, torch.float32, layout)
+    tensors = [v.requires_grad_() for v in (x, weight, bias, modulation["add"])]
+    y = group_norm_silu(x, 3, weight, bias, add=tensors[3])
+    grads = torch.autograd.grad(y.sum(), tensors)
+    assert y.shape == x.shape
+    assert [g.shape for g in grads] == [v.shape for v in tensors]
+    assert not grads[1].any()
+    empty = torch.zeros(2, 12, 0, 7, device=triton_device)
+    assert group_norm_silu(empty, 3, weight, bias).shape == empty.shape
+    group_norm_silu(torch.zeros(1, 12, 1, 1, device=triton_device), 3, weight, bias)  # launches
+
+
+def test_kernel_refuses_a_second_derivative_and_too_large_a_sample(triton_device):
+    x, (weight, bias), _ = on(triton_device, 1, 12, 2, 2, torch.float32, LAYOUTS[0])
+    x.requires_grad_()
+    y = group_norm_silu(x, 3, weight, bias)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), x)
+    large = x.detach()[:, :1, :1, :1].expand(1, 12, 2**14, 2**14)
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 elements, got 3221225472"):
+        group_norm_silu(large, 3, weight, bias)
+
+
+def test_kernel_passes_opcheck(triton_device):
+    x, (weight, bias), modulation = on(triton_device, 2, 12, 3, 5, torch.float32, LAYOUTS[1])
+    tensors = [v.requires_grad_() for v in (x, weight, bias, *modulation.values())]
+    key = (
+        torch.arange(2, device=x.device),
+        *(torch.full((), v, dtype=torch.int64, device=x.device) for v in (3, 2)),
+    )
+    for layer_threshold, drop in (((1, 20000), key), ((0, 0), (None, None, None))):
+        arguments = (*tensors, *drop, 3, 1e-6, True, *layer_threshold)
+        torch.library.opcheck(torch.ops.tcm_fast.group_norm_silu_fwd.default, arguments)
+    _, mean, rstd = torch.ops.tcm_fast.group_norm_silu_fwd(*arguments)
+    plain = [v.detach() for v in (torch.ones_like(x), x, mean, rstd, *tensors[1:])]
+    arguments = (*plain, None, None, None, 3, True, 0, 0, True)
+    torch.library.opcheck(torch.ops.tcm_fast.group_norm_silu_bwd.default, arguments)
+
+
+def test_kernel_compiles_to_one_graph_under_autocast(triton_device):
+    x, (weight, bias), modulation = on(triton_device, 2, 12, 3, 5, torch.bfloat16, LAYOUTS[1])
+    x.requires_grad_()
+    options = dict(modulation, dropout_p=0.3, dropout_key=key_on(triton_device, 2))
+    compiled = torch.compile(group_norm_silu, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (group_norm_silu, compiled):
+        with torch.autocast(triton_device, dtype=torch.bfloat16):
+            y = function(x, 3, weight, bias, **options)
+        assert y.dtype == torch.bfloat16
+        results.append((y, *torch.autograd.grad(y.sum(), x)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+
+
+def test_kernel_in_a_network(triton_device, monkeypatch):
+    from tcm_fast import build_network
+
+    torch.manual_seed(0)
+    net = build_network(
+        "ddpmpp", img_resolution=4, img_channels=3, model_channels=16, channel_mult=[1],
+        num_blocks=1, attn_resolutions=[], dropout=0.2,
+    ).to(triton_device).train()  # fmt: skip
+    x = torch.randn(2, 3, 4, 4, device=triton_device)
+    t = torch.tensor([0.5, 20.0], device=triton_device)
+    key = key_on(triton_device, 2)
+    parameters = dict(net.named_parameters())
+    monkeypatch.delenv("TCM_FAST_BACKEND")  # the attention of these widths is another test's
+    before = _triton.LAUNCHES["_group_norm_silu_fwd_kernel"]
+    ours = net(x, t, dropout_key=key)
+    assert _triton.LAUNCHES["_group_norm_silu_fwd_kernel"] > before
+    ours.square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert torch.equal(copy.deepcopy(net)(x, t, dropout_key=key), ours)
+    assert torch.equal(
+        torch.func.functional_call(net, parameters, (x, t), {"dropout_key": key}), ours
+    )
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    torch.testing.assert_close(net(x, t, dropout_key=key), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """Elements that interpreted kernels load and store."""
+    if torch.cuda.is_available():
+        pytest.skip("counted in the interpreter")
+    from triton.runtime.interpreter import interpreter_builder
+
+    count = {"load": 0, "store": 0}
+    load, store = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
+
+    def counted_load(pointers, mask, *rest):
+        count["load"] += int(mask.data.sum())
+        return load(pointers, mask, *rest)
+
+    def counted_store(pointers, value, mask, *rest):
+        count["store"] += int(mask.data.sum())
+        return store(pointers, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", counted_load)
+    monkeypatch.setattr(interpreter_builder, "create_masked_store", counted_store)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("c", "size", "dtype"),
+    [
+        (128, 32, torch.bfloat16),
+        (128, 32, torch.float32),
+        (256, 16, torch.float16),
+        (256, 16, torch.float32),
+        (256, 8, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_traffic_of_slabs_that_are_held(c, size, dtype, triton_device, traffic):
+    # The [N,C] operands cost 3 to 7 of each channel's size² elements.
+    few = 8 / size**2
+    x, (weight, bias), modulation = on(triton_device, 1, c, size, size, dtype, LAYOUTS[1])
+    x.requires_grad_()
+    y = group_norm_silu(
+        x, 32, weight, bias, add=modulation["add"], dropout_p=0.13,
+        dropout_key=key_on(triton_device, 1),
+    )  # fmt: skip
+    elements = x.numel()
+    assert traffic["store"] < (1 + few) * elements
+    assert sum(traffic.values()) < (2 + few) * elements
+    traffic.update(load=0, store=0)
+    torch.autograd.grad(y.sum(), x)
+    assert traffic["store"] < (1 + few) * elements
+    assert sum(traffic.values()) < (3 + few) * elements
+
+
+def test_traffic_of_slabs_that_are_not(triton_device, traffic):
+    x, (weight, bias), _ = on(triton_device, 1, 48, 64, 64, torch.bfloat16, LAYOUTS[1])
+    x.requires_grad_()
+    y = group_norm_silu(x, 8, weight, bias)
+    assert sum(traffic.values()) < 3.1 * x.numel()
+    traffic.update(load=0, store=0)
+    torch.autograd.grad(y.sum(), x)
+    assert sum(traffic.values()) < 5.1 * x.numel()
+
+
+def test_plans_hold_what_they_say():
+    for pixels in (1, 9, 64, 100, 256, 1024, 4096):
+        for c, groups in (
+            (128, 32),
+            (256, 32),
+            (192, 32),
+            (576, 32),
+            (1344, 32),
+            (130, 13),
+            (7, 1),
+        ):
+            for itemsize in (2, 4):
+                for is_last in (False, True):
+                    for backward in (False, True):
+                        plan = _plan(c, pixels, groups, itemsize, 8, is_last, backward)
+                        assert 1 <= plan.groups <= groups
+                        assert plan.groups * (c // groups) <= plan.slab
+                        for power in (plan.slab, plan.pixels, plan.warps):
+                            assert power & (power - 1) == 0
+                        if plan.holds:
+                            assert pixels * plan.slab * itemsize <= 65536
+
+
+def test_specialisations_fit_the_kernels():
+    variants = specialisations(90)
+    kernels = {_group_norm_silu_fwd_kernel, _group_norm_silu_bwd_kernel}
+    assert {v.kernel for v in variants} == kernels
+    assert len({(v.site, v.kernel) for v in variants}) == len(variants)
+    for v in variants:
+        names = [*v.signature, *v.constants]
+        assert sorted(names) == sorted(v.kernel.arg_names)
+
+
+@pytest.mark.gpu
+def test_the_assembler_sigmoid_is_the_portable_one(triton_device):
+    tl, triton = _triton.tl, _triton.triton
+
+    @triton.jit
+    def kernel(x, y, ASM: tl.constexpr):
+        at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+        tl.store(y + at, _sigmoid(tl.load(x + at), ASM))
+
+    x = torch.linspace(-120, 120, 2**20, device=triton_device)
+    ys = [torch.empty_like(x) for _ in range(2)]
+    for asm, y in zip((True, False), ys, strict=True):
+        _triton.launch(kernel, (2**10,), x, y, ASM=asm)
+    oracle = x.double().sigmoid()
+    # Below the smallest normal number the one flushes to zero.
+    for y in ys:
+        assert ((y - oracle).abs() / oracle.clamp(min=2**-126)).max() < 1e-5
+    torch.testing.assert_close(*ys, rtol=1e-5, atol=2**-126)
+
+
+COMPILE = """
+import json, sys
+from tcm_fast.benchmarks.static_report import compile_variant
+from tcm_fast.kernels.group_norm_silu import specialisations
+
+rows = []
+for arch in (80, 90):
+    for i, variant in enumerate(specialisations(arch)):
+        if variant.site.startswith(sys.argv[1]):
+            rows.append(compile_variant(arch, "group_norm_silu", i))
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.slow
+def test_nothing_spills_at_the_sites_of_ddpmpp():
+    # In a process of its own: this one interprets.
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE, "ddpmpp"], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert len(rows) >= 100
+    for row in rows:
+        assert "error" not in row, row
+        assert row["spill_bytes"] == 0, row
+        assert row["wide_share"] > 0.8, row
+        assert row["resident"] >= 1, row
