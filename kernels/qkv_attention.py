@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, interpreting, launch, runs_triton, tl, triton
 
 NORM_EPS = 1e-4
 
@@ -151,6 +151,16 @@ def _image(base, rows, tokens, heads, D: tl.constexpr, CHANNELS_LAST: tl.constex
 
 
 @triton.jit
+def _dot(a, b, sum, PRECISION: tl.constexpr):
+    """a·b, plus `sum` where there is one, fp32."""
+    if PRECISION == "wide":
+        # The interpreter multiplies the bits of bf16. In fp32 the products are exact.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum)
+    else:
+        return tl.dot(a, b, sum, input_precision=PRECISION)
+
+
+@triton.jit
 def _rms(x, D: tl.constexpr):
     wide = x.to(tl.float32)
     return tl.sqrt(tl.sum(wide * wide, 1) * (1 / D))
@@ -209,12 +219,12 @@ def _qkv_attention_fwd_kernel(
     if WHOLE:
         k = _normalized(k, eps, D, NORMALIZE)
         v = _normalized(v, eps, D, NORMALIZE)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_scale
+        s = _dot(q, tl.trans(k), None, PRECISION) * logit_scale
         s = tl.where((rows < tokens)[None, :], s, float("-inf"))
         high = tl.max(s, 1)
         p = tl.exp2(s - high[:, None])
         total = tl.sum(p, 1)
-        y = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        y = _dot(p.to(v.dtype), v, None, PRECISION)
     else:
         high = tl.full([BLOCK_M], 0.0 if BOUNDED else float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -224,7 +234,7 @@ def _qkv_attention_fwd_kernel(
             _, k, v = _load_qkv(qkv, cols, tokens, heads, BLOCK_N, D, WIDTH, CHANNELS_LAST)
             k = _normalized(k, eps, D, NORMALIZE)
             v = _normalized(v, eps, D, NORMALIZE)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_scale
+            s = _dot(q, tl.trans(k), None, PRECISION) * logit_scale
             s = tl.where((cols < tokens)[None, :], s, float("-inf"))
             if BOUNDED:
                 p = tl.exp2(s)
@@ -236,7 +246,7 @@ def _qkv_attention_fwd_kernel(
                 y = y * shrink[:, None]
                 high = higher
             total += tl.sum(p, 1)
-            y = tl.dot(p.to(v.dtype), v, y, input_precision=PRECISION)
+            y = _dot(p.to(v.dtype), v, y, PRECISION)
     y = y * (1 / total)[:, None]
     inside = rows < tokens
     to = _image(out + out_at, rows, tokens, heads, D, CHANNELS_LAST)
@@ -283,13 +293,13 @@ def _qkv_attention_bwd_kernel(
     v = _normalized(raw_v, eps, D, NORMALIZE)
     grad_y, along, level = _load_out(grad_out, out, lse, rows, tokens, heads, D, CHANNELS_LAST)
     if WHOLE:
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_scale
+        s = _dot(q, tl.trans(k), None, PRECISION) * logit_scale
         p = tl.exp2(tl.where(inside[None, :], s, float("-inf")) - level[:, None])
-        grad_v = tl.dot(tl.trans(p.to(v.dtype)), grad_y, input_precision=PRECISION)
-        grad_p = tl.dot(grad_y, tl.trans(v), input_precision=PRECISION)
+        grad_v = _dot(tl.trans(p.to(v.dtype)), grad_y, None, PRECISION)
+        grad_p = _dot(grad_y, tl.trans(v), None, PRECISION)
         grad_s = (p * (grad_p - along[:, None])).to(q.dtype)
-        grad_q = tl.dot(grad_s, k, input_precision=PRECISION)
-        grad_k = tl.dot(tl.trans(grad_s), q, input_precision=PRECISION)
+        grad_q = _dot(grad_s, k, None, PRECISION)
+        grad_k = _dot(tl.trans(grad_s), q, None, PRECISION)
     else:
         grad_q = tl.zeros([BLOCK_M, D], tl.float32)
         grad_k = tl.zeros([BLOCK_M, D], tl.float32)
@@ -304,18 +314,18 @@ def _qkv_attention_bwd_kernel(
             kj = _normalized(kj, eps, D, NORMALIZE)
             vj = _normalized(vj, eps, D, NORMALIZE)
             # The block's tokens as keys [BLOCK_M], the others as queries [BLOCK_N].
-            s = tl.dot(k, tl.trans(qj), input_precision=PRECISION) * logit_scale
+            s = _dot(k, tl.trans(qj), None, PRECISION) * logit_scale
             p = tl.exp2(tl.where(inside[:, None], s, float("-inf")) - level_j[None, :])
-            grad_v = tl.dot(p.to(v.dtype), grad_yj, grad_v, input_precision=PRECISION)
-            grad_p = tl.dot(v, tl.trans(grad_yj), input_precision=PRECISION)
+            grad_v = _dot(p.to(v.dtype), grad_yj, grad_v, PRECISION)
+            grad_p = _dot(v, tl.trans(grad_yj), None, PRECISION)
             grad_s = (p * (grad_p - along_j[None, :])).to(q.dtype)
-            grad_k = tl.dot(grad_s, qj, grad_k, input_precision=PRECISION)
+            grad_k = _dot(grad_s, qj, grad_k, PRECISION)
             # The block's tokens as queries [BLOCK_M], the others as keys [BLOCK_N].
-            s = tl.dot(q, tl.trans(kj), input_precision=PRECISION) * logit_scale
+            s = _dot(q, tl.trans(kj), None, PRECISION) * logit_scale
             p = tl.exp2(tl.where((cols < tokens)[None, :], s, float("-inf")) - level[:, None])
-            grad_p = tl.dot(grad_y, tl.trans(vj), input_precision=PRECISION)
+            grad_p = _dot(grad_y, tl.trans(vj), None, PRECISION)
             grad_s = (p * (grad_p - along[:, None])).to(q.dtype)
-            grad_q = tl.dot(grad_s, kj, grad_q, input_precision=PRECISION)
+            grad_q = _dot(grad_s, kj, grad_q, PRECISION)
     grad_q = _through_norm(grad_q * scale, raw_q, eps, D, NORMALIZE).to(q.dtype)
     grad_k = _through_norm(grad_k * scale, raw_k, eps, D, NORMALIZE).to(q.dtype)
     grad_v = _through_norm(grad_v, raw_v, eps, D, NORMALIZE).to(q.dtype)
@@ -356,7 +366,7 @@ def _constants(tokens, d, itemsize, capability, is_channels_last, normalize, sca
     constants = {
         "D": d, "BLOCK_M": block_m, "BLOCK_N": block_n, "WHOLE": tokens <= block_m,
         "CHANNELS_LAST": is_channels_last, "NORMALIZE": normalize,
-        "WIDTH": 16 // itemsize, "PRECISION": "tf32x3" if itemsize == 4 else "tf32",
+        "WIDTH": 16 // itemsize, "PRECISION": "wide" if interpreting() else "tf32x3",
     }  # fmt: skip
     if not backward:
         # Normalised rows are no longer than √d, so that exp2(logit) stays in the range of a 16-bit
