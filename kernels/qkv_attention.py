@@ -231,10 +231,10 @@ def _qkv_attention_fwd_kernel(
         y = tl.zeros([BLOCK_M, D], tl.float32)
         for first in range(0, tokens, BLOCK_N):
             cols = first + tl.arange(0, BLOCK_N)
-            _, k, v = _load_qkv(qkv, cols, tokens, heads, BLOCK_N, D, WIDTH, CHANNELS_LAST)
-            k = _normalized(k, eps, D, NORMALIZE)
-            v = _normalized(v, eps, D, NORMALIZE)
-            s = _dot(q, tl.trans(k), None, PRECISION) * logit_scale
+            _, kj, vj = _load_qkv(qkv, cols, tokens, heads, BLOCK_N, D, WIDTH, CHANNELS_LAST)
+            kj = _normalized(kj, eps, D, NORMALIZE)
+            vj = _normalized(vj, eps, D, NORMALIZE)
+            s = _dot(q, tl.trans(kj), None, PRECISION) * logit_scale
             s = tl.where((cols < tokens)[None, :], s, float("-inf"))
             if BOUNDED:
                 p = tl.exp2(s)
@@ -246,7 +246,7 @@ def _qkv_attention_fwd_kernel(
                 y = y * shrink[:, None]
                 high = higher
             total += tl.sum(p, 1)
-            y = _dot(p.to(v.dtype), v, y, PRECISION)
+            y = _dot(p.to(q.dtype), vj, y, PRECISION)
     y = y * (1 / total)[:, None]
     inside = rows < tokens
     to = _image(out + out_at, rows, tokens, heads, D, CHANNELS_LAST)
@@ -287,10 +287,10 @@ def _qkv_attention_bwd_kernel(
     lse += lse_at
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < tokens
-    raw_q, raw_k, raw_v = _load_qkv(qkv, rows, tokens, heads, BLOCK_M, D, WIDTH, CHANNELS_LAST)
-    q = _normalized(raw_q, eps, D, NORMALIZE)
-    k = _normalized(raw_k, eps, D, NORMALIZE)
-    v = _normalized(raw_v, eps, D, NORMALIZE)
+    q, k, v = _load_qkv(qkv, rows, tokens, heads, BLOCK_M, D, WIDTH, CHANNELS_LAST)
+    q = _normalized(q, eps, D, NORMALIZE)
+    k = _normalized(k, eps, D, NORMALIZE)
+    v = _normalized(v, eps, D, NORMALIZE)
     grad_y, along, level = _load_out(grad_out, out, lse, rows, tokens, heads, D, CHANNELS_LAST)
     if WHOLE:
         s = _dot(q, tl.trans(k), None, PRECISION) * logit_scale
@@ -326,9 +326,11 @@ def _qkv_attention_bwd_kernel(
             grad_p = _dot(grad_y, tl.trans(vj), None, PRECISION)
             grad_s = (p * (grad_p - along[:, None])).to(q.dtype)
             grad_q = _dot(grad_s, kj, grad_q, PRECISION)
-    grad_q = _through_norm(grad_q * scale, raw_q, eps, D, NORMALIZE).to(q.dtype)
-    grad_k = _through_norm(grad_k * scale, raw_k, eps, D, NORMALIZE).to(q.dtype)
-    grad_v = _through_norm(grad_v, raw_v, eps, D, NORMALIZE).to(q.dtype)
+    # Read once more: kept till here, they would cost as many registers as two of the gradients.
+    q, k, v = _load_qkv(qkv, rows, tokens, heads, BLOCK_M, D, WIDTH, CHANNELS_LAST)
+    grad_q = _through_norm(grad_q * scale, q, eps, D, NORMALIZE).to(q.dtype)
+    grad_k = _through_norm(grad_k * scale, k, eps, D, NORMALIZE).to(q.dtype)
+    grad_v = _through_norm(grad_v, v, eps, D, NORMALIZE).to(q.dtype)
     _store_qkv(
         grad_qkv + qkv_at, rows, tokens, heads, grad_q, grad_k, grad_v,
         BLOCK_M, D, WIDTH, CHANNELS_LAST,
