@@ -176,17 +176,14 @@ def _normalized(x, eps, D: tl.constexpr, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def _through_norm(grad, x, eps, D: tl.constexpr, NORMALIZE: tl.constexpr):
+def _through_norm(grad, x, eps, D: tl.constexpr):
     """The gradient to x from that to x / (eps + rms), fp32."""
-    if NORMALIZE:
-        wide = x.to(tl.float32)
-        rms = _rms(x, D)
-        inverse = 1 / (eps + rms)
-        along = tl.sum(grad * wide, 1) * inverse * inverse
-        along = tl.where(rms > 0, along / (D * tl.where(rms > 0, rms, 1)), 0)
-        return grad * inverse[:, None] - wide * along[:, None]
-    else:
-        return grad
+    wide = x.to(tl.float32)
+    rms = _rms(x, D)
+    inverse = 1 / (eps + rms)
+    along = tl.sum(grad * wide, 1) * inverse * inverse
+    along = tl.where(rms > 0, along / (D * tl.where(rms > 0, rms, 1)), 0)
+    return grad * inverse[:, None] - wide * along[:, None]
 
 
 @triton.jit
@@ -326,11 +323,21 @@ def _qkv_attention_bwd_kernel(
             grad_p = _dot(grad_y, tl.trans(vj), None, PRECISION)
             grad_s = (p * (grad_p - along[:, None])).to(q.dtype)
             grad_q = _dot(grad_s, kj, grad_q, PRECISION)
-    # Read once more: kept till here, they would cost as many registers as two of the gradients.
-    q, k, v = _load_qkv(qkv, rows, tokens, heads, BLOCK_M, D, WIDTH, CHANNELS_LAST)
-    grad_q = _through_norm(grad_q * scale, q, eps, D, NORMALIZE).to(q.dtype)
-    grad_k = _through_norm(grad_k * scale, k, eps, D, NORMALIZE).to(q.dtype)
-    grad_v = _through_norm(grad_v, v, eps, D, NORMALIZE).to(q.dtype)
+    if NORMALIZE:
+        # Each is read once more, one after the other: kept till here, or together, they would cost
+        # as many registers as the gradients.
+        q, _, _ = _load_qkv(qkv, rows, tokens, heads, BLOCK_M, D, WIDTH, CHANNELS_LAST)
+        grad_q = _through_norm(grad_q * scale, q, eps, D).to(q.dtype)
+        tl.debug_barrier()
+        _, k, _ = _load_qkv(qkv, rows, tokens, heads, BLOCK_M, D, WIDTH, CHANNELS_LAST)
+        grad_k = _through_norm(grad_k * scale, k, eps, D).to(q.dtype)
+        tl.debug_barrier()
+        _, _, v = _load_qkv(qkv, rows, tokens, heads, BLOCK_M, D, WIDTH, CHANNELS_LAST)
+        grad_v = _through_norm(grad_v, v, eps, D).to(q.dtype)
+    else:
+        grad_q = (grad_q * scale).to(q.dtype)
+        grad_k = (grad_k * scale).to(q.dtype)
+        grad_v = grad_v.to(q.dtype)
     _store_qkv(
         grad_qkv + qkv_at, rows, tokens, heads, grad_q, grad_k, grad_v,
         BLOCK_M, D, WIDTH, CHANNELS_LAST,
