@@ -187,7 +187,9 @@ def _through_norm(grad, x, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _place(qkv, out, lse, tokens, heads, BLOCK: tl.constexpr, D: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def _place(
+    qkv, out, lse, tokens, heads, BLOCK: tl.constexpr, D: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
     """This program's block of tokens, and where its head begins in qkv, out and lse."""
     blocks = tl.cdiv(tokens, BLOCK)
     block = tl.program_id(0) % blocks
@@ -355,6 +357,7 @@ ROOMY = (80, 87, 90, 100, 103, 110)
 # Reasoned from the compiled kernels' registers, spills and shared memory; no GPU has chosen among
 # them. Rules: no spills at the networks' 16-bit sites on sm_80 and sm_90; no more shared memory than
 # there is; then the largest block of a program's own tokens, since every program reads all others.
+@functools.cache
 def _tiles(
     tokens: int, d: int, itemsize: int, normalize: bool, capability: int, backward: bool
 ) -> tuple[int, int, int, int]:
@@ -392,19 +395,21 @@ def _tiles(
 
 
 @functools.cache
-def _capability(index: int | None) -> int:
-    """Compute capability as a number, 90 for 9.0; of a CUDA device, or what the interpreter imitates."""
-    if index is None:
-        return 80
+def _capability_of(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
+def _capability(device: torch.device) -> int:
+    """Compute capability as a number, 90 for 9.0; elsewhere than on CUDA, what the interpreter plays."""
+    if device.type != "cuda":
+        return 80
+    return _capability_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def _constants(tokens, d, itemsize, capability, is_channels_last, normalize, scale, backward):
     """A kernel's constexprs, warps and stages at a site."""
-    block_m, block_n, warps, stages = _tiles(
-        tokens, d, itemsize, normalize, capability, backward
-    )
+    block_m, block_n, warps, stages = _tiles(tokens, d, itemsize, normalize, capability, backward)
     constants = {
         "D": d, "BLOCK_M": block_m, "BLOCK_N": block_n,
         "WHOLE": block_m == block_n and tokens <= block_m,
@@ -428,24 +433,23 @@ def _layout(qkv: torch.Tensor) -> torch.memory_format:
 
 
 def _site(qkv: torch.Tensor, num_heads: int):
+    """Images, and what decides the tiles: tokens, channels of a head, bytes, compute capability."""
     n, channels, height, width = qkv.shape
-    index = None
-    if qkv.device.type == "cuda":
-        index = torch.cuda.current_device() if qkv.device.index is None else qkv.device.index
-    site = (height * width, channels // 3 // num_heads, qkv.element_size(), _capability(index))
-    return n, site
+    d = channels // 3 // num_heads
+    return n, (height * width, d, qkv.element_size(), _capability(qkv.device))
 
 
 def _fwd(qkv, num_heads, normalize, scale):
     layout = _layout(qkv)
     qkv = qkv.contiguous(memory_format=layout)
-    n, (tokens, d, *_) = site = _site(qkv, num_heads)
+    n, site = _site(qkv, num_heads)
+    tokens, d = site[:2]
     out = torch.empty(
         (n, num_heads * d, *qkv.shape[2:]), dtype=qkv.dtype, device=qkv.device, memory_format=layout
     )
     lse = torch.empty((n, num_heads, tokens), dtype=torch.float32, device=qkv.device)
     constants, warps, stages = _constants(
-        *site[1], layout == torch.channels_last, normalize, scale, False
+        *site, layout == torch.channels_last, normalize, scale, False
     )
     launch(
         _qkv_attention_fwd_kernel, (n * num_heads * -(-tokens // constants["BLOCK_M"]),),
@@ -460,13 +464,13 @@ def _bwd(grad_out, qkv, out, lse, num_heads, normalize, scale):
     qkv = qkv.contiguous(memory_format=layout)
     grad_out = grad_out.contiguous(memory_format=layout)
     grad_qkv = torch.empty_like(qkv)
-    n, (tokens, *_) = site = _site(qkv, num_heads)
+    n, site = _site(qkv, num_heads)
     constants, warps, stages = _constants(
-        *site[1], layout == torch.channels_last, normalize, scale, True
+        *site, layout == torch.channels_last, normalize, scale, True
     )
     launch(
-        _qkv_attention_bwd_kernel, (n * num_heads * -(-tokens // constants["BLOCK_M"]),),
-        grad_out, qkv, out, lse, grad_qkv, tokens, num_heads, scale, scale * LOG2_E, NORM_EPS,
+        _qkv_attention_bwd_kernel, (n * num_heads * -(-site[0] // constants["BLOCK_M"]),),
+        grad_out, qkv, out, lse, grad_qkv, site[0], num_heads, scale, scale * LOG2_E, NORM_EPS,
         **constants, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return grad_qkv
@@ -561,14 +565,24 @@ torch.library.register_autograd("tcm_fast::qkv_attention_bwd", _refuse)
 # -- public function ------------------------------------------------------------------------------
 
 
+@torch.compiler.assume_constant_result
+def _has_tiles(device: torch.device) -> bool:
+    """Whether the tables know this device: Ampere and later, where programs have 99 KB to share."""
+    return _capability(device) >= 80
+
+
 def _supported(qkv: torch.Tensor, num_heads: int) -> bool:
-    """Whether there is a kernel: 16 to 256 channels a head, a power of two; no float64; an image of
-    fewer than 2**31 elements (a batch may have more)."""
+    """Whether the kernels take qkv: 16 to 256 channels a head, a power of two, in fp32 up to 64
+    (their products are sums of three, and 128 channels of both factors outgrow the registers);
+    images of fewer than 2**31 elements (a batch may have more)."""
+    d = qkv.shape[1] // 3 // num_heads
     return (
         qkv.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and qkv.shape[1] // 3 // num_heads in HEAD_CHANNELS
-        and qkv.shape[2] * qkv.shape[3] >= 1
-        and math.prod(qkv.shape[1:]) < 2**31
+        and d in HEAD_CHANNELS
+        and (d <= 64 or qkv.dtype != torch.float32)
+        and 1 <= qkv.shape[2] * qkv.shape[3]
+        and qkv.shape[1] * qkv.shape[2] * qkv.shape[3] < 2**31
+        and _has_tiles(qkv.device)
     )
 
 
@@ -587,7 +601,9 @@ def qkv_attention(
 
     Returns:
         [N,C,H,W] in the dtype and memory format of qkv; the softmax is computed in fp32 (float64
-        for float64).
+        for float64). The Triton kernels serve heads of 16, 32, 64, 128 and 256 channels (in fp32 up
+        to 64); they have no second derivative and say so. Sources: Karras et al. 2022, appendix F;
+        Dao 2023 (FlashAttention-2).
 
     Raises:
         TypeError: qkv is not a floating tensor.
