@@ -580,7 +580,7 @@ def _supported(qkv: torch.Tensor, num_heads: int) -> bool:
         qkv.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and d in HEAD_CHANNELS
         and (d <= 64 or qkv.dtype != torch.float32)
-        and 1 <= qkv.shape[2] * qkv.shape[3]
+        and qkv.shape[2] * qkv.shape[3] >= 1
         and qkv.shape[1] * qkv.shape[2] * qkv.shape[3] < 2**31
         and _has_tiles(qkv.device)
     )
