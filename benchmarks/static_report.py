@@ -4,8 +4,9 @@ width of the memory accesses, for every architecture.
     python -m tcm_fast.benchmarks.static_report [--archs 80 90] [--only group_norm] [--out FILE]
 
 Compiles each operation's `specialisations` with Triton, reads the machine code with the cuobjdump that
-Triton brings, and lists the kernels of the C++ extension beside them. Nothing is timed. The report
-carries a hash of the kernels' sources, by which a test sees that it is not of other ones.
+Triton brings, and lists the kernels of the C++ extension beside them. Nothing is timed. fp16 is compiled
+for sm_80 and sm_90 only: it differs from bf16 in conversions. The report carries a hash of each operation's
+sources, by which a test sees that it is not of other ones; rows of the other operations stay in FILE.
 """
 
 import argparse
@@ -46,13 +47,11 @@ ROOT = Path(__file__).parents[1]
 ACCESS = re.compile(r"\b((?:LDG|STG|LDGSTS)\.[A-Z0-9.]*)")
 
 
-def sources_hash() -> str:
-    """SHA-256 over the kernels' sources, in the order of their names."""
-    digest = hashlib.sha256()
+def sources_hash(operation: str) -> str:
+    """SHA-256 over the sources that an operation's kernels are made of."""
     folder = Path(importlib.import_module("tcm_fast.kernels").__file__ or "").parent
-    for path in sorted(folder.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    names = ("_triton.py", "_philox_triton.py", f"{operation}.py")
+    return hashlib.sha256(b"\0".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 
 def module_of(operation: str) -> Any:
@@ -174,27 +173,38 @@ def extension_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def tasks_for(operation: str, archs: list[int]) -> list[tuple[int, str, int]]:
+    """(architecture, operation, number of the variant) of all that is to be compiled."""
+    return [
+        (arch, operation, index)
+        for arch in archs
+        for index, variant in enumerate(module_of(operation).specialisations(arch))
+        if arch in (80, 90) or "fp16" not in variant.site
+    ]
+
+
 def report(archs: list[int], only: str = "", jobs: int | None = None) -> dict[str, Any]:
-    """The whole report, with its rows in the order of operation, site and architecture."""
+    """The rows of the chosen operations, in the order of operation, architecture and site."""
     import torch
     import triton
 
-    tasks = [
-        (arch, operation, index)
-        for operation in OPERATIONS
-        if only in operation and hasattr(module_of(operation), "specialisations")
-        for index in range(len(module_of(operation).specialisations(90)))
-        for arch in archs
-        if index < len(module_of(operation).specialisations(arch))
-    ]
+    chosen = [name for name in OPERATIONS if only in name]
+    tasks = [task for name in chosen for task in tasks_for(name, archs)]
     with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
         futures = [pool.submit(compile_variant, *task) for task in tasks]
         rows = [future.result() for future in track(futures, "compiling")]
     return {
-        "sources": sources_hash(),
+        "sources": {name: sources_hash(name) for name in chosen},
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "rows": rows + (extension_rows() if not only else []),
+        "rows": rows + (extension_rows() if not only or only == "_C" else []),
     }
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A report with the operations of a newer one in place of its own."""
+    renewed = {row["operation"] for row in new["rows"]}
+    rows = [row for row in old["rows"] if row["operation"] not in renewed] + new["rows"]
+    return new | {"sources": old["sources"] | new["sources"], "rows": rows}
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -231,9 +241,13 @@ def main() -> int:
         return 2
     result = report(given.archs, given.only, given.jobs)
     print(summary(result["rows"]))
-    if given.out is not None:
-        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     failed = [row for row in result["rows"] if "error" in row]
+    if given.out is not None:
+        if given.out.is_file():
+            result = merged(json.loads(given.out.read_text(encoding="utf-8")), result)
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in result.pop("rows"))
+        head = json.dumps(result, indent=1).removesuffix("\n}")
+        given.out.write_text(f'{head},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
     return 1 if failed else 0
 
 

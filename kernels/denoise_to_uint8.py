@@ -23,12 +23,14 @@ def denoise_to_uint8_reference(output, x, t, sigma_data=0.5):
 @triton.jit
 def _denoise_to_uint8_kernel(
     output, x, t, image, size, channels, pixel_stride, channel_stride, sigma_data,
-    BLOCK: tl.constexpr,
+    IS_LINEAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = e < size
-    at = n * size + (e // channels) * pixel_stride + (e % channels) * channel_stride
+    at = n * size + e
+    if not IS_LINEAR:
+        at = n * size + (e // channels) * pixel_stride + (e % channels) * channel_stride
     sd = tl.full([], sigma_data, tl.float32)
     level = tl.load(t + n)
     variance = level * level + sd * sd
@@ -55,7 +57,7 @@ def _launch(output, x, t, sigma_data):
     strides = (c, 1) if is_channels_last else (1, h * w)
     launch(
         _denoise_to_uint8_kernel, (n, -(-c * h * w // BLOCK)), output, x, t, image, c * h * w, c,
-        *strides, sigma_data, BLOCK=BLOCK, num_warps=4,
+        *strides, sigma_data, IS_LINEAR=is_channels_last, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return image
 
@@ -69,7 +71,7 @@ def specialisations(capability: int) -> list[Variant]:
             {"output": f"*{dtype}", "x": "*fp32", "t": "*fp32", "image": "*u8", "size": "i32"}
             | dict.fromkeys(("channels", "pixel_stride", "channel_stride"), "i32")
             | {"sigma_data": "fp32"},
-            {"BLOCK": BLOCK},
+            {"IS_LINEAR": True, "BLOCK": BLOCK},
             aligned=frozenset({"size"}),
             programs=256 * 3 * side**2 // BLOCK,
         )

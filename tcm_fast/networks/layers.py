@@ -112,7 +112,9 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: torch.Tensor, **fused) -> torch.Tensor:
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, **fused)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)  # of a network cast as a whole
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return group_norm_silu(x, self.num_groups, weight, bias, self.eps, **fused)
 
 
 class PositionalEmbedding(nn.Module):
