@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,11 +61,35 @@ def runs_triton(name: str, device_type: str) -> bool:
     return False
 
 
+_noted: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] | None = None
+
+
+@contextmanager
+def compiling_together() -> Iterator[list[Any]]:
+    """Inside, launches are noted and not carried out (what they would write is undefined); at the end all
+    noted kernels that are not compiled yet are compiled in parallel, instead of each at its first use.
+
+    Yields the list of noted launches. Not to be entered by two threads at once."""
+    global _noted
+    assert _noted is None
+    noted = _noted = []
+    try:
+        yield noted
+    finally:
+        _noted = None
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+        for kernel, grid, args, constants in noted:
+            kernel.warmup(*args, grid=grid, **constants)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Runs a kernel on the device of its first tensor and counts the launch; nothing for an empty grid."""
     if 0 in grid:
         return
     constants.setdefault("enable_fp_fusion", True)  # releases of Triton differ in what is usual
+    if _noted is not None:
+        _noted.append((kernel, grid, args, constants))
+        return
     LAUNCHES[kernel.__name__] += 1
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():

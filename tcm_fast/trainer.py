@@ -31,6 +31,7 @@ from tcm_fast.data import ImageStream, load_images
 from tcm_fast.features import feature_space
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension_gap
+from tcm_fast.kernels._triton import compiling_together, runs_triton
 from tcm_fast.networks import Precond, build_network
 from tcm_fast.networks.precision import make_copies
 from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
@@ -237,6 +238,7 @@ class Trainer:
         mark = time.monotonic()
         stopped = False
         batches = self._prepare(phase, stream) if phase.step < phase.steps else []
+        self._compile_kernels(phase, batches)
         while phase.step < phase.steps and not stopped:
             stats += self._step(phase, batches)
             phase.step += 1
@@ -313,6 +315,19 @@ class Trainer:
             for ema in phase.emas:
                 ema.update(phase.iteration + 1, phase.images + size, size)
         return stats
+
+    def _compile_kernels(self, phase: Phase, batches: list[Batch]) -> None:
+        """Compile the Triton kernels of a step in parallel, by one that only notes them."""
+        if not batches or self.config.compile or not runs_triton("step", self.device.type):
+            return
+        begun = time.monotonic()
+        inner = getattr(phase.objective, "module", phase.objective)  # no talk with other processes
+        with compiling_together() as noted:
+            inner(batches[0])[0].backward()
+            names = {kernel.__name__ for kernel, *_ in noted}
+            self.log.say(f"{phase.name}: compiling {len(names)} kernels for this GPU")
+        phase.optimizer.zero_grad(set_to_none=True)
+        self.log.say(f"{phase.name}: kernels ready after {time.monotonic() - begun:.0f} s")
 
     def _work(self, phase: Phase, batches: list[Batch]) -> torch.Tensor:
         """What the device does in a step: losses, gradients, the optimizer."""
