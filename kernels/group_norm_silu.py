@@ -447,7 +447,8 @@ def _plan(
     computes; backward they need up to 255, once. At 32 x 32 that makes rows of 32 bytes, a sector; rows
     of 64 fit too, forward, but once on an SM, and then nothing overlaps: they are taken where a group
     is that wide. Smaller images get rows of 64. A slab that is read twice takes the narrowest rows of
-    32 bytes or more: 132 times two slabs of 196 KB (ADM, 64 x 64) are about what L2 holds.
+    32 bytes or more: 132 times two slabs of 196 KB (ADM, 64 x 64) are about what L2 holds. Channels
+    beside the last power of two cost registers and instructions, no traffic.
     """
     cpg = channels // num_groups
     is_wide = itemsize > 2
@@ -463,9 +464,9 @@ def _plan(
         aligned = channels % unit == 0 and used % unit == 0
         if slots <= most and is_row:
             ample = row >= 64 if channels_last else slots >= 1024
-            score: tuple[float, ...] = (aligned, 1, slots <= wished, ample, used / slab, -groups)
+            score: tuple[int, ...] = (aligned, 1, slots <= wished, ample, -slab, groups)
         else:
-            score = (aligned, 0, is_row, -slab, used / slab)
+            score = (aligned, 0, is_row, -slab, groups)
         plans.append((score, groups, slab))
     (_, holds, *_), groups, slab = max(plans)
     each = 32 if is_wide else 64
