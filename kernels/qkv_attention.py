@@ -497,6 +497,8 @@ def specialisations(capability: int) -> list[Variant]:
         bwd |= {"grad_qkv": tensor} | sizes
         bwd |= {"scale": "fp32", "logit_scale": "fp32", "eps": "fp32"}
         for name, tokens, d, heads, normalize in sites:
+            if itemsize == 4 and d > 64:
+                continue  # not served, see `_supported`
             for kernel, signature in (
                 (_qkv_attention_fwd_kernel, fwd),
                 (_qkv_attention_bwd_kernel, bwd),
@@ -580,7 +582,7 @@ def _supported(qkv: torch.Tensor, num_heads: int) -> bool:
         qkv.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and d in HEAD_CHANNELS
         and (d <= 64 or qkv.dtype != torch.float32)
-        and 1 <= qkv.shape[2] * qkv.shape[3]
+        and qkv.shape[2] * qkv.shape[3] >= 1
         and qkv.shape[1] * qkv.shape[2] * qkv.shape[3] < 2**31
         and _has_tiles(qkv.device)
     )

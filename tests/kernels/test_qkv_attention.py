@@ -182,13 +182,12 @@ def test_kernels_match_the_oracle(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("size", [(32, 32), (64, 64)])
+@pytest.mark.parametrize(("size", "normalize"), [((32, 32), False), ((64, 64), True)])
 def test_kernels_match_the_oracle_on_large_maps(
     size, normalize, triton_device, check_against_oracle
 ):
     compare_with_oracle(
-        check_against_oracle, triton_device, 1, 64, size, torch.bfloat16, normalize=normalize
+        check_against_oracle, triton_device, 1, 64, size, torch.float16, normalize=normalize
     )
 
 
@@ -415,4 +414,4 @@ def test_no_spills_at_the_networks_16_bit_sites(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 14
+    assert int(done.stdout) == 19
