@@ -375,12 +375,12 @@ def _tiles(
         whole = 64
     if tokens <= whole:
         block = max(16, triton.next_power_of_2(tokens))
-        warps = min(max(block * d // 1024, 1), 8)
-        if backward and (itemsize == 4 or (normalize and not hopper)):
-            warps = min(2 * warps, 8)
-        return block, block, warps, 1
+        warps = max(block * d // 1024, block // 16)
+        if itemsize == 4 or (backward and normalize and not hopper):
+            warps *= 2
+        return block, block, min(warps, 8), 1
     if itemsize == 4:
-        return (32, 32, 8, 1) if backward else (64, 32, 4, 1)
+        return (32, 32, 8, 1) if backward else (64, 32, 8, 2)
     if not backward:
         if d <= 64:
             return (64, 64, 4, 2) if tokens <= 256 else (128, 64, 8, 2)

@@ -367,6 +367,18 @@ def test_kernels_are_required_where_none_can_run(monkeypatch):
         qkv_attention(case(1, 1, 16), 1)
 
 
+@pytest.mark.gpu
+def test_kernels_count_more_than_2_to_the_31_elements(triton_device):
+    n = 2**31 // (192 * 64) + 2
+    qkv = torch.zeros(n, 192, 8, 8, dtype=torch.float16, device=triton_device)
+    qkv = qkv.contiguous(memory_format=CL)
+    qkv[-1:] = case(1, 1, 64, (8, 8), torch.float16).to(triton_device)
+    whole = output_and_gradient(qkv_attention, qkv, torch.ones_like(qkv[:, :64]), 1)
+    last = output_and_gradient(qkv_attention, qkv[-1:], torch.ones_like(qkv[-1:, :64]), 1)
+    for a, b in zip(whole, last, strict=True):
+        assert torch.equal(a[-1:], b)
+
+
 COMPILE = """
 import re, subprocess, sys, tempfile
 from pathlib import Path
