@@ -187,17 +187,15 @@ def _through_norm(grad, x, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _place(
-    qkv, out, lse, tokens, heads, BLOCK: tl.constexpr, D: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
-    """This program's block of tokens, and where its head begins in qkv, out and lse."""
+def _place(tokens, heads, BLOCK: tl.constexpr, D: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """This program's first token, and where its head begins in qkv, out and lse."""
     blocks = tl.cdiv(tokens, BLOCK)
     block = tl.program_id(0) % blocks
     image_and_head = (tl.program_id(0) // blocks).to(tl.int64)
     head = image_and_head % heads
-    pixel = image_and_head // heads * tokens * (heads * D)
-    offset = head * D if CHANNELS_LAST else head * D * tokens
-    return block * BLOCK, 3 * (pixel + offset), pixel + offset, image_and_head * tokens
+    at = image_and_head // heads * tokens * (heads * D)
+    at += head * D if CHANNELS_LAST else head * D * tokens
+    return block * BLOCK, 3 * at, at, image_and_head * tokens
 
 
 # A program per block of queries of a head.
@@ -208,9 +206,7 @@ def _qkv_attention_fwd_kernel(
     CHANNELS_LAST: tl.constexpr, NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr,
     WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first_row, qkv_at, out_at, lse_at = _place(
-        qkv, out, lse, tokens, heads, BLOCK_M, D, CHANNELS_LAST
-    )
+    first_row, qkv_at, out_at, lse_at = _place(tokens, heads, BLOCK_M, D, CHANNELS_LAST)
     qkv += qkv_at
     rows = first_row + tl.arange(0, BLOCK_M)
     q, k, v = _load_qkv(qkv, rows, tokens, heads, BLOCK_M, D, WIDTH, CHANNELS_LAST)
@@ -277,9 +273,7 @@ def _qkv_attention_bwd_kernel(
     CHANNELS_LAST: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first_row, qkv_at, out_at, lse_at = _place(
-        qkv, out, lse, tokens, heads, BLOCK_M, D, CHANNELS_LAST
-    )
+    first_row, qkv_at, out_at, lse_at = _place(tokens, heads, BLOCK_M, D, CHANNELS_LAST)
     qkv += qkv_at
     out += out_at
     grad_out += out_at

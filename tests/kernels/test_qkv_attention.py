@@ -245,13 +245,13 @@ def test_kernels_of_a_zero_input_have_a_finite_gradient(triton_device):
 def test_kernels_write_every_element_and_repeat_their_bits(
     size, normalize, layout, triton_device, monkeypatch
 ):
-    qkv = case(2, 2, 32, size, torch.float16, layout).to(triton_device)
-    upstream = torch.randn(2, 64, *size, device=triton_device)
-    first = output_and_gradient(qkv_attention, qkv, upstream, 2, normalize=normalize)
+    qkv = case(2, 1, 32, size, torch.float16, layout).to(triton_device)
+    upstream = torch.randn(2, 32, *size, device=triton_device)
+    first = output_and_gradient(qkv_attention, qkv, upstream, 1, normalize=normalize)
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
-    second = output_and_gradient(qkv_attention, qkv, upstream, 2, normalize=normalize)
+    second = output_and_gradient(qkv_attention, qkv, upstream, 1, normalize=normalize)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
@@ -285,7 +285,7 @@ def test_kernels_take_any_strides(triton_device):
     assert empty.grad.shape == empty.shape
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 2),
     heads=st.integers(1, 3),
