@@ -187,17 +187,15 @@ def _through_norm(grad, x, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _place(
-    qkv, out, lse, tokens, heads, BLOCK: tl.constexpr, D: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
-    """This program's block of tokens, and where its head begins in qkv, out and lse."""
+def _place(tokens, heads, BLOCK: tl.constexpr, D: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """This program's first token, and where its head begins in qkv, out and lse."""
     blocks = tl.cdiv(tokens, BLOCK)
     block = tl.program_id(0) % blocks
     image_and_head = (tl.program_id(0) // blocks).to(tl.int64)
     head = image_and_head % heads
-    pixel = image_and_head // heads * tokens * (heads * D)
-    offset = head * D if CHANNELS_LAST else head * D * tokens
-    return block * BLOCK, 3 * (pixel + offset), pixel + offset, image_and_head * tokens
+    at = image_and_head // heads * tokens * (heads * D)
+    at += head * D if CHANNELS_LAST else head * D * tokens
+    return block * BLOCK, 3 * at, at, image_and_head * tokens
 
 
 # A program per block of queries of a head.
@@ -208,9 +206,7 @@ def _qkv_attention_fwd_kernel(
     CHANNELS_LAST: tl.constexpr, NORMALIZE: tl.constexpr, BOUNDED: tl.constexpr,
     WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first_row, qkv_at, out_at, lse_at = _place(
-        qkv, out, lse, tokens, heads, BLOCK_M, D, CHANNELS_LAST
-    )
+    first_row, qkv_at, out_at, lse_at = _place(tokens, heads, BLOCK_M, D, CHANNELS_LAST)
     qkv += qkv_at
     rows = first_row + tl.arange(0, BLOCK_M)
     q, k, v = _load_qkv(qkv, rows, tokens, heads, BLOCK_M, D, WIDTH, CHANNELS_LAST)
@@ -277,9 +273,7 @@ def _qkv_attention_bwd_kernel(
     CHANNELS_LAST: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first_row, qkv_at, out_at, lse_at = _place(
-        qkv, out, lse, tokens, heads, BLOCK_M, D, CHANNELS_LAST
-    )
+    first_row, qkv_at, out_at, lse_at = _place(tokens, heads, BLOCK_M, D, CHANNELS_LAST)
     qkv += qkv_at
     out += out_at
     grad_out += out_at
@@ -375,12 +369,12 @@ def _tiles(
         whole = 64
     if tokens <= whole:
         block = max(16, triton.next_power_of_2(tokens))
-        warps = min(max(block * d // 1024, 1), 8)
-        if backward and (itemsize == 4 or (normalize and not hopper)):
-            warps = min(2 * warps, 8)
-        return block, block, warps, 1
+        warps = max(block * d // 1024, block // 16)
+        if itemsize == 4 or (backward and normalize and not hopper):
+            warps *= 2
+        return block, block, min(warps, 8), 1
     if itemsize == 4:
-        return (32, 32, 8, 1) if backward else (64, 32, 4, 1)
+        return (32, 32, 8, 1) if backward else (64, 32, 8, 2)
     if not backward:
         if d <= 64:
             return (64, 64, 4, 2) if tokens <= 256 else (128, 64, 8, 2)
@@ -497,6 +491,8 @@ def specialisations(capability: int) -> list[Variant]:
         bwd |= {"grad_qkv": tensor} | sizes
         bwd |= {"scale": "fp32", "logit_scale": "fp32", "eps": "fp32"}
         for name, tokens, d, heads, normalize in sites:
+            if itemsize == 4 and d > 64:
+                continue  # not served, see `_supported`
             for kernel, signature in (
                 (_qkv_attention_fwd_kernel, fwd),
                 (_qkv_attention_bwd_kernel, bwd),

@@ -182,13 +182,12 @@ def test_kernels_match_the_oracle(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("size", [(32, 32), (64, 64)])
+@pytest.mark.parametrize(("size", "normalize"), [((32, 32), False), ((64, 64), True)])
 def test_kernels_match_the_oracle_on_large_maps(
     size, normalize, triton_device, check_against_oracle
 ):
     compare_with_oracle(
-        check_against_oracle, triton_device, 1, 64, size, torch.bfloat16, normalize=normalize
+        check_against_oracle, triton_device, 1, 64, size, torch.float16, normalize=normalize
     )
 
 
@@ -246,13 +245,13 @@ def test_kernels_of_a_zero_input_have_a_finite_gradient(triton_device):
 def test_kernels_write_every_element_and_repeat_their_bits(
     size, normalize, layout, triton_device, monkeypatch
 ):
-    qkv = case(2, 2, 32, size, torch.float16, layout).to(triton_device)
-    upstream = torch.randn(2, 64, *size, device=triton_device)
-    first = output_and_gradient(qkv_attention, qkv, upstream, 2, normalize=normalize)
+    qkv = case(2, 1, 32, size, torch.float16, layout).to(triton_device)
+    upstream = torch.randn(2, 32, *size, device=triton_device)
+    first = output_and_gradient(qkv_attention, qkv, upstream, 1, normalize=normalize)
     empty, empty_like = torch.empty, torch.empty_like
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
-    second = output_and_gradient(qkv_attention, qkv, upstream, 2, normalize=normalize)
+    second = output_and_gradient(qkv_attention, qkv, upstream, 1, normalize=normalize)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
@@ -286,7 +285,7 @@ def test_kernels_take_any_strides(triton_device):
     assert empty.grad.shape == empty.shape
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 2),
     heads=st.integers(1, 3),
@@ -368,6 +367,18 @@ def test_kernels_are_required_where_none_can_run(monkeypatch):
         qkv_attention(case(1, 1, 16), 1)
 
 
+@pytest.mark.gpu
+def test_kernels_count_more_than_2_to_the_31_elements(triton_device):
+    n = 2**31 // (192 * 64) + 2
+    qkv = torch.zeros(n, 192, 8, 8, dtype=torch.float16, device=triton_device)
+    qkv = qkv.contiguous(memory_format=CL)
+    qkv[-1:] = case(1, 1, 64, (8, 8), torch.float16).to(triton_device)
+    whole = output_and_gradient(qkv_attention, qkv, torch.ones_like(qkv[:, :64]), 1)
+    last = output_and_gradient(qkv_attention, qkv[-1:], torch.ones_like(qkv[-1:, :64]), 1)
+    for a, b in zip(whole, last, strict=True):
+        assert torch.equal(a[-1:], b)
+
+
 COMPILE = """
 import re, subprocess, sys, tempfile
 from pathlib import Path
@@ -415,4 +426,4 @@ def test_no_spills_at_the_networks_16_bit_sites(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 14
+    assert int(done.stdout) == 19
