@@ -247,14 +247,14 @@ const char* fused_step_cuda(const int64_t* table, int64_t tensors, int averages,
   const auto pairs = reinterpret_cast<const int2*>(chunks);
   const auto shared = reinterpret_cast<Shared*>(scratch + num_chunks);
   const auto coefficients = reinterpret_cast<Coefficients*>(shared + 1);
+  const Control control{norm, skips, scale, tracker};
   const auto on = static_cast<cudaStream_t>(stream);
   const auto blocks = static_cast<unsigned>(num_chunks);
   if (num_chunks) {
     sum_squares<<<blocks, kThreads, 0, on>>>(table, width, pairs, scratch);
   }
   prepare_step<<<1, kPrepareThreads, 0, on>>>(table, tensors, width, scratch, num_chunks, averages,
-                                              options, {norm, skips, scale, tracker}, shared,
-                                              coefficients);
+                                              options, control, shared, coefficients);
   if (num_chunks) {
     update_tensors<<<blocks, kThreads, 0, on>>>(table, width, pairs, averages, options, shared,
                                                 coefficients);

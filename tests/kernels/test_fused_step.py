@@ -2,6 +2,7 @@
 float64, and what it must leave alone."""
 
 import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -481,20 +482,42 @@ def test_a_captured_step_replays():
     assert tensors[0].step == 4
 
 
-@pytest.mark.slow
-def test_the_cpu_half_is_clean_under_the_sanitizers(tmp_path):
+def build_program(tmp_path, sanitize, *arguments):
+    """A C++ program, or a skip where there is no compiler or no library of its sanitizers."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler: none found")
-    flags = (
-        "-std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -ffp-contract=off"
-    )
-    probe = tmp_path / "probe.cpp"
+    flags = f"-std=c++17 -O1 -g -fsanitize={sanitize} -fno-sanitize-recover=all -ffp-contract=off"
+    probe, program = tmp_path / "probe.cpp", tmp_path / "program"
     probe.write_text("int main() {}\n")
-    if subprocess.run([compiler, *flags.split(), probe, "-o", tmp_path / "probe"]).returncode:
-        pytest.skip("needs the compiler's sanitizer libraries: not installed")
+    if subprocess.run([compiler, *flags.split(), probe, "-o", program]).returncode:
+        pytest.skip(f"needs the compiler's sanitizer libraries ({sanitize}): not installed")
+    command = [compiler, *flags.split(), f"-I{ROOT / 'csrc'}", *arguments, "-o", program]
+    subprocess.run(command, check=True)
+    return program
+
+
+@pytest.mark.slow
+def test_the_cpu_half_is_clean_under_the_sanitizers(tmp_path):
     sources = [ROOT / "tests/kernels/sanitized.cpp", *sorted(ROOT.glob("csrc/*_cpu.cpp"))]
-    command = [compiler, *flags.split(), "-fopenmp", f"-I{ROOT / 'csrc'}", *sources]
-    subprocess.run([*command, "-o", tmp_path / "sanitized"], check=True)
-    ran = subprocess.run([tmp_path / "sanitized"], capture_output=True, text=True)
+    program = build_program(tmp_path, "address,undefined", "-fopenmp", *sources)
+    ran = subprocess.run([program], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, "clean\n"), ran.stderr
+
+
+@pytest.mark.slow
+def test_the_cuda_half_computes_what_the_cpu_half_does_where_threads_stand_for_a_gpus(tmp_path):
+    """Its source, compiled for the host: the same bits."""
+    cuda = (ROOT / "csrc/fused_step_cuda.cu").read_text()
+    cuda, launches = re.subn(r"(\w+)<<<(.*?)>>>\(", r"emulate(\1, \2)(", cuda)
+    assert launches == 4
+    (tmp_path / "fused_step_cuda.inc").write_text(cuda)
+    emulated = ROOT / "tests/kernels/emulated"
+    program = build_program(
+        tmp_path,
+        "undefined",
+        *("-DTCM_FAST_WITH_CUDA", "-pthread", f"-I{emulated}", f"-I{tmp_path}"),
+        *(emulated / "fused_step.cpp", ROOT / "csrc/fused_step_cpu.cpp"),
+    )
+    ran = subprocess.run([program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "equal\n"), ran.stdout + ran.stderr
