@@ -258,6 +258,9 @@ class Config:
     """Steps between checkpoints."""
     grid_every: int = 2000
     """Steps between sample grids."""
+    snapshot_every: int = 0
+    """Steps between snapshots of the power-function averages, from which `tcm-fast ema` makes averages
+    of other widths; 0 for none."""
     keep: int = 2
     """Checkpoints kept besides the last of each phase."""
     device: str = "auto"
@@ -273,6 +276,10 @@ class Config:
             require(
                 getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}"
             )
+        require(
+            self.snapshot_every >= 0,
+            f"snapshot_every: must not be negative, got {self.snapshot_every}",
+        )
         require(
             self.max_steps is None or self.max_steps >= 1,
             f"max_steps: must be at least 1, got {self.max_steps}",
