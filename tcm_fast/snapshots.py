@@ -50,12 +50,14 @@ def _overlap(at_a: Any, gamma_a: Any, at_b: Any, gamma_b: Any) -> Any:
 def combination(
     iterations: list[int], gammas: list[float], at: int, gamma: float
 ) -> tuple[np.ndarray, float]:
-    """Coefficients of the snapshots (γ at an iteration) whose sum is nearest to the profile of `gamma`
-    at iteration `at`, and the relative L2 error that remains; float64."""
+    """Coefficients of the snapshots (γ at an iteration), together 1, whose combination is nearest to the
+    profile of `gamma` at iteration `at`, and the relative L2 error that remains; float64."""
     times, own = np.asarray(iterations, np.float64), np.asarray(gammas, np.float64)
     matrix = _overlap(times[:, None], own[:, None], times[None], own[None])
     target = _overlap(times, own, np.float64(at), np.float64(gamma))
-    x = np.linalg.lstsq(matrix, target, rcond=1e-12)[0]
+    ones = np.ones((len(times), 1))
+    bordered = np.block([[matrix, ones], [ones.T, np.zeros((1, 1))]])  # with a Lagrange multiplier
+    x = np.linalg.lstsq(bordered, np.append(target, 1.0), rcond=1e-12)[0][:-1]
     whole = float(_overlap(np.float64(at), np.float64(gamma), np.float64(at), np.float64(gamma)))
     rest = x @ matrix @ x - 2 * x @ target + whole
     return x, math.sqrt(max(float(rest), 0.0) / whole)

@@ -64,9 +64,11 @@ def test_the_combination_is_the_average_that_was_not_tracked(width, start):
     shares, error = combination(list(iterations), list(gammas), start + 4000, gamma)
     got = sum(share * value for share, value in zip(shares, values, strict=True))
     spread = np.abs(wanted - kept[-1][2]).mean() + np.abs(wanted).mean()
-    assert np.abs(got - wanted).mean() < 0.02 * spread
-    assert error < 0.1
-    assert shares.sum() == pytest.approx(1, abs=0.01)
+    # Of a wide average a good part lies before the first snapshot there is.
+    hard = start > 0 and width >= 0.2
+    assert np.abs(got - wanted).mean() < (0.1 if hard else 0.02) * spread
+    assert error < (0.15 if hard else 0.05)
+    assert shares.sum() == pytest.approx(1)
 
 
 def test_a_profile_that_was_kept_is_itself():
