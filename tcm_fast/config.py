@@ -83,6 +83,8 @@ class PhaseConfig:
     """The learning rate rises linearly over this many images."""
     decay_start: int | None = None
     """The learning rate falls as 1/sqrt(i) after this many iterations."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Memory of the optimizer's moments: bf16, rounded at random, takes half."""
     grad_clip: float | None = None
     """Largest norm of the gradient over all parameters."""
     dropout: float = 0.0
