@@ -216,9 +216,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
         self.kind, self.stands_for = kind, type(model).__name__
         self.max_norm = math.inf if max_norm is None else max_norm
-        self.control = StepControl.on(
-            first.device, scale, interval=growth_interval, seed=seed
-        )
+        self.control = StepControl.on(first.device, scale, interval=growth_interval, seed=seed)
         self._moments = torch.bfloat16 if moments == "bf16" else None  # None: the parameter's dtype
         self.loss_scale = LossScale(self.control)
         self.average_betas: Sequence[float] = ()
