@@ -23,8 +23,8 @@ namespace tcm_fast {
 enum Field {
   kParam,     // fp32 [numel]
   kGrad,      // fp32 [numel], or 0: only averages and copy follow the weights
-  kExpAvg,    // fp32 [numel]; 0 without gradient, as the next two
-  kExpAvgSq,  // fp32 [numel]
+  kExpAvg,    // fp32 or bf16 [numel]; 0 without gradient, as the next two
+  kExpAvgSq,  // likewise
   kStep,      // fp32 scalar, steps taken
   kCopy,      // 16-bit [numel], or 0
   kNumel,
@@ -32,11 +32,12 @@ enum Field {
   kFlags,
   kFields
 };
-constexpr int64_t kAligned = 1;  // all of the row's addresses allow 16-byte accesses (copy: 8)
+constexpr int64_t kAligned = 1;  // all addresses allow accesses of 4 elements at once
 constexpr int64_t kBfloat = 2;   // the copy is bf16, else fp16
+constexpr int64_t kMoments16 = 4;  // the moments are bf16, rounded at random
 
 // The options are fp64: these, then one beta for each average, then kGroupFields for each group.
-enum Option { kMaxNorm, kGrowth, kBackoff, kInterval, kOptions };
+enum Option { kMaxNorm, kGrowth, kBackoff, kInterval, kSeed, kOptions };
 enum GroupOption { kRate, kBeta1, kBeta2, kEpsilon, kDecay, kKind, kGroupFields };
 constexpr int kRAdam = 1, kDecoupled = 2;  // bits of kKind
 
@@ -121,6 +122,35 @@ TCM_FAST_INLINE uint16_t to_half(float x) {
 
 TCM_FAST_INLINE uint16_t to_16_bits(float x, bool bfloat) {
   return bfloat ? to_bfloat(x) : to_half(x);
+}
+
+TCM_FAST_INLINE float from_bfloat(uint16_t x) {
+  const uint32_t bits = uint32_t{x} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// To one of the two neighbours, the nearer the likelier, so that the mean is x: a moment moves by less
+// than half of bf16's last place in most steps, and rounding to the nearest would stop it.
+TCM_FAST_INLINE uint16_t to_bfloat_at_random(float x, uint32_t random_16_bits) {
+  return static_cast<uint16_t>((bits_of(x) + random_16_bits) >> 16);
+}
+
+// The random bits of a tensor's step: word e % 4 of block e / 4 for element e, the low half for the first
+// moment, the high half for the second.
+constexpr uint32_t kMomentsLayer = 0x6D6F6D74u;
+TCM_FAST_INLINE Stream moments_stream(const double* options, float step) {
+  return Stream(static_cast<int64_t>(options[kSeed]), static_cast<int64_t>(step), kMomentsLayer);
+}
+
+TCM_FAST_INLINE void update_element_16(float& param, float grad, uint16_t& exp_avg,
+                                       uint16_t& exp_avg_sq, float factor, const Coefficients& c,
+                                       uint32_t word) {
+  float first = from_bfloat(exp_avg), second = from_bfloat(exp_avg_sq);
+  update_element(param, grad, first, second, factor, c);
+  exp_avg = to_bfloat_at_random(first, word & 0xFFFFu);
+  exp_avg_sq = to_bfloat_at_random(second, word >> 16);
 }
 
 // The coefficients of a tensor's step number `step`, in fp64 as torch has them.

@@ -65,6 +65,27 @@ void update(float* param, const float* grad, float* exp_avg, float* exp_avg_sq, 
 }
 
 TCM_FAST_VECTOR
+void random_words(uint32_t* out, int64_t first, int64_t blocks, uint32_t tensor, Stream stream) {
+#pragma omp simd
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Words words = philox(static_cast<uint32_t>(first + block), tensor, stream);
+    out[4 * block] = words.w0;
+    out[4 * block + 1] = words.w1;
+    out[4 * block + 2] = words.w2;
+    out[4 * block + 3] = words.w3;
+  }
+}
+
+TCM_FAST_VECTOR
+void update_16(float* param, const float* grad, uint16_t* exp_avg, uint16_t* exp_avg_sq,
+               const uint32_t* words, int64_t count, float factor, Coefficients c) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    update_element_16(param[i], grad[i], exp_avg[i], exp_avg_sq[i], factor, c, words[i]);
+  }
+}
+
+TCM_FAST_VECTOR
 void follow(float* average, const float* param, int64_t count, float weight, float keep) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) average[i] = lerp(average[i], param[i], weight, keep);
@@ -83,12 +104,20 @@ void copy_bfloat(uint16_t* copy, const float* param, int64_t count) {
 }
 
 void step_chunk(const Chunk& chunk, const Coefficients& coefficients, float factor,
-                const double* betas, int averages) {
+                const double* options, int averages) {
   const int64_t* row = chunk.row;
+  const double* betas = options + kOptions;
+  const bool sixteen = row[kFlags] & kMoments16;
+  uint32_t words[kRun];
   for (int64_t i = chunk.first; i < chunk.first + chunk.count; i += kRun) {
     const int64_t count = std::min(kRun, chunk.first + chunk.count - i);
     float* param = at<float>(row, kParam) + i;
-    if (row[kGrad]) {
+    if (row[kGrad] && sixteen) {
+      const Stream stream = moments_stream(options, *at<float>(row, kStep));
+      random_words(words, i / 4, blocks_of(count, 4), static_cast<uint32_t>(chunk.tensor), stream);
+      update_16(param, at<float>(row, kGrad) + i, at<uint16_t>(row, kExpAvg) + i,
+                at<uint16_t>(row, kExpAvgSq) + i, words, count, factor, coefficients);
+    } else if (row[kGrad]) {
       update(param, at<float>(row, kGrad) + i, at<float>(row, kExpAvg) + i,
              at<float>(row, kExpAvgSq) + i, count, factor, coefficients);
     }
@@ -133,8 +162,7 @@ void fused_step_cpu(const int64_t* table, int64_t tensors, int averages, const d
   const Shared shared = prepare(sum, options, {norm, skips, scale, tracker});
   if (shared.skip) return;
 
-  const double* betas = options + kOptions;
-  const double* groups = betas + averages;
+  const double* groups = options + kOptions + averages;
   std::vector<Coefficients> coefficients(tensors);
   for (int64_t t = 0; t < tensors; ++t) {
     const int64_t* row = table + t * width;
@@ -145,7 +173,7 @@ void fused_step_cpu(const int64_t* table, int64_t tensors, int averages, const d
   }
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
   for (int64_t i = 0; i < n; ++i) {
-    step_chunk(chunks[i], coefficients[chunks[i].tensor], shared.factor, betas, averages);
+    step_chunk(chunks[i], coefficients[chunks[i].tensor], shared.factor, options, averages);
   }
 }
 

@@ -98,6 +98,27 @@ prepare_step(const int64_t* table, int64_t tensors, int64_t width, const double*
   }
 }
 
+template <int kWide>
+__device__ __forceinline__ void load_16(uint16_t (&bits)[kWide], const uint16_t* from) {
+  if constexpr (kWide == 4) {
+    const uint2 x = *reinterpret_cast<const uint2*>(global(from));
+    bits[0] = static_cast<uint16_t>(x.x), bits[1] = static_cast<uint16_t>(x.x >> 16);
+    bits[2] = static_cast<uint16_t>(x.y), bits[3] = static_cast<uint16_t>(x.y >> 16);
+  } else {
+    bits[0] = *global(from);
+  }
+}
+
+template <int kWide>
+__device__ __forceinline__ void store_16(const uint16_t (&bits)[kWide], uint16_t* to) {
+  if constexpr (kWide == 4) {
+    *reinterpret_cast<uint2*>(global(to)) =
+        make_uint2(bits[0] | uint32_t{bits[1]} << 16, bits[2] | uint32_t{bits[3]} << 16);
+  } else {
+    *global(to) = bits[0];
+  }
+}
+
 // The chunk's elements i, i + 1, ... of all arrays: kWide are 4 with 16-byte accesses, or 1.
 template <int kWide>
 struct Elements {
@@ -121,12 +142,7 @@ struct Elements {
   __device__ __forceinline__ void store(uint16_t* to, bool bfloat) const {
     uint16_t bits[kWide];
     for (int j = 0; j < kWide; ++j) bits[j] = to_16_bits(of[j], bfloat);
-    if constexpr (kWide == 4) {
-      *reinterpret_cast<uint2*>(global(to)) =
-          make_uint2(bits[0] | uint32_t{bits[1]} << 16, bits[2] | uint32_t{bits[3]} << 16);
-    } else {
-      *global(to) = bits[0];
-    }
+    store_16<kWide>(bits, to);
   }
 };
 
@@ -134,16 +150,22 @@ struct Elements {
 struct Places {
   float *param, *grad, *exp_avg, *exp_avg_sq, *average;
   uint16_t* copy;
-  bool bfloat;
+  bool bfloat, moments_16;
+  uint32_t tensor;
+  Stream stream;  // of random bits, for moments of 16
 
-  __device__ __forceinline__ Places(const int64_t* row, int averages)
+  __device__ __forceinline__ Places(const int64_t* row, int averages, int tensor,
+                                    const double* options)
       : param(at<float>(row, kParam)),
         grad(at<float>(row, kGrad)),
         exp_avg(at<float>(row, kExpAvg)),
         exp_avg_sq(at<float>(row, kExpAvgSq)),
         average(averages ? at<float>(row, kFields) : nullptr),
         copy(at<uint16_t>(row, kCopy)),
-        bfloat(row[kFlags] & kBfloat) {}
+        bfloat(row[kFlags] & kBfloat),
+        moments_16(grad && row[kFlags] & kMoments16),
+        tensor(static_cast<uint32_t>(tensor)),
+        stream(moments_stream(options, moments_16 ? *at<float>(row, kStep) : 0.0f)) {}
 };
 
 template <int kWide>
@@ -161,7 +183,24 @@ __device__ __forceinline__ void step_elements(const Places& at_row, int64_t i, i
   Elements<kWide> param, grad, exp_avg, exp_avg_sq, average;
   param.load(at_row.param + i);
   if (at_row.average) average.load(at_row.average + i);
-  if (at_row.grad) {
+  if (at_row.moments_16) {
+    uint16_t first[kWide], second[kWide];
+    uint16_t* firsts = reinterpret_cast<uint16_t*>(at_row.exp_avg) + i;
+    uint16_t* seconds = reinterpret_cast<uint16_t*>(at_row.exp_avg_sq) + i;
+    grad.load(at_row.grad + i);
+    load_16(first, firsts);
+    load_16(second, seconds);
+    const Words words = philox(static_cast<uint32_t>(i / 4), at_row.tensor, at_row.stream);
+    const uint32_t of[4] = {words.w0, words.w1, words.w2, words.w3};
+    for (int j = 0; j < kWide; ++j) {
+      const int lane = kWide == 4 ? j : static_cast<int>(i % 4);
+      const uint32_t word = lane == 0 ? of[0] : lane == 1 ? of[1] : lane == 2 ? of[2] : of[3];
+      update_element_16(param.of[j], grad.of[j], first[j], second[j], factor, c, word);
+    }
+    param.store(at_row.param + i);
+    store_16(first, firsts);
+    store_16(second, seconds);
+  } else if (at_row.grad) {
     grad.load(at_row.grad + i);
     exp_avg.load(at_row.exp_avg + i);
     exp_avg_sq.load(at_row.exp_avg_sq + i);
@@ -195,7 +234,7 @@ update_tensors(const int64_t* table, int64_t width, const int2* chunks, int aver
   const int64_t first = chunk.y * kChunk;
   const int count = static_cast<int>(min(kChunk, row[kNumel] - first));
   const int vectors = row[kFlags] & kAligned ? count / 4 : 0;
-  const Places places(row, averages);
+  const Places places(row, averages, chunk.x, options);
   const Coefficients c = coefficients[chunk.x];
   const double* betas = options + kOptions;
   const double beta = averages ? betas[0] : 0;
@@ -247,14 +286,14 @@ const char* fused_step_cuda(const int64_t* table, int64_t tensors, int averages,
   const auto pairs = reinterpret_cast<const int2*>(chunks);
   const auto shared = reinterpret_cast<Shared*>(scratch + num_chunks);
   const auto coefficients = reinterpret_cast<Coefficients*>(shared + 1);
+  const Control control{norm, skips, scale, tracker};
   const auto on = static_cast<cudaStream_t>(stream);
   const auto blocks = static_cast<unsigned>(num_chunks);
   if (num_chunks) {
     sum_squares<<<blocks, kThreads, 0, on>>>(table, width, pairs, scratch);
   }
   prepare_step<<<1, kPrepareThreads, 0, on>>>(table, tensors, width, scratch, num_chunks, averages,
-                                              options, {norm, skips, scale, tracker}, shared,
-                                              coefficients);
+                                              options, control, shared, coefficients);
   if (num_chunks) {
     update_tensors<<<blocks, kThreads, 0, on>>>(table, width, pairs, averages, options, shared,
                                                 coefficients);

@@ -126,7 +126,9 @@ void fused_step_check(Address table, int64_t tensors, int averages, int64_t grou
       require(row[kFields + k] != 0, name, "addresses must not be null, got 0" + where);
     }
     if (row[kFlags] & kAligned) {
-      int64_t any = row[kParam] | row[kGrad] | row[kExpAvg] | row[kExpAvgSq] | row[kCopy] << 1;
+      const int half = row[kFlags] & kMoments16 ? 1 : 0;  // 4 elements of 16 bits are 8 bytes
+      int64_t any = row[kParam] | row[kGrad] | (row[kExpAvg] | row[kExpAvgSq]) << half |
+                    row[kCopy] << 1;
       for (int k = 0; k < averages; ++k) any |= row[kFields + k];
       require(any % 16 == 0, name, "an address is not aligned as the flags say" + where);
     }

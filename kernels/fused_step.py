@@ -14,12 +14,14 @@ from typing import Any, Literal
 import torch
 
 from tcm_fast.kernels._backend import extension_for
+from tcm_fast.kernels.philox import philox_words_reference
 
 COPY_DTYPES = (torch.float16, torch.bfloat16)
 KINDS = {"adam": 0, "radam": 1}
 _DECOUPLED = 2
 _FIELDS = 9  # csrc/fused_step.h: Field
-_ALIGNED, _BFLOAT = 1, 2
+_ALIGNED, _BFLOAT, _MOMENTS_16 = 1, 2, 4
+_MOMENTS_LAYER = 0x6D6F6D74
 _CONTROL_DTYPES = {
     "norm": torch.float64,
     "skips": torch.int64,
@@ -36,6 +38,7 @@ class StepTensors:
     grad: torch.Tensor | None = None
     """None: the parameter stays; its averages and its copy follow all the same."""
     exp_avg: torch.Tensor | None = None
+    """The moments: the parameter's dtype, or bf16 for both."""
     exp_avg_sq: torch.Tensor | None = None
     step: torch.Tensor | None = None
     """Steps taken, fp32 scalar. A skipped step is none."""
@@ -82,10 +85,12 @@ class StepControl:
     growth: float = 2.0
     backoff: float = 0.5
     interval: int = 2000
+    seed: int = 0
+    """Of the random rounding of bf16 moments, below 2**32."""
 
     @classmethod
     def on(cls, device: torch.device | str, scale: float | None = None, **rules) -> "StepControl":
-        """A fresh one. `rules`: growth, backoff, interval."""
+        """A fresh one. `rules`: growth, backoff, interval, seed."""
         norm = torch.zeros((), dtype=torch.float64, device=device)
         skips = torch.zeros((), dtype=torch.int64, device=device)
         if scale is None:
@@ -140,31 +145,54 @@ def fused_step_reference(
         control.skips += 1
         return
     factor = min(max_norm / (norm + 1e-6), 1.0) / scale
-    for t in tensors:
+    for index, t in enumerate(tensors):
         if t.grad is not None:
-            _update_reference(t, groups[t.group], factor)
+            _update_reference(t, groups[t.group], factor, control.seed, index)
         for average, beta in zip(t.averages, average_betas, strict=True):
             average.lerp_(t.param, 1 - beta)
         if t.copy is not None:
             t.copy.copy_(t.param)
 
 
-def _update_reference(t: Any, options: StepOptions, factor: float) -> None:
+def _update_reference(t: Any, options: StepOptions, factor: float, seed: int, index: int) -> None:
     t.step += 1
-    size, root_scale, adapted = step_size_reference(options, t.step.item())
+    step = int(t.step.item())
+    size, root_scale, adapted = step_size_reference(options, step)
     beta1, beta2 = options.betas
     grad = t.grad * factor
     if options.decoupled:
         t.param *= 1 - options.lr * options.weight_decay
     else:
         grad += options.weight_decay * t.param
-    t.exp_avg.lerp_(grad, 1 - beta1)
-    t.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    is_short = t.exp_avg.dtype != t.param.dtype
+    first, second = t.exp_avg.to(t.param.dtype), t.exp_avg_sq.to(t.param.dtype)
+    first.lerp_(grad, 1 - beta1)
+    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     if adapted:
-        denominator = t.exp_avg_sq.sqrt().mul_(root_scale).add_(options.eps)
-        t.param.addcdiv_(t.exp_avg, denominator, value=-size)
+        denominator = second.sqrt().mul_(root_scale).add_(options.eps)
+        t.param.addcdiv_(first, denominator, value=-size)
     else:
-        t.param.add_(t.exp_avg, alpha=-size)
+        t.param.add_(first, alpha=-size)
+    if is_short:
+        words = random_words_reference(t.param, seed, step, index)
+        t.exp_avg.copy_(round_at_random_reference(first, words & 0xFFFF))
+        t.exp_avg_sq.copy_(round_at_random_reference(second, words >> 16))
+
+
+def random_words_reference(param: torch.Tensor, seed: int, step: int, index: int) -> torch.Tensor:
+    """int64 below 2**32 in the layout of `param`: word e % 4 of Philox's block e / 4 for the element
+    that is e-th in memory."""
+    sample, *key = (torch.tensor(x, device=param.device) for x in ([index], seed, step))
+    blocks = -(-param.numel() // 4)
+    words = philox_words_reference(sample, *key, _MOMENTS_LAYER, blocks).flatten()
+    return words[: param.numel()].as_strided(param.shape, param.stride())
+
+
+def round_at_random_reference(x: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """fp32 to one of its two bf16 neighbours by 16 random bits, so that the mean stays."""
+    bits = x.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    short = ((bits + words) >> 16) & 0xFFFF
+    return torch.where(short > 0x7FFF, short - 0x10000, short).to(torch.int16).view(torch.bfloat16)
 
 
 # -- launchers ------------------------------------------------------------------------------------
@@ -302,15 +330,17 @@ def _row(t: StepTensors) -> list[int]:
     if t.grad is not None and not t.param.numel():
         addresses[1] = addresses[4]  # an empty gradient has no address, yet its step counts
     averages = [average.data_ptr() for average in t.averages]
-    wide = [*addresses[:4], *averages, 2 * addresses[5]]
-    flags = _ALIGNED * all(a % 16 == 0 for a in wide)
+    is_short = t.exp_avg is not None and t.exp_avg.dtype == torch.bfloat16
+    moments = [address << is_short for address in addresses[2:4]]
+    wide = [*addresses[:2], *moments, *averages, 2 * addresses[5]]
+    flags = _ALIGNED * all(a % 16 == 0 for a in wide) | _MOMENTS_16 * is_short
     flags |= _BFLOAT * (t.copy is not None and t.copy.dtype == torch.bfloat16)
     return [*addresses, t.param.numel(), t.group, flags, *averages]
 
 
 def _options(groups, control: StepControl, average_betas, max_norm: float) -> tuple[float, ...]:
     """csrc/fused_step.h: Option, the averages' betas, the groups' options."""
-    rules = (max_norm, control.growth, control.backoff, float(control.interval))
+    rules = (max_norm, control.growth, control.backoff, float(control.interval), control.seed)
     return (*rules, *average_betas, *(value for group in groups for value in group.values()))
 
 
@@ -360,9 +390,12 @@ def _check_tensors(tensors: Sequence[StepTensors], groups: int) -> None:
         for name, x in t.like_param():
             if x is None:
                 continue
-            shape = f"{p.dtype} {list(p.shape)} on {p.device}"
+            dtype = p.dtype
+            if name in ("exp_avg", "exp_avg_sq") and t.exp_avg is not None:
+                dtype = torch.bfloat16 if t.exp_avg.dtype == torch.bfloat16 else p.dtype
+            shape = f"{dtype} {list(p.shape)} on {p.device}"
             got = f"{x.dtype} {list(x.shape)} on {x.device}"
-            fits = x.dtype == p.dtype and x.shape == p.shape and x.device == p.device
+            fits = x.dtype == dtype and x.shape == p.shape and x.device == p.device
             _require(fits, f"{name} {where} must be {shape}, got {got}")
             _require(in_layout(x, p), f"{name} {where} must have the strides of the parameter")
         if t.grad is not None:
@@ -402,6 +435,7 @@ def _check_options(tensors, groups, control: StepControl, average_betas, max_nor
     good = all(0 <= beta <= 1 for beta in average_betas)
     _require(good, f"average_betas must be in [0, 1], got {tuple(average_betas)}")
     _require(max_norm > 0, f"max_norm must be positive, got {max_norm}")
+    _require(0 <= control.seed < 2**32, f"seed must be in [0, 2**32), got {control.seed}")
 
 
 def store_step_options(

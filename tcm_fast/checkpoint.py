@@ -132,7 +132,7 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> Precon
     """
     file = _network_file(Path(path))
     _verify_listed(file)
-    header, tensors = _read_network(file)
+    header, tensors = network_file(file)
     try:
         with torch.random.fork_rng(devices=[]):  # loading must not move the caller's generator
             net = build_network(**header["network"])
@@ -205,7 +205,24 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
     return header, tensors
 
 
-def _read_network(path: Path) -> tuple[dict[str, Any], Tensors]:
+def read_header(path: Path) -> dict[str, Any]:
+    """What one of our files says of itself, without its tensors. ValueError where it is not ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(KEY, "null"))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"network: {path} is truncated, damaged or not a safetensors file ({_reason(error)})"
+        ) from error
+    if not isinstance(header, dict):
+        raise ValueError(
+            f"network: {path} was not written by tcm_fast (it has no {KEY!r} metadata)"
+        )
+    return header
+
+
+def network_file(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """Header and tensors of a network's file. ValueError where it is damaged or something else."""
     header, tensors = _read(path)
     if "network" not in header:
         raise ValueError(f"network: {path} holds something else (not a network)")
@@ -323,12 +340,12 @@ class Checkpoint:
 
     def network_tensors(self, name: str) -> Tensors:
         """The state dict in NAME.safetensors, e.g. "model", "ema-0", "stage1"."""
-        return _read_network(self.path / f"{name}.safetensors")[1]
+        return network_file(self.path / f"{name}.safetensors")[1]
 
     def restore_network(self, net: Precond, name: str) -> None:
         """Load NAME.safetensors into a network. ValueError where it does not fit."""
         file = self.path / f"{name}.safetensors"
-        _fill(net, *_read_network(file), file)
+        _fill(net, *network_file(file), file)
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer, net: Precond) -> None:
         """Load the optimizer's state, for the parameters of `net`. ValueError unless it fits."""

@@ -1,4 +1,4 @@
-"""The command line: `tcm-fast train | sample | eval | data | doctor`, nothing but arguments and words.
+"""The command line: `tcm-fast train | sample | eval | data | ema | doctor`, nothing but arguments and words.
 
 torch is imported when a command runs, not before: `--help` has to come up at once.
 """
@@ -119,6 +119,22 @@ class Data:
 
 
 @dataclass
+class Ema:
+    """Make the average of another width from a run's snapshots (train with --snapshot-every)."""
+
+    source: Positional[Path]
+    """A run."""
+    width: float
+    """Relative standard deviation of the average, such as 0.05 or 0.10."""
+    out: Path | None = None
+    """Network file; by default RUN/ema-PHASE-WIDTH.safetensors."""
+    phase: PhaseName | None = None
+    images: int | None = None
+    """End at this stand of the training, where there is a snapshot, instead of at the last."""
+    overwrite: bool = False
+
+
+@dataclass
 class Doctor:
     """Say what this machine offers: versions, GPU, which backends are active and why not; or what each
     precision does to a trained network."""
@@ -140,7 +156,7 @@ class Doctor:
 def parse(argv: Sequence[str]) -> Any:
     """The command that the arguments ask for. Presets and files are the defaults that flags override."""
     command = Annotated[Train, subcommand("train", default=_train_defaults(argv))]
-    for kind in (Sample, Eval, Data, Doctor):
+    for kind in (Sample, Eval, Data, Ema, Doctor):
         command |= Annotated[kind, subcommand(kind.__name__.lower())]  # type: ignore[assignment]
     epilog = f"Presets: {', '.join(preset_names())}."
     return tyro.cli(command, prog="tcm-fast", args=list(argv), description=f"{SUMMARY} {epilog}")  # type: ignore[call-overload]
@@ -337,6 +353,21 @@ def data(args: Data) -> int:
     return 0
 
 
+def ema(args: Ema) -> int:
+    from tcm_fast.checkpoint import save_network
+    from tcm_fast.snapshots import reconstruct
+
+    net, error = reconstruct(args.source, args.width, phase=args.phase, images=args.images)
+    name = f"ema-{net.info['phase']}-{args.width:g}.safetensors"
+    out = args.source / name if args.out is None else args.out
+    if out.exists() and not args.overwrite:
+        raise FileExistsError(f"out: {out} is there already; add --overwrite, or give another")
+    save_network(out, net, metadata=net.info)
+    print(f"the average of width {args.width:g} after {net.info['images']:,} images in {out}")
+    print(f"its profile is off by {100 * error:.2g} %")
+    return 0
+
+
 def doctor(args: Doctor) -> int:
     if args.precision is not None:
         return check_precision(args, args.precision)
@@ -428,6 +459,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Sample: sample,
     Eval: evaluate,
     Data: data,
+    Ema: ema,
     Doctor: doctor,
 }
 

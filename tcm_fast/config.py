@@ -83,6 +83,8 @@ class PhaseConfig:
     """The learning rate rises linearly over this many images."""
     decay_start: int | None = None
     """The learning rate falls as 1/sqrt(i) after this many iterations."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Memory of the optimizer's moments: bf16, rounded at random, takes half."""
     grad_clip: float | None = None
     """Largest norm of the gradient over all parameters."""
     dropout: float = 0.0
@@ -258,6 +260,9 @@ class Config:
     """Steps between checkpoints."""
     grid_every: int = 2000
     """Steps between sample grids."""
+    snapshot_every: int = 0
+    """Steps between snapshots of the power-function averages, from which `tcm-fast ema` makes averages
+    of other widths; 0 for none."""
     keep: int = 2
     """Checkpoints kept besides the last of each phase."""
     device: str = "auto"
@@ -273,6 +278,10 @@ class Config:
             require(
                 getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}"
             )
+        require(
+            self.snapshot_every >= 0,
+            f"snapshot_every: must not be negative, got {self.snapshot_every}",
+        )
         require(
             self.max_steps is None or self.max_steps >= 1,
             f"max_steps: must be at least 1, got {self.max_steps}",

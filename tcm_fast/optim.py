@@ -164,6 +164,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             says how they move.
         copies: a 16-bit tensor for each parameter, or None for those without.
         scale: of the loss, at first; None does not scale. `growth_interval`: steps until it doubles.
+        moments: "bf16" keeps both in half the memory, rounded at random by `seed` (below 2**32), the
+            step and the element's place, so that they stay unbiased.
 
     Attributes:
         average_betas: for the next step, one for each average.
@@ -187,7 +189,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         copies: Sequence[torch.Tensor | None] | None = None,
         scale: float | None = None,
         growth_interval: int = 2000,
+        moments: str = "fp32",
+        seed: int = 0,
     ) -> None:
+        if moments not in ("fp32", "bf16"):
+            raise ValueError(f"optimizer: moments must be fp32 or bf16, got {moments}")
         if kind not in TORCH_KINDS:
             raise ValueError(f"optimizer: kind must be radam, adam or adamw, got {kind}")
         params = list(params)
@@ -210,7 +216,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
         self.kind, self.stands_for = kind, type(model).__name__
         self.max_norm = math.inf if max_norm is None else max_norm
-        self.control = StepControl.on(first.device, scale, interval=growth_interval)
+        self.control = StepControl.on(first.device, scale, interval=growth_interval, seed=seed)
+        self._moments = torch.bfloat16 if moments == "bf16" else None  # None: the parameter's dtype
         self.loss_scale = LossScale(self.control)
         self.average_betas: Sequence[float] = ()
         self._table, self._tensors = StepTable(), list[StepTensors]()
@@ -298,16 +305,19 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if not state:
                     state = self.state[t.param]
                     state["step"] = torch.zeros((), dtype=torch.float32, device=t.param.device)
-                    state["exp_avg"] = torch.zeros_like(t.param)
-                    state["exp_avg_sq"] = torch.zeros_like(t.param)
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        state[key] = torch.zeros_like(t.param, dtype=self._moments)
             t.grad = grad
             if not state:
                 t.step = t.exp_avg = t.exp_avg_sq = None
                 continue
             for key in ("exp_avg", "exp_avg_sq"):
                 value = state[key]
-                if value is not getattr(t, key) and not in_layout(value, t.param):
-                    value = state[key] = torch.empty_like(t.param).copy_(value)  # as it was saved
+                if value is not getattr(t, key):  # a loaded one is as it was saved
+                    dtype = self._moments or t.param.dtype
+                    if value.dtype != dtype or not in_layout(value, t.param):
+                        value = torch.empty_like(t.param, dtype=dtype).copy_(value)
+                    state[key] = value
                 setattr(t, key, value)
             t.step = state["step"]
 
@@ -381,6 +391,8 @@ def build_optimizer(
     device = weights[0].device
     if extension_for("fused_step", device) is None:
         assert copies is None
+        if config.moments != "fp32":
+            raise ValueError(f"moments: {config.moments} needs the extension, see tcm-fast doctor")
         rate = torch.tensor(config.lr, device=device) if capturable else config.lr
         kind = TORCH_KINDS[config.optimizer]
         return kind(weights, lr=rate, capturable=capturable, foreach=True, **constants)
@@ -393,5 +405,6 @@ def build_optimizer(
         copies=copies,
         scale=scale,
         growth_interval=growth_interval,
+        moments=config.moments,
         **constants,
     )

@@ -47,6 +47,7 @@ from tcm_fast.optim import (
 from tcm_fast.pictures import save_grid
 from tcm_fast.runlog import RunLog
 from tcm_fast.sampler import HEUN_STEPS, sample
+from tcm_fast.snapshots import save_snapshot
 from tcm_fast.times import plan_times, ratio
 
 CONSISTENCY = ("ect", "tcm", "ict", "cd")
@@ -258,6 +259,9 @@ class Trainer:
                 self._grid(phase)
             if phase.step % config.save_every == 0 and not is_last:
                 self._save(phase)
+            every = config.snapshot_every
+            if every and (phase.step % every == 0 or phase.step == phase.steps):
+                self._snapshot(phase)
             mark += time.monotonic() - pause  # pictures and checkpoints are not training speed
         log.end_phase()
         if logged > begun or phase.steps == 0:
@@ -462,8 +466,9 @@ class Trainer:
     def _check_phase(self, name: str) -> None:
         """The batch of a phase must be cut evenly, tcm's must hold a boundary sample, and its averages
         must have a rule."""
-        for rule in self.config.phase(name).ema:
-            EmaRule.parse(rule)
+        rules = [EmaRule.parse(rule) for rule in self.config.phase(name).ema]
+        if self.config.snapshot_every and all(rule.kind != "power" for rule in rules):
+            raise ValueError(f"snapshot_every: {name}.ema must have a power:GAMMA, got none")
         pieces = self.workers.world * self.config.micro_batches
         size = self.config.phase(name).batch_size
         if size % pieces:
@@ -529,6 +534,16 @@ class Trainer:
                 milestone=milestone,
             )
         self.workers.barrier()
+
+    def _snapshot(self, phase: Phase) -> None:
+        """Keep the power-function averages for good."""
+        if self.workers.is_main:
+            names = [name for name, _ in phase.student.named_parameters()]
+            phase.student.info = phase.info() | {"class_names": list(self.data.class_names)}
+            for index, ema in enumerate(phase.emas):
+                if ema.rule.kind == "power":
+                    average = dict(zip(names, ema.average, strict=True))
+                    save_snapshot(self.out, phase.student, average, index, ema.rule.value)
 
     def _finish(self, phase: Phase) -> PhaseResult:
         """The grid and the numbers at the end of a phase."""

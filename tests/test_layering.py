@@ -21,6 +21,7 @@ networks
 objectives
 optim
 checkpoint
+snapshots
 pictures
 sampler
 precision_check

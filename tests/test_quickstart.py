@@ -10,7 +10,8 @@ from PIL import Image
 
 from tcm_fast.checkpoint import load_checkpoint, load_network, newest_checkpoint
 from tcm_fast.data import load_images
-from tcm_fast.metrics import digits_feature_space, evaluate_network
+from tcm_fast.features import digits_feature_space
+from tcm_fast.metrics import evaluate_network
 
 
 @pytest.mark.slow

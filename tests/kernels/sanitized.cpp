@@ -40,20 +40,21 @@ int main() {
     };
     int kind = 0;
     for (int64_t size : sizes) {
-      for (int variant = 0; variant < 4; ++variant, ++kind) {
+      for (int variant = 0; variant < 5; ++variant, ++kind) {
         const int64_t grad = variant == 3 ? 0 : tensor(4 * size);
         if (grad) {
           for (int64_t i = 0; i < size; ++i) reinterpret_cast<float*>(grad)[i] = 1e-3f * (i % 97);
         }
-        const int64_t row[] = {tensor(4 * size), grad, grad ? tensor(4 * size) : 0,
-                               grad ? tensor(4 * size) : 0, grad ? tensor(4) : 0,
+        const int64_t moment = variant == 4 ? 2 * size : 4 * size;
+        const int64_t row[] = {tensor(4 * size), grad, grad ? tensor(moment) : 0,
+                               grad ? tensor(moment) : 0, grad ? tensor(4) : 0,
                                variant ? tensor(2 * size) : 0, size, kind % 4,
-                               variant == 2 ? kBfloat : 0};
+                               variant == 2 ? kBfloat : variant == 4 ? kMoments16 : 0};
         table.insert(table.end(), row, row + kFields);
         for (int k = 0; k < averages; ++k) table.push_back(tensor(4 * size));
       }
     }
-    std::vector<double> options = {1.0, 2.0, 0.5, 2.0};
+    std::vector<double> options = {1.0, 2.0, 0.5, 2.0, 7.0};
     for (int k = 0; k < averages; ++k) options.push_back(0.9 - 0.4 * k);
     for (int group = 0; group < 4; ++group) {
       options.insert(options.end(), {1e-3, 0.9, 0.999, 1e-8, 0.1, static_cast<double>(group)});

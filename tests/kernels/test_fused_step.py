@@ -2,6 +2,7 @@
 float64, and what it must leave alone."""
 
 import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -327,6 +328,69 @@ def test_any_sizes_and_options_agree_with_the_reference(
             torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
 
 
+# ---- moments of 16 bits -------------------------------------------------------------------------
+
+
+def with_short_moments(tensors):
+    for t in tensors:
+        t.exp_avg, t.exp_avg_sq = t.exp_avg.bfloat16(), t.exp_avg_sq.bfloat16()
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["adam", "radam-decay"])
+def test_short_moments_are_the_references(kind):
+    """The same random bits: a moment differs where the arithmetic before differs in its last place."""
+    ours = with_short_moments(tensors_like(SHAPES))
+    theirs = as_dtype(ours, torch.float32)
+    with_short_moments(theirs)
+    controls = [StepControl.on(CPU, seed=5) for _ in range(2)]
+    for step in range(8):
+        generator = torch.Generator().manual_seed(step)
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.empty_like(a.param).normal_(generator=generator)
+            b.grad = a.grad.clone()
+            for key in ("exp_avg", "exp_avg_sq", "param"):
+                getattr(b, key).copy_(getattr(a, key))
+        fused_step(ours, [KINDS[kind]], controls[0], average_betas=[0.9])
+        fused_step_reference(theirs, [KINDS[kind]], controls[1], average_betas=[0.9])
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.param, b.param, rtol=1e-6, atol=1e-7)
+            for key in ("exp_avg", "exp_avg_sq"):
+                x, y = getattr(a, key), getattr(b, key)
+                assert x.dtype == torch.bfloat16
+                torch.testing.assert_close(x, y, rtol=2**-7, atol=1e-30)
+                assert (x != y).sum() <= 1 + 1e-3 * x.numel()
+
+
+def test_short_moments_go_on_where_rounding_to_the_nearest_stops():
+    """A moving average by steps of 1/1000, in a format whose last place is 1/128."""
+    tensors = with_short_moments(tensors_like([(4000,)], averages=0, copy=None))
+    (t,) = tensors
+    control, options = StepControl.on(CPU), StepOptions(0.0, betas=(0.99, 0.999))
+    for _ in range(1000):
+        t.grad.fill_(0.5)
+        fused_step(tensors, [options], control)
+    assert t.exp_avg_sq.float().mean().item() == pytest.approx(0.25 * (1 - 0.999**1000), rel=2e-3)
+    assert t.exp_avg.float().mean().item() == pytest.approx(0.5 * (1 - 0.99**1000), rel=1e-3)
+
+
+def test_short_moments_depend_on_the_seed_alone():
+    results = []
+    for seed, threads in ((1, 1), (1, 2), (2, 1)):
+        tensors = with_short_moments(tensors_like([*SHAPES, (300, 301)]))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            for _ in range(3):
+                control = StepControl.on(CPU, seed=seed)
+                fused_step(tensors, [KINDS["radam"]], control, average_betas=[0.9])
+        finally:
+            torch.set_num_threads(before)
+        results.append(state_of(tensors))
+    assert_same_bits(results[0], results[1])
+    assert not torch.equal(results[0][-5], results[2][-5])
+
+
 # ---- refusals -----------------------------------------------------------------------------------
 
 
@@ -346,6 +410,14 @@ def replace_with(**changes):
         (replace_with(grad=torch.zeros(4, 6).double()), "grad of tensor 1 must be torch.float32"),
         (replace_with(grad=torch.zeros(6, 4).t()), "grad of tensor 1 must have the strides"),
         (replace_with(exp_avg=None), "exp_avg, exp_avg_sq and step of tensor 1 must come with"),
+        (
+            replace_with(exp_avg=torch.zeros(4, 6).half()),
+            "exp_avg of tensor 1 must be torch.float32",
+        ),
+        (
+            replace_with(exp_avg=torch.zeros(4, 6).bfloat16()),
+            "exp_avg_sq of tensor 1 must be .*bf?l",
+        ),
         (replace_with(step=torch.zeros((), dtype=torch.int64)), "step of tensor 1 must be an fp32"),
         (replace_with(averages=()), "averages of tensor 1 must be 1, got 0"),
         (replace_with(copy=torch.zeros(4, 6)), "copy of tensor 1 must be fp16 or bf16"),
@@ -481,20 +553,42 @@ def test_a_captured_step_replays():
     assert tensors[0].step == 4
 
 
-@pytest.mark.slow
-def test_the_cpu_half_is_clean_under_the_sanitizers(tmp_path):
+def build_program(tmp_path, sanitize, *arguments):
+    """A C++ program, or a skip where there is no compiler or no library of its sanitizers."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler: none found")
-    flags = (
-        "-std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -ffp-contract=off"
-    )
-    probe = tmp_path / "probe.cpp"
+    flags = f"-std=c++17 -O1 -g -fsanitize={sanitize} -fno-sanitize-recover=all -ffp-contract=off"
+    probe, program = tmp_path / "probe.cpp", tmp_path / "program"
     probe.write_text("int main() {}\n")
-    if subprocess.run([compiler, *flags.split(), probe, "-o", tmp_path / "probe"]).returncode:
-        pytest.skip("needs the compiler's sanitizer libraries: not installed")
+    if subprocess.run([compiler, *flags.split(), probe, "-o", program]).returncode:
+        pytest.skip(f"needs the compiler's sanitizer libraries ({sanitize}): not installed")
+    command = [compiler, *flags.split(), f"-I{ROOT / 'csrc'}", *arguments, "-o", program]
+    subprocess.run(command, check=True)
+    return program
+
+
+@pytest.mark.slow
+def test_the_cpu_half_is_clean_under_the_sanitizers(tmp_path):
     sources = [ROOT / "tests/kernels/sanitized.cpp", *sorted(ROOT.glob("csrc/*_cpu.cpp"))]
-    command = [compiler, *flags.split(), "-fopenmp", f"-I{ROOT / 'csrc'}", *sources]
-    subprocess.run([*command, "-o", tmp_path / "sanitized"], check=True)
-    ran = subprocess.run([tmp_path / "sanitized"], capture_output=True, text=True)
+    program = build_program(tmp_path, "address,undefined", "-fopenmp", *sources)
+    ran = subprocess.run([program], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, "clean\n"), ran.stderr
+
+
+@pytest.mark.slow
+def test_the_cuda_half_computes_what_the_cpu_half_does_where_threads_stand_for_a_gpus(tmp_path):
+    """Its source, compiled for the host: the same bits."""
+    cuda = (ROOT / "csrc/fused_step_cuda.cu").read_text()
+    cuda, launches = re.subn(r"(\w+)<<<(.*?)>>>\(", r"emulate(\1, \2)(", cuda)
+    assert launches == 4
+    (tmp_path / "fused_step_cuda.inc").write_text(cuda)
+    emulated = ROOT / "tests/kernels/emulated"
+    program = build_program(
+        tmp_path,
+        "undefined",
+        *("-DTCM_FAST_WITH_CUDA", "-pthread", f"-I{emulated}", f"-I{tmp_path}"),
+        *(emulated / "fused_step.cpp", ROOT / "csrc/fused_step_cpu.cpp"),
+    )
+    ran = subprocess.run([program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "equal\n"), ran.stdout + ran.stderr
