@@ -503,7 +503,8 @@ def specialisations(capability: int) -> list[Variant]:
                 variants.append(
                     Variant(
                         f"{name} {dtype}", kernel, signature, constants, warps, stages,
-                        frozenset({"tokens"}), 128 * heads * -(-tokens // constants["BLOCK_M"]),
+                        aligned=frozenset({"tokens"}),
+                        programs=128 * heads * -(-tokens // constants["BLOCK_M"]),
                     )
                 )  # fmt: skip
     return variants
