@@ -29,6 +29,7 @@ def group_norm_silu_reference(
     shift=None,
     dropout_p=0.0,
     dropout_key=None,
+    with_x=False,
 ):
     dtype = torch.promote_types(x.dtype, torch.float32)
     is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -50,7 +51,7 @@ def group_norm_silu_reference(
     y = y.to(x.dtype).contiguous(memory_format=layout)
     if dropout_p > 0:
         y = dropout(y, dropout_p, dropout_key)
-    return y
+    return (y, x) if with_x else y
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -310,14 +311,14 @@ def _grad_z(v, grad, slope, offset, SILU: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
 def _group_norm_silu_bwd_kernel(
-    grad_y, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, grad_x, grad_affine,
-    grad_add, grad_scale, grad_shift, batch, add_row, scale_row, shift_row, layer, threshold,
-    keep_scale,
+    grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, grad_x,
+    grad_affine, grad_add, grad_scale, grad_shift, batch, add_row, scale_row, shift_row, layer,
+    threshold, keep_scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
     SLAB: tl.constexpr, PIXELS: tl.constexpr, HOLDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     HAS_ADD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
     DROPS: tl.constexpr, BY_EIGHT: tl.constexpr, ASM: tl.constexpr, PACKS: tl.constexpr,
-    WANTS_AFFINE: tl.constexpr,
+    WANTS_AFFINE: tl.constexpr, HAS_PAST: tl.constexpr,
 ):  # fmt: skip
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
@@ -325,6 +326,7 @@ def _group_norm_silu_bwd_kernel(
     x += n * (CHANNELS * HW)
     grad_y += n * (CHANNELS * HW)
     grad_x += n * (CHANNELS * HW)
+    grad_past += n * (CHANNELS * HW)
     group_mean = tl.load(mean + n * NUM_GROUPS + group, mask=has, other=0)
     group_rstd = tl.load(rstd + n * NUM_GROUPS + group, mask=has, other=0)
     origin, r = _to_channels(group_mean, member), _to_channels(group_rstd, member)
@@ -395,6 +397,8 @@ def _group_norm_silu_bwd_kernel(
             out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
             if HAS_ADD:
                 slot_add += tl.where(inside, out, 0.0)
+            if HAS_PAST:
+                out += tl.load(grad_past + at, mask=inside, other=0).to(tl.float32)
             tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
     else:
         for i in tl.range(TILES):
@@ -408,6 +412,8 @@ def _group_norm_silu_bwd_kernel(
             out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
             if HAS_ADD:
                 slot_add += tl.where(inside, out, 0.0)
+            if HAS_PAST:
+                out += tl.load(grad_past + at, mask=inside, other=0).to(tl.float32)
             tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
     if HAS_ADD:
         total = tl.sum(slot_add, 0)
@@ -533,11 +539,13 @@ def _fwd(
 
 
 def _bwd(
-    grad_y, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
+    grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
     layer, threshold, wants_affine,
 ):  # fmt: skip
     x = x.contiguous(memory_format=_layout(x))
-    grad_y = grad_y.contiguous(memory_format=_layout(x))
+    grad_y, grad_past = (
+        None if v is None else v.contiguous(memory_format=_layout(x)) for v in (grad_y, grad_past)
+    )
     add, scale, shift = _rows(add), _rows(scale), _rows(shift)
     constants, programs = _constants(
         x, num_groups, add, scale, shift, silu, threshold, True, _has_asm(x)
@@ -551,10 +559,11 @@ def _bwd(
         for v in (add, scale, shift)
     ]
     launch(
-        _group_norm_silu_bwd_kernel, (programs,), grad_y, x, mean, rstd, weight.contiguous(),
-        bias.contiguous(), *_given(x, add, scale, shift, sample, seed, step), grad_x, by_sample,
-        *_given(x, *grads), n, *_row_strides(add, scale, shift), layer, threshold,
-        65536 / (65536 - threshold), **constants, WANTS_AFFINE=wants_affine,
+        _group_norm_silu_bwd_kernel, (programs,), grad_y, *_given(x, grad_past), x, mean, rstd,
+        weight.contiguous(), bias.contiguous(),
+        *_given(x, add, scale, shift, sample, seed, step), grad_x, by_sample, *_given(x, *grads), n,
+        *_row_strides(add, scale, shift), layer, threshold, 65536 / (65536 - threshold),
+        **constants, WANTS_AFFINE=wants_affine, HAS_PAST=grad_past is not None,
     )  # fmt: skip
     return [grad_x, by_sample.sum(1), *(v for v in grads if v is not None)]
 
@@ -618,7 +627,7 @@ def _variants(site: str, x: torch.Tensor, num_groups: int, use: str) -> list[Var
     scalars = dict.fromkeys(("add_row", "scale_row", "shift_row", "layer", "threshold"), "i32")
     scalars["keep_scale"] = "fp32"
     fwd = {"x": f"*{name}"} | affine | {"y": f"*{name}"} | statistics | scalars | {"eps": "fp32"}
-    bwd = {"grad_y": f"*{name}", "x": f"*{name}"} | statistics | affine
+    bwd = {"grad_y": f"*{name}", "grad_past": f"*{name}", "x": f"*{name}"} | statistics | affine
     bwd |= {"grad_x": f"*{name}", "grad_affine": "*fp32"}
     bwd |= {f"grad_{part}": f"*{name}" for part in ("add", "scale", "shift")}
     bwd |= {"batch": "i32"} | scalars
@@ -626,7 +635,11 @@ def _variants(site: str, x: torch.Tensor, num_groups: int, use: str) -> list[Var
     variants = []
     for kernel, signature, more in (
         (_group_norm_silu_fwd_kernel, fwd, {}),
-        (_group_norm_silu_bwd_kernel, bwd, {"WANTS_AFFINE": True}),
+        (
+            _group_norm_silu_bwd_kernel,
+            bwd,
+            {"WANTS_AFFINE": True, "HAS_PAST": use in (_NORM, _PLAIN)},
+        ),
     ):
         constants, programs = _constants(
             x, num_groups, add, scale, scale, use != _PLAIN, threshold, bool(more), True
@@ -649,8 +662,9 @@ torch.library.define(
 )
 torch.library.define(
     "tcm_fast::group_norm_silu_bwd",
-    f"(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, {_OPTIONAL}, "
-    "int num_groups, bool silu, int layer, int threshold, bool wants_affine) -> Tensor[]",
+    f"(Tensor grad_y, Tensor? grad_past, Tensor x, Tensor mean, Tensor rstd, Tensor weight, "
+    f"Tensor bias, {_OPTIONAL}, int num_groups, bool silu, int layer, int threshold, "
+    "bool wants_affine) -> Tensor[]",
 )
 torch.library.impl("tcm_fast::group_norm_silu_fwd", ("cpu", "cuda"), _fwd)
 torch.library.impl("tcm_fast::group_norm_silu_bwd", ("cpu", "cuda"), _bwd)
@@ -663,7 +677,7 @@ def _(x, weight, bias, add, scale, shift, sample, seed, step, num_groups, *_):
 
 
 @torch.library.register_fake("tcm_fast::group_norm_silu_bwd")
-def _(grad_y, x, mean, rstd, weight, bias, add, scale, shift, *_):
+def _(grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, *_):
     grad_x = torch.empty_like(x.contiguous(memory_format=_layout(x)))
     sums = torch.empty((2, x.shape[1]), dtype=torch.float32, device=x.device)
     given = [v for v in (add, scale, shift) if v is not None]
@@ -677,11 +691,12 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(mean, rstd)
 
 
-def _backward(ctx, grad_y, *_):
+def _grads(ctx, grad_y, grad_past):
+    """The gradients of the operator's inputs; what reached x past it is added to grad_x."""
     x, weight, bias, add, scale, shift, sample, seed, step, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad_x, affine, *rest = torch.ops.tcm_fast.group_norm_silu_bwd(
-        grad_y, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step,
+        grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step,
         ctx.num_groups, ctx.silu, ctx.layer, ctx.threshold, needs[1] or needs[2],
     )  # fmt: skip
     given = iter(rest)
@@ -690,12 +705,38 @@ def _backward(ctx, grad_y, *_):
     return *(g if need else None for g, need in zip(grads, needs[:6], strict=True)), *[None] * 8
 
 
+def _backward(ctx, grad_y, *_):
+    return _grads(ctx, grad_y, None)
+
+
 def _refuse(ctx, *_):
     raise NotImplementedError("group_norm_silu: has no second derivative, got a double backward")
 
 
 torch.library.register_autograd("tcm_fast::group_norm_silu_fwd", _backward, setup_context=_save)
 torch.library.register_autograd("tcm_fast::group_norm_silu_bwd", _refuse)
+
+
+class _WithX(torch.autograd.Function):
+    """The operator beside its input, so that the input's other gradient comes here too. (An operator
+    of torch.library must not return what it was given.)"""
+
+    @staticmethod
+    def forward(x, *args):
+        y, mean, rstd = torch.ops.tcm_fast.group_norm_silu_fwd(x, *args)
+        return y, x.view_as(x), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, _, mean, rstd = output
+        _save(ctx, inputs, (y, mean, rstd))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_past, *_):
+        if grad_y is None:
+            return grad_past, *[None] * 13
+        return _grads(ctx, grad_y, grad_past)
 
 
 # -- public function ------------------------------------------------------------------------------
@@ -714,7 +755,8 @@ def group_norm_silu(
     shift: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_key: DropoutKey | None = None,
-) -> torch.Tensor:
+    with_x: bool = False,
+) -> Any:
     """dropout(silu((1 + scale) · GN(x + add) + shift)).
 
     Args:
@@ -726,9 +768,12 @@ def group_norm_silu(
         add, scale, shift: per sample and channel, [N,C], each optional.
         dropout_p: share of the elements that is dropped, in [0, 1).
         dropout_key: keys the mask; required where dropout_p > 0.
+        with_x: return x as well, for the branch that goes past the normalisation: the gradient that
+            reaches x there is added in the backward kernel, which saves the pass that would add it.
 
     Returns:
-        [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64).
+        [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64). With
+        with_x the pair of it and x.
 
     Raises:
         TypeError: x is not floating, affine parameters have half precision.
@@ -775,12 +820,13 @@ def group_norm_silu(
             sample, seed, step, layer = counters(
                 "group_norm_silu", key.seed, key.step, key.layer, key.sample
             )
-        y, _, _ = torch.ops.tcm_fast.group_norm_silu_fwd(
-            x.contiguous(memory_format=_layout(x)), weight, bias, add, scale, shift, sample, seed,
-            step, num_groups, eps, silu, layer, threshold,
-        )  # fmt: skip
-        return y
+        inputs = (x.contiguous(memory_format=_layout(x)), weight, bias, add, scale, shift, sample, seed,
+                  step, num_groups, eps, silu, layer, threshold)  # fmt: skip
+        if with_x:
+            return _WithX.apply(*inputs)[:2]
+        return torch.ops.tcm_fast.group_norm_silu_fwd(*inputs)[0]
     return group_norm_silu_reference(
         x, num_groups, weight, bias, eps,
         silu=silu, add=add, scale=scale, shift=shift, dropout_p=dropout_p, dropout_key=dropout_key,
+        with_x=with_x,
     )  # fmt: skip

@@ -111,7 +111,7 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, x: torch.Tensor, **fused) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, **fused) -> Any:
         wide = torch.promote_types(self.weight.dtype, torch.float32)  # of a network cast as a whole
         weight, bias = self.weight.to(wide), self.bias.to(wide)
         return group_norm_silu(x, self.num_groups, weight, bias, self.eps, **fused)
@@ -176,13 +176,15 @@ class UNetBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, emb: torch.Tensor, dropout_key: DropoutKey | None = None
     ) -> torch.Tensor:
+        # Where x also goes past a normalisation, its two gradients meet in that one's kernel.
+        normed, x = self.norm0(x, with_x=True)
         skip = x if self.skip is None else self.skip(x)
-        x = self.conv0(self.norm0(x))
+        x = self.conv0(normed)
         p = self.dropout if self.training else 0.0
         key = dropout_key.at_layer(self.layer) if p > 0 and dropout_key is not None else None
         x = self.norm1(x, add=self.affine(emb), dropout_p=p, dropout_key=key)
         x = (self.conv1(x) + skip).mul_(self.skip_scale)
         if self.attention:
-            qkv = self.qkv(self.norm2(x, silu=False))
-            x = (self.proj(qkv_attention(qkv, num_heads=1)) + x).mul_(self.skip_scale)
+            normed, x = self.norm2(x, silu=False, with_x=True)
+            x = (self.proj(qkv_attention(self.qkv(normed), num_heads=1)) + x).mul_(self.skip_scale)
         return x

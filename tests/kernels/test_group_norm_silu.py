@@ -250,7 +250,8 @@ SITES = [
 
 
 def run(x, groups, affine, modulation, grad, monkeypatch, backend="kernel", dtype=None, **options):
-    """Output and gradients of all inputs, by kernel or reference, in dtype if given."""
+    """Output and gradients of all inputs, by kernel or reference, in dtype if given. `with_x`: x goes on
+    past the normalisation."""
     monkeypatch.setenv("TCM_FAST_BACKEND", backend)
     tensors = [x, *affine, *modulation.values()]
     tensors = [v.detach().to(dtype or v.dtype).requires_grad_() for v in tensors]
@@ -258,7 +259,12 @@ def run(x, groups, affine, modulation, grad, monkeypatch, backend="kernel", dtyp
         tensors[0], groups, *tensors[1:3], 1e-6,
         **dict(zip(modulation, tensors[3:], strict=True)), **options,
     )  # fmt: skip
-    return [y, *torch.autograd.grad(y, tensors, grad.to(y.dtype))]
+    grad = grad.to(x.device, dtype or x.dtype)
+    if options.get("with_x"):
+        y, past = y
+        assert past.data_ptr() == tensors[0].data_ptr()
+        return [y, *torch.autograd.grad([y, past], tensors, [grad, grad.flip(0, 1) + grad])]
+    return [y, *torch.autograd.grad(y, tensors, grad)]
 
 
 def compare(x, groups, affine, modulation, check, monkeypatch, **options):
@@ -284,6 +290,37 @@ def on(device, n, c, height, width, dtype, layout):
 def key_on(device, n):
     sample = torch.arange(n, device=device) * 7 + 2**32 - 40
     return DropoutKey(seed=2**32 - 5, step=2**33 + 1, layer=2**31 + 3, sample=sample)
+
+
+@pytest.mark.parametrize("size", [4, 64])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_adds_the_gradient_that_goes_past(
+    size, layout, dtype, triton_device, check_against_oracle, monkeypatch
+):
+    x, affine, modulation = on(triton_device, 2 if size == 4 else 1, 24, size, size, dtype, layout)
+    compare(x, 3, affine, modulation, check_against_oracle, monkeypatch, with_x=True)
+
+
+def test_either_gradient_may_be_absent(triton_device, monkeypatch):
+    x, (weight, bias), _ = on(triton_device, 2, 8, 3, 3, torch.float32, LAYOUTS[1])
+    x.requires_grad_()
+    weight.requires_grad_()
+    y, past = group_norm_silu(x, 2, weight, bias, with_x=True)
+    plain = group_norm_silu(x, 2, weight, bias)
+    for a, b in zip(
+        torch.autograd.grad(y.square().sum(), (x, weight), retain_graph=True),
+        torch.autograd.grad(plain.square().sum(), (x, weight)),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    grad, none = torch.autograd.grad(past.sum(), (x, weight), allow_unused=True)
+    assert torch.equal(grad, torch.ones_like(x))
+    assert none is None
+    with torch.no_grad():
+        y, past = group_norm_silu(x, 2, weight, bias, with_x=True)
+    assert torch.equal(past, x)
+    assert torch.equal(y, plain)
 
 
 @pytest.mark.parametrize("site", SITES, ids=str)
@@ -496,17 +533,22 @@ def test_kernel_passes_opcheck(triton_device):
         torch.library.opcheck(torch.ops.tcm_fast.group_norm_silu_fwd.default, arguments)
     _, mean, rstd = torch.ops.tcm_fast.group_norm_silu_fwd(*arguments)
     plain = [v.detach() for v in (torch.ones_like(x), x, mean, rstd, *tensors[1:])]
-    arguments = (*plain, None, None, None, 3, True, 0, 0, True)
-    torch.library.opcheck(torch.ops.tcm_fast.group_norm_silu_bwd.default, arguments)
+    for past in (None, plain[0]):
+        arguments = (plain[0], past, *plain[1:], None, None, None, 3, True, 0, 0, True)
+        torch.library.opcheck(torch.ops.tcm_fast.group_norm_silu_bwd.default, arguments)
 
 
 def test_kernel_compiles_to_one_graph_under_autocast(triton_device):
     x, (weight, bias), modulation = on(triton_device, 2, 12, 3, 5, torch.bfloat16, LAYOUTS[1])
     x.requires_grad_()
     options = dict(modulation, dropout_p=0.3, dropout_key=key_on(triton_device, 2))
-    compiled = torch.compile(group_norm_silu, fullgraph=True, backend="aot_eager")
+
+    def block(*args, **options):
+        y, past = group_norm_silu(*args, with_x=True, **options)
+        return group_norm_silu(y, 3, *args[2:], **options) + past
+
     results = []
-    for function in (group_norm_silu, compiled):
+    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
         with torch.autocast(triton_device, dtype=torch.bfloat16):
             y = function(x, 3, weight, bias, **options)
         assert y.dtype == torch.bfloat16
