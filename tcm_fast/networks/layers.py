@@ -70,15 +70,17 @@ class Conv2d(nn.Conv2d):
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
+        """`with_bias=False` leaves the bias to who reads the result."""
+        bias = self.bias if with_bias else None
         if self.up and self.is_box and self.kernel_size == (1, 1):
             # Repeating pixels commutes with a pointwise convolution: a quarter of the work.
-            return self._upsample(super().forward(x))
+            return self._upsample(self._conv_forward(x, self.weight, bias))
         if self.up:
             x = self._upsample(x)
         elif self.down:
             x = self._downsample(x)
-        return super().forward(x)
+        return self._conv_forward(x, self.weight, bias)
 
     def _upsample(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_box:
@@ -179,10 +181,13 @@ class UNetBlock(nn.Module):
         # Where x also goes past a normalisation, its two gradients meet in that one's kernel.
         normed, x = self.norm0(x, with_x=True)
         skip = x if self.skip is None else self.skip(x)
-        x = self.conv0(normed)
+        # A bias before the embedding is one with it: no pass over the pixels adds it, none sums its
+        # gradient.
+        x = self.conv0(normed, with_bias=False)
+        add = self.affine(emb) + self.conv0.bias
         p = self.dropout if self.training else 0.0
         key = dropout_key.at_layer(self.layer) if p > 0 and dropout_key is not None else None
-        x = self.norm1(x, add=self.affine(emb), dropout_p=p, dropout_key=key)
+        x = self.norm1(x, add=add, dropout_p=p, dropout_key=key)
         x = (self.conv1(x) + skip).mul_(self.skip_scale)
         if self.attention:
             normed, x = self.norm2(x, silu=False, with_x=True)
