@@ -390,8 +390,8 @@ def _tiles(
             return 64, 64, 8, 1
         return 64, 32, 8, 2 if hopper else 1
     if d <= 64:
-        if hopper:
-            return 64, 64, 8, 2
+        if hopper:  # two stages and the normalisation are eight bytes more than the registers
+            return 64, 64, 8, 1 if normalize else 2
         return (32, 64, 8, 1) if normalize else (64, 32, 8, 1)
     return (32, 32, 8, 1) if roomy or d == 128 else (16, 16, 4, 1)
 
