@@ -18,6 +18,7 @@ from tcm_fast.networks.layers import (
     UNetBlock,
     fresh_key,
 )
+from tcm_fast.networks.recompute import run_block
 
 # Beyond the numbers of the dropout layers, which count up from 0, and below those that key noise.
 LABEL_LAYER = 0x7FFF_FFFF
@@ -145,15 +146,15 @@ class SongUNet(nn.Module):
         emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key).to(x.dtype)
         skips: list[torch.Tensor] = []
         for block in self.enc.values():
-            x = block(x, emb, dropout_key) if isinstance(block, UNetBlock) else block(x)
+            is_block = isinstance(block, UNetBlock)
+            x = run_block(block, [x], emb, dropout_key) if is_block else block(x)
             if not skips:
                 x = x.contiguous(memory_format=self.memory_format)
             skips.append(x)
         *blocks, norm, conv = self.dec.values()
         for block in blocks:
-            if block.in_channels != x.shape[1]:
-                x = torch.cat([x, skips.pop()], 1)
-            x = block(x, emb, dropout_key)
+            merges = block.in_channels != x.shape[1]
+            x = run_block(block, [x, skips.pop()] if merges else [x], emb, dropout_key)
         return conv(norm(x))
 
     def embed(

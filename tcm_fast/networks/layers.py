@@ -1,6 +1,7 @@
 """The layers of EDM's U-Nets (Karras et al. 2022, appendix C), on the fused operations."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
+from tcm_fast.networks.recompute import after_norm
 
 BOX_FILTER = (1, 1)
 
@@ -144,6 +146,8 @@ class UNetBlock(nn.Module):
     """
 
     skip_scale = math.sqrt(0.5)
+    recompute_norms = recompute_whole = False
+    """What the backward pass computes again, see `tcm_fast.networks.recompute`."""
 
     def __init__(
         self,
@@ -178,18 +182,20 @@ class UNetBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, emb: torch.Tensor, dropout_key: DropoutKey | None = None
     ) -> torch.Tensor:
+        run = partial(after_norm, recompute=self.recompute_norms)
         # Where x also goes past a normalisation, its two gradients meet in that one's kernel.
-        normed, x = self.norm0(x, with_x=True)
+        h, x = run(partial(self.norm0, with_x=True), self.conv0, x, with_bias=False)
         skip = x if self.skip is None else self.skip(x)
         # A bias before the embedding is one with it: no pass over the pixels adds it, none sums its
         # gradient.
-        x = self.conv0(normed, with_bias=False)
         add = self.affine(emb) + self.conv0.bias
         p = self.dropout if self.training else 0.0
         key = dropout_key.at_layer(self.layer) if p > 0 and dropout_key is not None else None
-        x = self.norm1(x, add=add, dropout_p=p, dropout_key=key)
-        x = (self.conv1(x) + skip).mul_(self.skip_scale)
+        x = run(
+            lambda h, add: self.norm1(h, add=add, dropout_p=p, dropout_key=key), self.conv1, h, add
+        )
+        x = (x + skip).mul_(self.skip_scale)
         if self.attention:
-            normed, x = self.norm2(x, silu=False, with_x=True)
-            x = (self.proj(qkv_attention(self.qkv(normed), num_heads=1)) + x).mul_(self.skip_scale)
+            qkv, x = run(partial(self.norm2, silu=False, with_x=True), self.qkv, x)
+            x = (self.proj(qkv_attention(qkv, num_heads=1)) + x).mul_(self.skip_scale)
         return x
