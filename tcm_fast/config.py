@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -30,6 +31,30 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "K": 2**10,
+    "M": 2**20,
+    "G": 2**30,
+}
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """'8GiB', '7.25 GiB', '24GB' or '500M' (MiB) in bytes. ValueError, naming the argument, for anything
+    else."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
+    known = found is not None and found[2].upper() in UNITS
+    require(known, f"{name}: must be an amount of memory such as 8GiB, got {text!r}")
+    assert found is not None
+    size = int(float(found[1]) * UNITS[found[2].upper()])
+    require(size > 0, f"{name}: must be positive, got {text!r}")
+    return size
 
 
 @dataclass(frozen=True)
@@ -252,6 +277,19 @@ class Config:
     precision: Precision = "fp32"
     micro_batches: int = 1
     """Cut each rank's share of the batch into this many passes; the result is the same."""
+    memory: Literal["given", "auto"] = "given"
+    """auto: choose micro_batches and the four fields below so that the run fits, the cheapest first."""
+    memory_limit: str = ""
+    """What auto has to fit into, such as 8GiB; by default the device's memory."""
+    recompute_norms: bool = False
+    """Compute normalisations and activations again in the backward pass instead of keeping them."""
+    recompute_blocks: int | None = None
+    """Compute whole blocks again, those at this resolution or above."""
+    offload: bool = False
+    """Keep moments and averages in the host's memory; they visit the device piece by piece."""
+    gradients: Literal["fp32", "16bit"] = "fp32"
+    """16bit: keep gradients as the 16-bit backward pass makes them, instead of widening them all at once;
+    exact where each is made in one pass, so with micro_batches 1 and one process."""
     max_steps: int | None = None
     """Stop each phase after this many optimizer steps."""
     log_every: int = 50
@@ -281,6 +319,21 @@ class Config:
         require(
             self.snapshot_every >= 0,
             f"snapshot_every: must not be negative, got {self.snapshot_every}",
+        )
+        require(
+            self.recompute_blocks is None or self.recompute_blocks >= 1,
+            f"recompute_blocks: must be a resolution, got {self.recompute_blocks}",
+        )
+        if self.memory_limit:
+            parse_bytes("memory_limit", self.memory_limit)
+        require(
+            self.gradients == "fp32" or self.precision in ("fp16", "bf16"),
+            f"gradients: 16bit needs precision fp16 or bf16, got {self.precision}",
+        )
+        require(
+            self.gradients == "fp32" or self.micro_batches == 1,
+            "gradients: 16bit needs micro_batches 1 (a sum of several would be rounded), "
+            f"got {self.micro_batches}",
         )
         require(
             self.max_steps is None or self.max_steps >= 1,

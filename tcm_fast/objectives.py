@@ -19,7 +19,7 @@ from tcm_fast.kernels.consistency_loss import consistency_loss
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.noise_pair import network_input, noise_pair
 from tcm_fast.kernels.precondition import denoise
-from tcm_fast.networks.precision import cast_weights, in_precision
+from tcm_fast.networks.precision import cast_weights, in_precision, leaf_copies
 from tcm_fast.networks.precond import Precond
 from tcm_fast.times import IMAGE, STAGE1, STUDENT, TimePlan
 
@@ -178,6 +178,8 @@ class Objective(nn.Module):
         self._frozen = (frozen,)
         self.copies: list[torch.Tensor | None] | None = None
         """The student's weights in `dtype`, where the optimizer keeps them (`make_copies`)."""
+        self.narrow_gradients = False
+        """Gradients stay in `dtype` at these copies, instead of going to the weights in fp32."""
         self._cast: tuple[tuple[int, bool], dict[str, torch.Tensor]] | None = None
         image_size = student.img_channels * student.img_resolution**2
         self.c = getattr(config, "c", 0.0)
@@ -199,6 +201,9 @@ class Objective(nn.Module):
         """The student's weights in the compute dtype, cast when an optimizer has changed them."""
         if self.dtype == torch.float32:
             return None
+        if self.narrow_gradients:
+            assert self.copies is not None
+            return leaf_copies(self.student, self.copies)
         state = (sum(p._version for p in self.student.parameters()), torch.is_grad_enabled())
         if self._cast is None or self._cast[0] != state:
             self._cast = (state, cast_weights(self.student, self.dtype, self.copies))

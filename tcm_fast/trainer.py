@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.kernels._triton import compiling_together, runs_triton
 from tcm_fast.networks import Precond, build_network
 from tcm_fast.networks.precision import make_copies
+from tcm_fast.networks.recompute import set_recompute
 from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
+from tcm_fast.offload import PiecewiseOptimizer
 from tcm_fast.optim import (
     Ema,
     EmaRule,
@@ -106,8 +109,14 @@ class Phase:
     def iteration(self) -> int:
         return self.first_iteration + self.step
 
+    def settle(self) -> None:
+        """Wait until averages and moments that live on the host are there."""
+        if isinstance(self.optimizer, PiecewiseOptimizer):
+            self.optimizer.settle()
+
     def average(self, index: int = 0) -> Precond:
         """A copy of the student with the weights of one of its averages, in eval mode."""
+        self.settle()
         net = copy.deepcopy(self.student).eval().requires_grad_(False)
         for parameter, value in zip(net.parameters(), self.emas[index].average, strict=True):
             parameter.copy_(value)
@@ -382,6 +391,11 @@ class Trainer:
     def _assemble(self, name: str, student: Precond, frozen: Precond | None) -> Phase:
         config = self.config.phase(name)
         student.train()
+        set_recompute(
+            student.model,
+            norms=self.config.recompute_norms,
+            blocks_from=self.config.recompute_blocks,
+        )
         dtype = DTYPES[self.config.precision]
         loss = Objective(name, config, student, frozen, dtype=dtype)
         objective: torch.nn.Module = loss
@@ -402,6 +416,7 @@ class Trainer:
         scaled = self.config.precision == "fp16"
         if dtype != torch.float32 and not extension_gap(self.device):
             loss.copies = make_copies(student, dtype)
+            loss.narrow_gradients = self.config.gradients == "16bit"
         optimizer = build_optimizer(
             student.parameters(),
             config,
@@ -410,7 +425,13 @@ class Trainer:
             scale=LOSS_SCALE if scaled else None,
             growth_interval=SCALE_GROWTH_INTERVAL,
             capturable=graphs is not None,
+            fused=partial(PiecewiseOptimizer, on_host=self.config.offload)
+            if self.config.offload or self.config.gradients == "16bit"
+            else FusedOptimizer,
         )
+        if isinstance(optimizer, PiecewiseOptimizer):
+            for ema, average in zip(emas, optimizer.averages, strict=True):
+                ema.average = average
         return Phase(
             name=name,
             config=config,
@@ -438,6 +459,8 @@ class Trainer:
             "needs a GPU": self.device.type != "cuda",
             "cannot cut a batch (micro_batches 1)": self.config.micro_batches > 1,
             "cannot talk to other processes": self.workers.world > 1,
+            "cannot reach the host's memory (offload)": self.config.offload,
+            "cannot widen gradients (gradients 16bit)": self.config.gradients == "16bit",
             "cannot choose a loss scale (fp16) without the extension": (
                 self.config.precision == "fp16" and extension_gap(self.device) != ""
             ),
@@ -511,6 +534,7 @@ class Trainer:
 
     def _save(self, phase: Phase, *, milestone: bool = False) -> None:
         """A checkpoint of everything, by the main process."""
+        phase.settle()
         if self.workers.is_main:
             networks = {"model": phase.student}
             networks |= {f"ema-{i}": phase.average(i) for i in range(len(phase.emas))}
@@ -537,6 +561,7 @@ class Trainer:
 
     def _snapshot(self, phase: Phase) -> None:
         """Keep the power-function averages for good."""
+        phase.settle()
         if self.workers.is_main:
             names = [name for name, _ in phase.student.named_parameters()]
             phase.student.info = phase.info() | {"class_names": list(self.data.class_names)}

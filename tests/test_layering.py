@@ -20,6 +20,7 @@ times
 networks
 objectives
 optim
+offload
 checkpoint
 snapshots
 pictures
