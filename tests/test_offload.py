@@ -122,16 +122,16 @@ def test_16_bit_gradients_of_copies_count_as_their_parameters():
         grads = [torch.randn(p.shape, generator=generator).bfloat16() for p in whole.params]
         for side in (whole, pieces):
             side.optimizer.zero_grad()
-            for p, copy, grad in zip(side.params, side.copies, grads, strict=True):
+            for p, short, grad in zip(side.params, side.copies, grads, strict=True):
                 if side is whole:
                     p.grad = torch.empty_like(p).copy_(grad)
                 else:
-                    copy.requires_grad_().grad = torch.empty_like(copy).copy_(grad)
+                    short.requires_grad_().grad = torch.empty_like(short).copy_(grad)
             side.optimizer.average_betas = [0.9, 0.5]
             side.optimizer.step()
     assert_equal(whole, pieces)
     pieces.optimizer.zero_grad()
-    assert all(copy.grad is None for copy in pieces.copies)
+    assert all(short.grad is None for short in pieces.copies)
 
 
 def test_state_travels_both_ways():
