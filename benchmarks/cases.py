@@ -292,19 +292,31 @@ class Provider:
     host_bound: bool = False  # cannot be captured in a graph
 
 
-def outputs_and_grads(
-    case: Case, function: Call, inputs: Inputs, seed: int = 0
-) -> list[torch.Tensor]:
-    """Results and, under random gradients of them, the gradient of each argument that asks for one."""
+def make_call(function: Call, inputs: Inputs, direction: str, seed: int = 0) -> Callable[[], Any]:
+    """One call to be timed: the results, or, for `both`, results and the gradients of all arguments that
+    ask for one, under random gradients of the results."""
     wanted = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-    results = tensors_of(function(**inputs))
-    grads: list[torch.Tensor] = []
-    reached = [x for x in results if x.requires_grad]
-    if wanted and reached:
-        generator = torch.Generator().manual_seed(seed + 1)
-        upstream = [torch.randn(x.shape, generator=generator).to(x) for x in reached]
-        grads = list(torch.autograd.grad(reached, wanted, upstream))
-    return [x.detach() for x in (*results, *grads)]
+    if direction == "forward" or not wanted:
+
+        def forward() -> list[torch.Tensor]:
+            with torch.no_grad():
+                return tensors_of(function(**inputs))
+
+        return forward
+    generator = torch.Generator().manual_seed(seed + 1)
+    upstream = [
+        torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
+        for x in tensors_of(function(**inputs))
+        if x.requires_grad
+    ]
+
+    def both() -> list[torch.Tensor]:
+        results = tensors_of(function(**inputs))
+        reached = [x for x in results if x.requires_grad]
+        grads = torch.autograd.grad(reached, wanted, upstream)
+        return [x.detach() for x in (*results, *grads)]
+
+    return both
 
 
 def check(
@@ -319,9 +331,8 @@ def check(
         inputs = small.inputs(device, layout, seed=seed, wide=wide)
         if wide:
             inputs = {k: torch.float64 if v is case.dtype else v for k, v in inputs.items()}
-        return outputs_and_grads(
-            small, function, inputs if chance else without_chance(small, inputs), seed
-        )
+        inputs = inputs if chance else without_chance(small, inputs)
+        return make_call(function, inputs, "both", seed)()
 
     oracle_function = case.site.reference if provider.is_ours else plain(case)
     chance = provider.is_ours and case.operation != "noise_pair"
