@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 from tcm_fast.kernels.fused_step import StepControl, StepTable, StepTensors, fused_step
 from tcm_fast.optim import FusedOptimizer
 
-PIECE_BYTES = 64 << 20  # of state; a larger parameter is a piece of its own
+PIECES = 8  # at least: what visits the device twice over must be much less than all
+PIECE_BYTES = 64 << 20  # of state, at most; a larger parameter is a piece of its own
 ALIGNED = 64  # bytes between the starts of tensors: the kernels' accesses are 16 wide
 SLOTS = 2
 SEED_STEP = 0x9E3779B9  # between the pieces' seeds of random rounding
@@ -51,7 +52,7 @@ class PiecewiseOptimizer(FusedOptimizer):
     Args:
         on_host: keep moments and averages in host memory, pinned for CUDA. `averages` are the lists to
             use then; they are copies of those given.
-        piece_bytes: state that is on the device at a time, twice.
+        piece_bytes: state that is on the device at a time, twice; None is an eighth of all, or 64 MiB.
         others: as `FusedOptimizer`'s. A copy that has a gradient (`copies`) lends it to its parameter: 16
             bits until the piece's turn.
     """
@@ -62,7 +63,7 @@ class PiecewiseOptimizer(FusedOptimizer):
         kind: str = "radam",
         *,
         on_host: bool = True,
-        piece_bytes: int = PIECE_BYTES,
+        piece_bytes: int | None = None,
         **options: Any,
     ) -> None:
         self.on_host, self.piece_bytes = on_host, piece_bytes
@@ -84,6 +85,10 @@ class PiecewiseOptimizer(FusedOptimizer):
     def _cut(self) -> None:
         """Cut the parameters into pieces, and lay out each one's state."""
         moments = self._moments
+        if self.piece_bytes is None:
+            each = (moments or torch.float32).itemsize
+            elements = [t.param.numel() for t in self._tensors]
+            self.piece_bytes = piece_bytes(sum(elements), len(self._averages), each)
         for index, t in enumerate(self._tensors):
             kinds = {f"averages[{k}]": a.dtype for k, a in enumerate(t.averages)}
             kinds |= dict.fromkeys(("exp_avg", "exp_avg_sq"), moments or t.param.dtype)
@@ -313,6 +318,27 @@ class PiecewiseOptimizer(FusedOptimizer):
         for copy in self._copies:
             if copy is not None:
                 copy.grad = None
+
+
+def piece_bytes(elements: int, averages: int, moment_bytes: float) -> int:
+    """How much state a piece may have, of so many parameters in all."""
+    return min(int(elements * (4 * averages + 2 * moment_bytes)) // PIECES, PIECE_BYTES)
+
+
+def piece_sizes(
+    elements: Sequence[int], averages: int, moment_bytes: float
+) -> list[tuple[int, int]]:
+    """Bytes of (state, widened gradients) of each piece that fp32 parameters of so many elements are cut
+    into."""
+    limit = piece_bytes(sum(elements), averages, moment_bytes)
+    pieces: list[tuple[int, int]] = []
+    for count in elements:
+        state = averages * _aligned(4 * count) + 2 * _aligned(int(moment_bytes * count))
+        if not pieces or pieces[-1][0] + state > limit:
+            pieces.append((0, 0))
+        size, grads = pieces[-1]
+        pieces[-1] = size + state, grads + _aligned(4 * count)
+    return pieces
 
 
 def _grad(copy: torch.Tensor | None) -> torch.Tensor | None:

@@ -28,7 +28,7 @@ sampler
 precision_check
 features
 metrics
-plan
+plan footprint
 trainer
 convert accelerate
 cli

@@ -17,6 +17,7 @@ from tcm_fast.networks.layers import (
     PositionalEmbedding,
     UNetBlock,
     fresh_key,
+    without_autocast,
 )
 from tcm_fast.networks.recompute import run_block
 
@@ -166,7 +167,7 @@ class SongUNet(nn.Module):
     ) -> torch.Tensor:
         """The embedding [N,emb_channels] of noise level, class and augmentation."""
         dtype = self.map_layer0.weight.dtype
-        with torch.autocast(noise_labels.device.type, enabled=False):
+        with without_autocast(noise_labels.device):
             cos, sin = self.map_noise(noise_labels).chunk(2, 1)
             emb = torch.cat([sin, cos], 1).to(dtype)
             if self.map_label is not None:

@@ -1,6 +1,7 @@
 """The layers of EDM's U-Nets (Karras et al. 2022, appendix C), on the fused operations."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,13 @@ def fresh_key(n: int, device: torch.device) -> DropoutKey:
     """A key for `n` samples that nobody else uses, drawn from torch's default CPU generator."""
     seed = torch.randint(2**31, (), device="cpu").to(device, non_blocking=True)
     return DropoutKey(seed=seed, step=0, layer=0, sample=torch.arange(n, device=device))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """An fp32 island; the meta device has no autocast to be switched off."""
+    if device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class Linear(nn.Linear):
