@@ -199,6 +199,24 @@ class Trainer:
                 f"optimizer: torch's, in many passes over the weights instead of one ({gap})"
             )
 
+    def measure(self, name: str, *, seconds: float = 3.0) -> float:
+        """Images per second at the end of a phase's schedule, by steps on weights that are thrown away."""
+        fresh = self._build(0.0)
+        phase = self._begin(name, fresh)
+        phase.step = max(phase.steps - 1, 0)
+        stream = ImageStream(self.data, seed=0, device=self.device, flip=self.config.data.flip)
+        batches = self._prepare(phase, stream)
+        self._compile_kernels(phase, batches)
+        steps, begun = -3, time.monotonic()  # three to warm up, or to capture a graph
+        while steps < 1 or time.monotonic() - begun < seconds:
+            if steps == 0:
+                begun = time.monotonic()
+            stats = self._step(phase, batches)
+            batches = self._prepare(phase, stream)
+            stats.sum().item()
+            steps += 1
+        return steps * phase.config.batch_size / (time.monotonic() - begun)
+
     # ---- the run --------------------------------------------------------------------------------
 
     def run(self) -> list[PhaseResult]:

@@ -29,8 +29,12 @@ precision_check
 features
 metrics
 plan footprint
+cards recipes
+budget
 trainer
+timebox
 convert accelerate
+plan_command
 cli
 __init__ __main__
 """
