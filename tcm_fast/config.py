@@ -352,6 +352,12 @@ class Config:
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
+def phase_name(name: str) -> PhaseName:
+    """A phase's name as one. ValueError for anything else."""
+    require(name in PHASES, f"phase: {suggest(name, list(PHASES))}")
+    return typing.cast(PhaseName, name)
+
+
 # ---- files ------------------------------------------------------------------------------------
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from tcm_fast.budget import Plan, mean_work, plan_run
+from tcm_fast.budget import Plan, choose_levers, mean_work, plan_run
 from tcm_fast.cards import Card
-from tcm_fast.config import Config, require, save_config
+from tcm_fast.config import Config, phase_name, require, save_config
 from tcm_fast.footprint import ImageShape
 from tcm_fast.recipes import images_for, scale_recipe, scale_width
 from tcm_fast.trainer import PhaseResult, Trainer
@@ -32,6 +32,7 @@ def fit_hours(
     gpus: int = 1,
     rates: Mapping[str, float] | None = None,
     width: int | None = None,
+    auto: bool = False,
 ) -> Plan:
     """The largest schedule of a recipe that the hours hold, on the network that suits it.
 
@@ -42,15 +43,20 @@ def fit_hours(
         hours: of time, positive.
         rates: images per second, measured on the network of `width`.
         width: of the network; None is chosen by the arithmetic that the hours hold.
+        auto: choose the levers, too.
 
     Raises:
         ValueError: no time, or too little for the phases' first steps.
     """
     require(hours > 0, f"hours: must be positive, got {hours:g}")
     seconds = hours * 3600 * (1 - RESERVE)
+    if auto:
+        config = replace(config, micro_batches=1, gradients="fp32")
     whole = plan_run(config, shape, card, gpus=gpus)
     if width is None and whole.seconds <= seconds and not rates:
-        return whole  # the recipe as it is
+        if auto:  # the recipe as it is
+            return plan_run(choose_levers(config, shape, card, gpus=gpus), shape, card, gpus=gpus)
+        return whole
     if width is None and config.network.model_channels is not None:
         width = scale_width(config.network.model_channels, seconds / whole.seconds)
     plan = whole
@@ -62,6 +68,9 @@ def fit_hours(
             config, images, width=width, count=shape.count or 50_000, on_gpu=card.on_gpu
         )
         plan = plan_run(scaled, shape, card, gpus=gpus, rates=known)
+    if auto:
+        chosen = choose_levers(plan.config, shape, card, gpus=gpus)
+        plan = plan_run(chosen, shape, card, gpus=gpus, rates=known)
     steps = {p.name: p.images // p.batch_size for p in plan.phases}
     name = min(steps, key=lambda n: steps[n])
     require(
@@ -80,7 +89,7 @@ def calibrate(config: Config, name: str, *, seconds: float = 3.0) -> float:
     if not torch.cuda.is_available() or config.device == "cpu":
         rows = min(rows, CPU_ROWS)
     small = replace(config, **{name: replace(phase, batch_size=rows)}, micro_batches=1)  # type: ignore[arg-type]
-    small = replace(small, phases=(name,), snapshot_every=0, memory="given")
+    small = replace(small, phases=(phase_name(name),), snapshot_every=0, memory="given")
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(small, folder)
         rate = trainer.measure(name, seconds=seconds)
@@ -109,10 +118,11 @@ def train_within(
     """
     begun = time.monotonic()
     end = begun + hours * 3600 * (1 - RESERVE)
-    plan = fit_hours(config, shape, card, hours)
+    auto = config.memory == "auto"
+    plan = fit_hours(config, shape, card, hours, auto=auto)
     width = plan.config.network.model_channels
     whole = plan.config
-    rates = {name: calibrate(whole, name) for name in config.phases}
+    rates: dict[str, float] = {name: calibrate(whole, name) for name in config.phases}
     slower = 1.0  # how much longer than planned the last phase took
     results: list[PhaseResult] = []
     done: dict[str, Config] = {}
@@ -122,7 +132,7 @@ def train_within(
         hours_left = max(end - now, 0.0) / 3600 / (1 - RESERVE)
         rest = replace(config, phases=left)
         effective = {n: rates[n] / slower for n in left}
-        plan = fit_hours(rest, shape, card, hours_left, rates=effective, width=width)
+        plan = fit_hours(rest, shape, card, hours_left, rates=effective, width=width, auto=auto)
         phase = plan.config.phase(name)
         if name == "tcm" and "ect" in done:  # one schedule over both
             before = done["ect"].ect

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,12 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 from tcm_fast import checkpoint, distributed, metrics
+from tcm_fast.budget import choose_levers
+from tcm_fast.cards import this_device, with_memory
 from tcm_fast.config import PHASES, Config, ConsistencyConfig, PhaseConfig, save_config, to_dict
 from tcm_fast.data import ImageStream, load_images
 from tcm_fast.features import feature_space
+from tcm_fast.footprint import ImageShape
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.kernels._triton import compiling_together, runs_triton
@@ -175,6 +178,8 @@ class Trainer:
         self.data = load_images(
             data.source, skip_corrupt=data.skip_corrupt, resolution=data.resolution
         )
+        if config.memory == "auto":
+            self.config = config = self._with_levers(config)
         if config.network.class_conditional and self.data.labels is None:
             raise ValueError(
                 f"network.class_conditional: needs labels, but {data.source} has none (put each class "
@@ -198,6 +203,21 @@ class Trainer:
             self.log.say(
                 f"optimizer: torch's, in many passes over the weights instead of one ({gap})"
             )
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Of the training set."""
+        data = self.data
+        return ImageShape(data.resolution, data.channels, data.num_classes, len(data))
+
+    def _with_levers(self, config: Config) -> Config:
+        """`memory = "auto"`: the levers with which the run fits the device, for every rank the same."""
+        card = this_device(self.device, measure=False)
+        if config.memory_limit:
+            card = with_memory(card, config.memory_limit)
+        world = self.workers.world
+        chosen = self.workers.share(choose_levers(config, self.image_shape, card, gpus=world))
+        return replace(chosen, memory="given")
 
     def measure(self, name: str, *, seconds: float = 3.0) -> float:
         """Images per second at the end of a phase's schedule, by steps on weights that are thrown away."""
@@ -714,7 +734,12 @@ NEXT = """Next:
 
 def summary(trainer: Trainer, results: list[PhaseResult]) -> None:
     """The table of a finished run, and what to do next."""
-    table = Table(title=str(trainer.out), title_justify="left", box=box.SIMPLE)
+    print_summary(trainer.out, results)
+
+
+def print_summary(out: Path, results: list[PhaseResult]) -> None:
+    """The table of the phases that a folder holds."""
+    table = Table(title=str(out), title_justify="left", box=box.SIMPLE)
     table.pad_edge, table.padding = False, (0, 1, 0, 0)  # fits 80 columns
     for column in ("phase", "images", "time", "images/s"):
         table.add_column(column, justify="left" if column == "phase" else "right")
@@ -738,7 +763,7 @@ def summary(trainer: Trainer, results: list[PhaseResult]) -> None:
             f"* in {HEUN_STEPS} Heun steps" if "edm" in (r.phase for r in judged) else None
         )
     Console().print(table)
-    print(NEXT.format(out=trainer.out))
+    print(NEXT.format(out=out))
 
 
 def _quality(result: PhaseResult) -> list[str]:
