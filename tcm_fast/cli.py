@@ -19,6 +19,9 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 from tcm_fast.config import Config, PhaseName, Precision, load_config, load_preset, preset_names
 
 FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
+STOPPED = (
+    75  # a run was asked to stop and has been saved: --resume auto goes on (sysexits' EX_TEMPFAIL)
+)
 
 
 @dataclass
@@ -215,7 +218,9 @@ def train(args: Train) -> int:
     resume: bool | Path = (
         False if args.resume is None else args.resume == "auto" or Path(args.resume)
     )
-    from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
+    from tcm_fast.phase import TrainingError
+    from tcm_fast.summary import summary
+    from tcm_fast.trainer import Interrupted, Trainer
 
     trainer = Trainer(settings, args.out, init=args.init, resume=resume)
     is_main = trainer.workers.is_main
@@ -226,9 +231,9 @@ def train(args: Train) -> int:
         advice = "" if is_failure else f"; to go on: {resume_command(args)}"
         if is_main:
             print(f"tcm-fast: {stop}{advice}", file=sys.stderr)
-        return FAILED if is_failure else INTERRUPTED
+        return FAILED if is_failure else STOPPED
     if is_main:
-        summary(trainer, results)
+        summary(trainer.out, results)
     return 0
 
 

@@ -14,20 +14,24 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
 _C
 kernels
-config distributed runlog image_files graphs
+config distributed runlog stopping run_lock image_files graphs
 data
 times
 networks
 objectives
-optim
+diagnosis optim watch
+tensor_files
+optimizer_state run_folder
 checkpoint
-snapshots
+saving snapshots parallel
 pictures
 sampler
 precision_check
 features
 metrics
 plan
+phase memory summary
+keeping assembly
 trainer
 convert accelerate
 cli
