@@ -21,6 +21,9 @@ from tcm_fast.config import Config, PhaseName, Precision, load_config, load_pres
 from tcm_fast.plan_command import Plan
 
 FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
+STOPPED = (
+    75  # a run was asked to stop and has been saved: --resume auto goes on (sysexits' EX_TEMPFAIL)
+)
 
 
 @dataclass
@@ -230,7 +233,9 @@ def train(args: Train) -> int:
     )
     if args.hours is not None:
         return train_within(args, settings)
-    from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
+    from tcm_fast.phase import TrainingError
+    from tcm_fast.summary import summary
+    from tcm_fast.trainer import Interrupted, Trainer
 
     trainer = Trainer(settings, args.out, init=args.init, resume=resume)
     is_main = trainer.workers.is_main
@@ -241,9 +246,9 @@ def train(args: Train) -> int:
         advice = "" if is_failure else f"; to go on: {resume_command(args)}"
         if is_main:
             print(f"tcm-fast: {stop}{advice}", file=sys.stderr)
-        return FAILED if is_failure else INTERRUPTED
+        return FAILED if is_failure else STOPPED
     if is_main:
-        summary(trainer, results)
+        summary(trainer.out, results)
     return 0
 
 
@@ -251,7 +256,9 @@ def train_within(args: Train, settings: Config) -> int:
     from tcm_fast import timebox
     from tcm_fast.cards import this_device
     from tcm_fast.distributed import pick_device
-    from tcm_fast.trainer import Interrupted, TrainingError, print_summary
+    from tcm_fast.phase import TrainingError
+    from tcm_fast.summary import summary
+    from tcm_fast.trainer import Interrupted
 
     assert args.out is not None
     if args.resume is not None:
@@ -265,8 +272,8 @@ def train_within(args: Train, settings: Config) -> int:
         )  # fmt: skip
     except (TrainingError, Interrupted) as stop:
         print(f"tcm-fast: {stop}", file=sys.stderr)
-        return FAILED if isinstance(stop, TrainingError) else INTERRUPTED
-    print_summary(args.out, results)
+        return FAILED if isinstance(stop, TrainingError) else STOPPED
+    summary(args.out, results)
     return 0
 
 

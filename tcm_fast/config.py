@@ -260,6 +260,31 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What happens when numbers go bad. A step whose loss or gradient is not finite changes nothing."""
+
+    bad_steps: int = 20
+    """After this many such steps in a row the last good checkpoint is loaded, or the phase begins again
+    where there is none yet."""
+    rollbacks: int = 3
+    """How often that is tried in a phase before the run stops with a diagnosis."""
+    lower: Literal["rate", "scale"] = "rate"
+    """What is multiplied by `factor` then: the learning rate, or the loss scale (fp16)."""
+    factor: float = 0.5
+    spike: float = 10.0
+    """A gradient whose norm is this many times the median of the last 200 is reported; 0 for none."""
+
+    def __post_init__(self) -> None:
+        require(self.bad_steps >= 1, f"guard.bad_steps: must be at least 1, got {self.bad_steps}")
+        require(self.rollbacks >= 0, f"guard.rollbacks: must not be negative, got {self.rollbacks}")
+        require(0 < self.factor <= 1, f"guard.factor: must lie in (0, 1], got {self.factor}")
+        require(
+            self.spike == 0 or self.spike > 1,
+            f"guard.spike: must be greater than 1, or 0, got {self.spike}",
+        )
+
+
+@dataclass(frozen=True)
 class Config:
     """A run: data, network, phases and how they are carried out."""
 
@@ -271,12 +296,14 @@ class Config:
     ict: IctConfig = field(default_factory=IctConfig)
     cd: CdConfig = field(default_factory=CdConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     phases: tuple[PhaseName, ...] = ("edm", "ect", "tcm")
     """Phases to run, in order; each starts from the previous one's first average."""
     seed: int = 0
     precision: Precision = "fp32"
     micro_batches: int = 1
-    """Cut each rank's share of the batch into this many passes; the result is the same."""
+    """Cut each rank's share of the batch into this many passes; the result is the same. Doubled where
+    memory does not suffice."""
     memory: Literal["given", "auto"] = "given"
     """auto: choose micro_batches and the four fields below so that the run fits, the cheapest first."""
     memory_limit: str = ""
@@ -292,10 +319,14 @@ class Config:
     exact where each is made in one pass, so with micro_batches 1 and one process."""
     max_steps: int | None = None
     """Stop each phase after this many optimizer steps."""
+    max_hours: float | None = None
+    """Save and stop after this time; --resume auto goes on."""
     log_every: int = 50
     """Steps between log lines."""
     save_every: int = 5000
     """Steps between checkpoints."""
+    save_minutes: float = 5.0
+    """Minutes between checkpoints, where steps are slow; 0 counts steps alone."""
     grid_every: int = 2000
     """Steps between sample grids."""
     snapshot_every: int = 0
@@ -303,10 +334,21 @@ class Config:
     of other widths; 0 for none."""
     keep: int = 2
     """Checkpoints kept besides the last of each phase."""
+    milestone_every: int = 0
+    """Steps between checkpoints that are kept for good; 0 for none."""
+    best: Literal["", "loss", "frechet"] = ""
+    """Keep the checkpoint with the smallest loss since the one before, or with the smallest Fréchet
+    distance (measured whenever one is saved), too."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU where there is one."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Replay a step as one CUDA graph: on is an error where it cannot be, auto then goes without."""
+    deterministic: bool = False
+    """On a GPU, use algorithms alone that give equal bits in every run, as a CPU does."""
+    engine: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes hold the weights each (ddp) or in parts (fsdp, for networks too large)."""
+    gradient_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """In which processes exchange gradients (ddp)."""
     compile: bool = False
     """Compile the networks with torch.compile around the fused operations: a minute or more before the
     first step."""
@@ -316,9 +358,13 @@ class Config:
             require(
                 getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}"
             )
+        for name in ("snapshot_every", "milestone_every", "save_minutes"):
+            require(
+                getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}"
+            )
         require(
-            self.snapshot_every >= 0,
-            f"snapshot_every: must not be negative, got {self.snapshot_every}",
+            self.max_hours is None or self.max_hours > 0,
+            f"max_hours: must be positive, got {self.max_hours}",
         )
         require(
             self.recompute_blocks is None or self.recompute_blocks >= 1,

@@ -193,9 +193,13 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's part of the step's loss (a scalar with a gradient), and of the mean loss off and
         on the boundary (two numbers for the log, [2])."""
-        is_edm = isinstance(self.config, EdmConfig)
-        losses = self._denoising(batch) if is_edm else self._consistency(batch)
+        losses = self.losses(batch)
         return torch.dot(losses, batch.weights[0]), batch.weights[1:] @ losses.detach()
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """The loss of each row, weighted for its noise level: [n]."""
+        is_edm = isinstance(self.config, EdmConfig)
+        return self._denoising(batch) if is_edm else self._consistency(batch)
 
     def _weights(self) -> dict[str, torch.Tensor] | None:
         """The student's weights in the compute dtype, cast when an optimizer has changed them."""

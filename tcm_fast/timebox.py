@@ -15,8 +15,9 @@ from tcm_fast.budget import Plan, choose_levers, mean_work, plan_run
 from tcm_fast.cards import Card
 from tcm_fast.config import Config, phase_name, require, save_config
 from tcm_fast.footprint import ImageShape
+from tcm_fast.phase import PhaseResult
 from tcm_fast.recipes import images_for, scale_recipe, scale_width
-from tcm_fast.trainer import PhaseResult, Trainer
+from tcm_fast.trainer import Trainer
 
 FEWEST_STEPS = 100  # of a phase; with fewer nothing is learnt
 RESERVE = 0.02  # of the time: loading, pictures, checkpoints
@@ -93,7 +94,7 @@ def calibrate(config: Config, name: str, *, seconds: float = 3.0) -> float:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(small, folder)
         rate = trainer.measure(name, seconds=seconds)
-        trainer.log.close()
+        trainer.keeper.close()
     return rate / mean_work(config, name)
 
 
@@ -131,7 +132,7 @@ def train_within(
         now = time.monotonic()
         hours_left = max(end - now, 0.0) / 3600 / (1 - RESERVE)
         rest = replace(config, phases=left)
-        effective = {n: rates[n] / slower for n in left}
+        effective: dict[str, float] = {n: rates[n] / slower for n in left}
         plan = fit_hours(rest, shape, card, hours_left, rates=effective, width=width, auto=auto)
         phase = plan.config.phase(name)
         if name == "tcm" and "ect" in done:  # one schedule over both

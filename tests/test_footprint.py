@@ -66,14 +66,13 @@ def counted(config, name, out):
     """Bytes of all tensors that a trainer's phase holds, and of those that its second step makes."""
     before = all_tensors()
     trainer = Trainer(config, out)
-    phase = trainer._begin(name, trainer._build(0.0) if name == "tcm" else None)
+    phase = trainer.assembly.begin(name, trainer.assembly.build(0.0) if name == "tcm" else None)
     stream = ImageStream(trainer.data, seed=0, device="cpu")
     batches = trainer._prepare(phase, stream)
     trainer._step(phase, batches)
     phase.step = phase.steps - 1  # the schedule's end, where most targets need a network
     batches = trainer._prepare(phase, stream)
     phase.optimizer.zero_grad(set_to_none=True)
-    del trainer.log
     known = storages(before)
     there = all_tensors()
     there += [x for state in phase.optimizer.state.values() for x in state.values()]

@@ -14,15 +14,16 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
 _C
 kernels
-config distributed runlog image_files graphs
+config distributed runlog stopping run_lock image_files graphs
 data
 times
 networks
 objectives
-optim
-offload
+diagnosis optim watch
+offload tensor_files
+optimizer_state run_folder
 checkpoint
-snapshots
+saving snapshots parallel
 pictures
 sampler
 precision_check
@@ -31,6 +32,8 @@ metrics
 plan footprint
 cards recipes
 budget
+phase memory summary
+keeping assembly
 trainer
 timebox
 convert accelerate

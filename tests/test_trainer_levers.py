@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from tcm_fast.checkpoint import load_checkpoint, newest_checkpoint
+from tcm_fast.checkpoint import load_checkpoint
 from tcm_fast.config import Config, from_dict
 from tcm_fast.kernels._backend import extension
+from tcm_fast.run_folder import newest_checkpoint
 from tcm_fast.trainer import Trainer
 
 PHASE = {"batch_size": 8, "images": 8 * 4, "dropout": 0.2, "lr": 1e-3, "ema": ["power:6.94"]}
