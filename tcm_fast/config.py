@@ -119,6 +119,14 @@ class EdmConfig(PhaseConfig):
     """Mean of ln t."""
     t_std: float = 1.2
     """Standard deviation of ln t."""
+    learned_variance: bool = False
+    """Weight the noise levels by a learned log-variance of the error (EDM2)."""
+    augment: float = 0.0
+    """Probability of each of EDM's augmentations (small sets: 0.12); needs network.augment_dim = 9."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.augment <= 1, f"edm.augment: must lie in [0, 1], got {self.augment}")
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,23 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 from tcm_fast import checkpoint, distributed, metrics
-from tcm_fast.config import PHASES, Config, ConsistencyConfig, PhaseConfig, save_config, to_dict
+from tcm_fast.config import (
+    PHASES,
+    Config,
+    ConsistencyConfig,
+    EdmConfig,
+    PhaseConfig,
+    save_config,
+    to_dict,
+)
 from tcm_fast.data import ImageStream, load_images
 from tcm_fast.features import feature_space
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.kernels._triton import compiling_together, runs_triton
-from tcm_fast.networks import Precond, build_network
-from tcm_fast.networks.precision import make_copies
-from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
+from tcm_fast.networks import Precond, build_network, force_rows
+from tcm_fast.networks.precision import is_derived, make_copies
+from tcm_fast.objectives import Batch, Objective, check_augmentation, make_batch, row_granule
 from tcm_fast.optim import (
     Ema,
     EmaRule,
@@ -58,6 +66,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 FROZEN_FILE = {"tcm": "stage1", "cd": "teacher"}
+LOGVAR_CHANNELS = 128  # of the learned log-variance, as EDM2 has it
 LOSS_SCALE, SCALE_GROWTH_INTERVAL = 16.0, 20_000  # of fp16, as EDM2 and TCM have it
 COLLAPSED = 0.25  # share of their widest spread below which one-step samples are nearly alike
 INFLATED = 1.1  # multiple of the data's spread above which they have left the data
@@ -177,7 +186,9 @@ class Trainer:
         # Every process looks, so that all of them fail where one does, before any of them writes.
         self.resumed = self.workers.share(checkpoint.open_run(self.out, resume))
         self.init = checkpoint.load_network(init, device=self.device) if init else None
-        self._build(dropout=0.0)  # the network's own errors come before anything is written
+        for name in config.phases:  # what is wrong with them is said before anything is written
+            net = self._build(config.phase(name), device="meta")
+            check_augmentation(config.phase(name), net)
         if self.workers.is_main:
             (self.out / "grids").mkdir(parents=True, exist_ok=True)
             save_config(config, self.out / "config.json")
@@ -337,6 +348,7 @@ class Trainer:
         """What the device does in a step: losses, gradients, the optimizer."""
         stats = torch.zeros(2, device=self.device)
         phase.optimizer.zero_grad(set_to_none=True)
+        force_rows(phase.student)
         for batch in batches:
             module, is_last = phase.objective, batch is batches[-1]
             waits = isinstance(module, DistributedDataParallel) and not is_last
@@ -360,7 +372,7 @@ class Trainer:
     def _begin(self, name: str, previous: Precond | None) -> Phase:
         """A fresh phase: student, average and frozen network all start from `previous`."""
         config = self.config.phase(name)
-        student = self._build(config.dropout)
+        student = self._build(config)
         if previous is not None:
             load_weights(student, previous, name)
         elif name in ("tcm", "cd"):
@@ -382,10 +394,13 @@ class Trainer:
     def _assemble(self, name: str, student: Precond, frozen: Precond | None) -> Phase:
         config = self.config.phase(name)
         student.train()
+        augmentation = getattr(student.model, "map_augment", None)
+        if augmentation is not None:  # has a gradient only where something is augmented
+            augmentation.requires_grad_(getattr(config, "augment", 0.0) > 0)
         dtype = DTYPES[self.config.precision]
         loss = Objective(name, config, student, frozen, dtype=dtype)
         objective: torch.nn.Module = loss
-        if frozen is not None and dtype != torch.float32:
+        if frozen is not None and loss.frozen is not frozen:
             frozen.to("cpu")  # for checkpoints; the device holds the objective's copy alone
         if self.workers.world > 1:
             devices = [self.device] if self.device.type == "cuda" else None
@@ -400,8 +415,8 @@ class Trainer:
         graphs = self._graphs()
         emas = [Ema(rule, student.parameters()) for rule in config.ema]
         scaled = self.config.precision == "fp16"
-        if dtype != torch.float32 and not extension_gap(self.device):
-            loss.copies = make_copies(student, dtype)
+        if is_derived(student, dtype) and not extension_gap(self.device):
+            loss.copies = make_copies(student, dtype, rows_too=False)
         optimizer = build_optimizer(
             student.parameters(),
             config,
@@ -447,18 +462,22 @@ class Trainer:
             raise ValueError(f"cuda_graph: a graph {why}; use auto or off")
         return None if self.config.cuda_graph == "off" or why is not None else GraphCache()
 
-    def _build(self, dropout: float) -> Precond:
-        """The run's network, equal on every rank and for every seed of the global generator."""
-        with torch.random.fork_rng(devices=[]):
+    def _build(self, config: PhaseConfig, device: str | None = None) -> Precond:
+        """The network of a phase, equal on every rank and for every seed of the global generator."""
+        learns_variance = isinstance(config, EdmConfig) and config.learned_variance
+        with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
             torch.manual_seed(self.config.seed)
             net = build_network(
                 self.config.network.name,
                 img_resolution=self.data.resolution,
                 img_channels=self.data.channels,
                 label_dim=self.data.num_classes if self.config.network.class_conditional else 0,
-                dropout=dropout,
+                logvar_channels=LOGVAR_CHANNELS if learns_variance else 0,
+                dropout=config.dropout,
                 **self.config.network.architecture(),
             )
+        if device is not None:
+            return net
         on_gpu = self.device.type == "cuda"
         layout = torch.channels_last if on_gpu else torch.preserve_format
         return net.to(self.device, memory_format=layout)  # type: ignore[call-overload]
@@ -488,7 +507,7 @@ class Trainer:
         for key, value in kept.items():  # the order of the images depends on both
             if value != state[key]:
                 raise ValueError(f"resume: {key} must stay {state[key]} as in {path}, got {value}")
-        student = self._build(config.dropout)
+        student = self._build(config)
         saved.restore_network(student, "model")
         frozen = None
         if name in FROZEN_FILE:
@@ -645,8 +664,13 @@ class Trainer:
 
 
 def load_weights(student: Precond, previous: Precond, phase: str) -> None:
-    """Start a phase from another network's weights. ValueError where the networks differ."""
+    """Start a phase from another network's weights, but for the log-variance that pre-training alone
+    learns. ValueError where the networks differ."""
     ours, theirs = student.state_dict(), previous.state_dict()
+    own = {name: value for name, value in ours.items() if name.startswith("logvar_")}
+    theirs = own | {
+        name: value for name, value in theirs.items() if name in own or not name.startswith("logvar_")
+    }
     wrong = [
         f"{name} is {list(theirs[name].shape) if name in theirs else 'missing'}, "
         f"must be {list(value.shape)}"

@@ -16,7 +16,7 @@ _C
 kernels
 config distributed runlog image_files graphs
 data
-times
+times augment
 networks
 objectives
 optim
