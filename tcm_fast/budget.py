@@ -20,7 +20,6 @@ from tcm_fast.footprint import (
     build_on_meta,
     dry_step,
     memory,
-    sizes,
 )
 from tcm_fast.times import IMAGE, plan_times
 
@@ -71,8 +70,13 @@ class Plan:
         return max(needed(phase.memory) for phase in self.phases)
 
 
+def needs(held: float) -> float:
+    """Bytes that a device must have for so many in tensors."""
+    return held * OVERHEAD
+
+
 def needed(held: Memory) -> int:
-    return int(held.total * OVERHEAD)
+    return int(needs(held.total))
 
 
 def plan_run(
@@ -124,10 +128,9 @@ def computed_rate(
     micro = phase.batch_size // step.rows // gpus
     at_end = _work_seconds(card, config.precision, step)
     network = micro * at_end * mean_work(config, name)
-    size = sizes(build_on_meta(config, shape))
-    update = OPTIMIZER_BYTES * size.parameters / 4 / (card.bandwidth * BANDWIDTH_SHARE)
+    update = OPTIMIZER_BYTES * step.parameters / (card.bandwidth * BANDWIDTH_SHARE)
     if config.offload and card.on_gpu:
-        state = size.parameters * (2 + len(phase.ema))
+        state = 4 * step.parameters * (2 + len(phase.ema))
         update = max(update, state / PCIE - 0.5 * network)  # half of the step hides copies
     return phase.batch_size / gpus / (network + update)
 
@@ -189,65 +192,58 @@ def _candidates(config: Config, shape: ImageShape, card: Card, gpus: int) -> Ite
     names = dict.fromkeys(config.phases)
     name = max(names, key=lambda n: (config.phase(n).batch_size, n == "tcm"))  # the largest one
     batch = config.phase(name).batch_size // gpus
-    size = sizes(build_on_meta(config, shape))
-    is_short = DTYPES[config.precision].itemsize == 2
     found: list[tuple[float, Config]] = []
     smallest = config
     for recompute in _recomputations(shape):
         levers = replace(config, gradients="fp32", **recompute)
-        counted = replace(
-            levers, micro_batches=gpus * max(m for m in cuts if batch // m >= min(8, batch))
-        )
-        step = dry_step(counted, name, shape, on_gpu=card.on_gpu)
-        per_image = (step.peak - step.peak_grads) / step.rows
+        few = max(m for m in cuts if batch // m >= min(8, batch))
+        step = dry_step(replace(levers, micro_batches=gpus * few), name, shape, on_gpu=card.on_gpu)
+        fixed, per_image = _activations(levers, name, shape, card, step, gpus)
         for offload in (False, True) if card.on_gpu else (False,):
             variant = replace(levers, offload=offload)
-            fixed = memory(
-                replace(counted, offload=offload), name, shape, on_gpu=card.on_gpu, step=step
-            )
-            rest = fixed.total - fixed.activations - fixed.gradients
+            held = memory(variant, name, shape, on_gpu=card.on_gpu, step=step)
+            rest = held.total - held.activations - held.gradients + fixed
             smallest = replace(variant, micro_batches=cuts[-1])
-            for m in cuts:
-                rows = batch // m
-                grads = size.parameters if m > 1 else 0
-                if (rest + grads + per_image * rows) * OVERHEAD > 1.02 * card.usable:
-                    continue
+            fitting = [
+                m
+                for m in cuts
+                if needs(rest + per_image * (batch // m) + (m > 1) * 4 * step.parameters)
+                <= 1.02 * card.usable
+            ]
+            for m in fitting[:2]:  # the estimate may be a little too low
                 chosen = replace(variant, micro_batches=m)
-                found.append(
-                    (_step_seconds(chosen, name, card, step, rows, size.parameters), chosen)
-                )
-                if is_short and m == 1 and offload:
-                    narrow = replace(chosen, gradients="16bit")
-                    found.append((found[-1][0] * 1.001, narrow))
-                if m < cuts[-1]:  # the estimate may be a little too low
-                    after = replace(variant, micro_batches=cuts[cuts.index(m) + 1])
-                    found.append(
-                        (
-                            _step_seconds(
-                                after,
-                                name,
-                                card,
-                                step,
-                                batch // after.micro_batches,
-                                size.parameters,
-                            ),
-                            after,
-                        )
-                    )
-                break
+                seconds = _step_seconds(chosen, name, card, step, batch // m)
+                found.append((seconds, chosen))
+                if m == 1 and DTYPES[config.precision].itemsize == 2:
+                    found.append((1.001 * seconds, replace(chosen, gradients="16bit")))
     yield from (chosen for _, chosen in sorted(found, key=lambda pair: pair[0]))
     yield smallest
 
 
-def _step_seconds(
-    config: Config, name: str, card: Card, step: DryStep, rows: int, parameters: int
-) -> float:
+def _activations(
+    config: Config, name: str, shape: ImageShape, card: Card, step: DryStep, gpus: int
+) -> tuple[float, float]:
+    """Bytes of a step whatever its images, and for each image of a micro-batch. In fp32 the former are
+    hardly any; in 16 bits they are the casts of weights and gradients."""
+    size = config.phase(name).batch_size // gpus
+    micro = size // step.rows
+    held = step.peak - step.peak_grads
+    if DTYPES[config.precision].itemsize == 4 or step.rows % 2 or 2 * micro > size:
+        return 0.0, held / step.rows
+    half = dry_step(
+        replace(config, micro_batches=2 * micro * gpus), name, shape, on_gpu=card.on_gpu
+    )
+    slope = max(2 * (held - (half.peak - half.peak_grads)) / step.rows, 0.0)
+    return held - slope * step.rows, slope
+
+
+def _step_seconds(config: Config, name: str, card: Card, step: DryStep, rows: int) -> float:
     """Of a step that is cut into micro-batches of so many images."""
     micro = config.phase(name).batch_size / rows
     network = micro * _work_seconds(card, config.precision, step, rows / step.rows)
-    update = OPTIMIZER_BYTES * parameters / 4 / (card.bandwidth * BANDWIDTH_SHARE)
+    update = OPTIMIZER_BYTES * step.parameters / (card.bandwidth * BANDWIDTH_SHARE)
     if config.offload:
-        state = parameters * (2 + len(config.phase(name).ema))
+        state = 4 * step.parameters * (2 + len(config.phase(name).ema))
         update = max(update, state / PCIE - 0.5 * network)
         network *= 1.02  # of two that are equally fast, the one that leaves the bus alone
     return network + update

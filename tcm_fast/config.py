@@ -81,6 +81,14 @@ class NetworkConfig:
     num_blocks: int | None = None
     attn_resolutions: tuple[int, ...] | None = None
     label_dropout: float | None = None
+    dropout_resolutions: tuple[int, ...] | None = None
+    """Drop in the blocks of these resolutions only."""
+    fourier_scale: float | None = None
+    """Spread of the noise embedding's frequencies (ncsnpp)."""
+    augment_dim: int | None = None
+    """Inputs for the parameters of augmentations (ddpmpp, ncsnpp, adm); 9 with --edm.augment."""
+    channels_per_head: int | None = None
+    """Width of an attention head (edm2)."""
     class_conditional: bool = False
     """Train with the data's class labels."""
 
@@ -136,6 +144,14 @@ class EdmConfig(PhaseConfig):
     """Mean of ln t."""
     t_std: float = 1.2
     """Standard deviation of ln t."""
+    learned_variance: bool = False
+    """Weight the noise levels by a learned log-variance of the error (EDM2)."""
+    augment: float = 0.0
+    """Probability of each of EDM's augmentations (small sets: 0.12); needs network.augment_dim = 9."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.augment <= 1, f"edm.augment: must lie in [0, 1], got {self.augment}")
 
 
 @dataclass(frozen=True)

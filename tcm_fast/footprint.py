@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tcm_fast.config import Config, PhaseConfig
+from tcm_fast.config import Config
 from tcm_fast.kernels._triton import assuming_kernels
-from tcm_fast.networks import Precond, build_network
-from tcm_fast.networks.precision import cast_names, make_copies
+from tcm_fast.networks import LOGVAR_CHANNELS, Precond, build_network
+from tcm_fast.networks.precision import is_derived, make_copies
 from tcm_fast.networks.recompute import set_recompute
 from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
 from tcm_fast.offload import SLOTS, piece_sizes
@@ -159,13 +159,21 @@ class DryStep:
     """What one optimizer step allocates and computes besides what is there all the time.
 
     peak, peak_grads: bytes at the worst moment, and the gradients among them; work: (operations, bytes) of
-    every operation of one micro-batch; rows: its images.
+    every operation of one micro-batch; rows: its images. weights, frozen: bytes of the student, with its
+    16-bit copies, and of the frozen network; elements: of every parameter.
     """
 
     peak: int
     peak_grads: int
     work: tuple[tuple[float, int], ...]
     rows: int
+    weights: int
+    frozen: int
+    elements: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.elements)
 
     @property
     def flops(self) -> float:
@@ -173,15 +181,18 @@ class DryStep:
         return sum(flops for flops, _ in self.work)
 
 
-def build_on_meta(config: Config, shape: ImageShape, dropout: float = 0.0) -> Precond:
-    """The configuration's network without memory. ValueError for one that cannot be built."""
+def build_on_meta(config: Config, shape: ImageShape, name: str = "") -> Precond:
+    """The network of a phase, without memory. ValueError for one that cannot be built."""
+    phase = config.phase(name or config.phases[0])
+    learns_variance = getattr(phase, "learned_variance", False)
     with torch.device("meta"):
         return build_network(
             config.network.name,
             img_resolution=shape.resolution,
             img_channels=shape.channels,
             label_dim=shape.classes if config.network.class_conditional else 0,
-            dropout=dropout,
+            dropout=phase.dropout,
+            logvar_channels=LOGVAR_CHANNELS if learns_variance else 0,
             **config.network.architecture(),
         )
 
@@ -199,33 +210,49 @@ def dry_step(
         last: at the end of the schedule t -> r, where most targets need a network; else at its start.
     """
     phase, dtype = config.phase(name), DTYPES[config.precision]
-    net = build_on_meta(config, shape, phase.dropout)
+    net = build_on_meta(config, shape, name)
+    augmentation = getattr(net.model, "map_augment", None)
+    if augmentation is not None:
+        augmentation.requires_grad_(getattr(phase, "augment", 0.0) > 0)
     if on_gpu:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     set_recompute(net.model, norms=config.recompute_norms, blocks_from=config.recompute_blocks)
-    frozen = build_on_meta(config, shape, phase.dropout) if name in FROZEN else None
+    frozen = build_on_meta(config, shape, name) if name in FROZEN else None
     objective = Objective(name, phase, net, frozen, dtype=dtype)
-    if dtype != torch.float32:
-        objective.copies = make_copies(net, dtype)
+    if is_derived(net, dtype):
+        objective.copies = make_copies(net, dtype, rows_too=False)
         objective.narrow_gradients = config.gradients == "16bit"
     batches = _batches(config, name, shape, on_gpu, last)
 
-    there = [
+    own = [
         *net.parameters(),
         *net.buffers(),
         *(c for c in objective.copies or [] if c is not None),
     ]
-    if objective.frozen is not None:
-        there += [*objective.frozen.parameters(), *objective.frozen.buffers()]
+    kept = objective.frozen
+    others = [] if kept is None else [*kept.parameters(), *kept.buffers()]
     work: tuple[tuple[float, int], ...] = ()
-    with assuming_kernels(on_gpu), Counter(there) as counter, _tagged(net, objective, counter):
+    with (
+        assuming_kernels(on_gpu),
+        Counter([*own, *others]) as counter,
+        _tagged(net, objective, counter),
+    ):
         for batch in batches:
             before = len(counter.work)
             loss, _ = objective(batch)
             loss.backward()
             del loss
             work = tuple(counter.work[before:])
-    return DryStep(counter.peak, counter.peak_grads, work, len(batches[0].t))
+    return DryStep(
+        counter.peak, counter.peak_grads, work, len(batches[0].t), _held(own), _held(others),
+        tuple(p.numel() for p in net.parameters()),
+    )  # fmt: skip
+
+
+def _held(tensors: list[torch.Tensor]) -> int:
+    """Bytes of all storages."""
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
 
 
 @contextmanager
@@ -291,27 +318,6 @@ class Memory:
         return sum(getattr(self, kind) for kind in KINDS)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a network: its parameters in fp32, those of them that have 16-bit copies (in fp32), its
-    buffers; `each`: elements of every parameter."""
-
-    parameters: int
-    cast: int
-    buffers: int
-    each: tuple[int, ...]
-
-
-def sizes(net: Precond) -> Sizes:
-    named = {f"model.{name}" for name in cast_names(net.model)}
-    return Sizes(
-        parameters=sum(4 * p.numel() for p in net.parameters()),
-        cast=sum(4 * p.numel() for name, p in net.named_parameters() if name in named),
-        buffers=sum(_bytes(b) for b in net.buffers()),
-        each=tuple(p.numel() for p in net.parameters()),
-    )
-
-
 def memory(
     config: Config, name: str, shape: ImageShape, *, on_gpu: bool, step: DryStep | None = None
 ) -> Memory:
@@ -321,40 +327,29 @@ def memory(
         step: what `dry_step` counted for this phase, if it is known.
     """
     phase = config.phase(name)
-    net = build_on_meta(config, shape)
-    size = sizes(net)
-    is_short = DTYPES[config.precision] != torch.float32
     step = step or dry_step(config, name, shape, on_gpu=on_gpu)
-    moments, averages = _state_bytes(phase, size)
+    moments = int(2 * step.parameters * MOMENT_BYTES[phase.moments])
+    averages = 4 * step.parameters * len(phase.ema)
     workspace, host = 0, 0
     if config.offload or config.gradients == "16bit":
-        pieces = piece_sizes(size.each, len(phase.ema), MOMENT_BYTES[phase.moments])
+        pieces = piece_sizes(step.elements, len(phase.ema), MOMENT_BYTES[phase.moments])
         workspace += max(grads for _, grads in pieces)  # gradients of a piece, widened
         if config.offload:
             host = moments + averages
             workspace += max(state for state, _ in pieces) * min(SLOTS, len(pieces))
             moments = averages = 0
     batch = phase.batch_size * (shape.bytes + 4 * shape.classes)
-    frozen = 0
-    if name in FROZEN:
-        frozen = size.parameters + size.buffers - (size.cast // 2 if is_short else 0)
     return Memory(
-        weights=size.parameters + size.buffers + (size.cast // 2 if is_short else 0),
+        weights=step.weights,
         gradients=step.peak_grads,
         moments=moments,
         averages=averages,
-        frozen=frozen,
+        frozen=step.frozen,
         activations=step.peak - step.peak_grads,
         workspace=workspace,
         images=2 * batch + (0 if on_gpu else shape.count * shape.bytes),
         host=host,
     )
-
-
-def _state_bytes(phase: PhaseConfig, size: Sizes) -> tuple[int, int]:
-    """Of the moments and of the averages."""
-    elements = size.parameters // 4
-    return int(2 * elements * MOMENT_BYTES[phase.moments]), size.parameters * len(phase.ema)
 
 
 def with_levers(config: Config, **changes: Any) -> Config:

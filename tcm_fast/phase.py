@@ -197,8 +197,15 @@ class PhaseResult:
 
 
 def load_weights(student: Precond, previous: Precond, phase: str) -> None:
-    """Start a phase from another network's weights. ValueError where the networks differ."""
+    """Start a phase from another network's weights, but for the log-variance that pre-training alone
+    learns. ValueError where the networks differ."""
     ours, theirs = student.state_dict(), previous.state_dict()
+    own = {name: value for name, value in ours.items() if name.startswith("logvar_")}
+    theirs = own | {
+        name: value
+        for name, value in theirs.items()
+        if name in own or not name.startswith("logvar_")
+    }
     wrong = [
         f"{name} is {list(theirs[name].shape) if name in theirs else 'missing'}, "
         f"must be {list(value.shape)}"

@@ -31,7 +31,7 @@ from tcm_fast.keeping import Keeper
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.kernels._triton import compiling_together, runs_triton
 from tcm_fast.memory import MicroBatches
-from tcm_fast.networks import Precond
+from tcm_fast.networks import Precond, force_rows
 from tcm_fast.objectives import Batch, make_batch, row_granule
 from tcm_fast.optim import FusedOptimizer, learning_rate, set_rate
 from tcm_fast.phase import CONSISTENCY, Phase, PhaseResult, TrainingError
@@ -140,7 +140,7 @@ class Trainer:
 
     def measure(self, name: str, *, seconds: float = 3.0) -> float:
         """Images per second at the end of a phase's schedule, by steps on weights that are thrown away."""
-        phase = self.assembly.begin(name, self.assembly.build(dropout=0.0))
+        phase = self.assembly.begin(name, self.assembly.build(self.config.phase(name)))
         phase.step = max(phase.steps - 1, 0)
         stream = ImageStream(self.data, seed=0, device=self.device, flip=self.config.data.flip)
         batches = self._prepare(phase, stream)
@@ -337,6 +337,7 @@ class Trainer:
         phase.optimizer.zero_grad(set_to_none=True)
         if phase.shards is not None:
             phase.shards.drop_gradients()
+        force_rows(phase.student)
         for batch in batches:
             module, is_last = phase.objective, batch is batches[-1]
             waits = isinstance(module, DistributedDataParallel) and not is_last

@@ -66,7 +66,9 @@ def counted(config, name, out):
     """Bytes of all tensors that a trainer's phase holds, and of those that its second step makes."""
     before = all_tensors()
     trainer = Trainer(config, out)
-    phase = trainer.assembly.begin(name, trainer.assembly.build(0.0) if name == "tcm" else None)
+    phase = trainer.assembly.begin(
+        name, trainer.assembly.build(config.phase(name)) if name == "tcm" else None
+    )
     stream = ImageStream(trainer.data, seed=0, device="cpu")
     batches = trainer._prepare(phase, stream)
     trainer._step(phase, batches)

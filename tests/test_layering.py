@@ -16,7 +16,7 @@ _C
 kernels
 config distributed runlog stopping run_lock image_files graphs
 data
-times
+times augment
 networks
 objectives
 diagnosis optim watch
@@ -49,6 +49,8 @@ _triton
 philox
 dropout precondition _philox_triton
 group_norm_silu qkv_attention consistency_loss noise_pair denoise_to_uint8 fused_step
+_pointwise
+pixel_norm_mp_silu mp_cat_mp_silu modulate_mp_silu mp_sum resample residual
 __init__
 """
 KERNELS_RANK = {

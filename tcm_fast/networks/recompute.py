@@ -49,16 +49,22 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def run_block(block: Any, inputs: Sequence[torch.Tensor], *args: Any) -> torch.Tensor:
-    """block(inputs, joined along the channels, *args), recomputed where the block says so. The second
-    pass uses the weights that stand in the block now: those of a `functional_call` are gone by then."""
-    weights: dict[str, torch.Tensor] = (
-        dict(block.named_parameters()) if block.recompute_whole else {}
-    )
+def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What a module computes with now, buffers included: normalised weights are such."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
 
-    def run(*inputs: torch.Tensor) -> torch.Tensor:
+
+def run_block(block: Any, inputs: Sequence[torch.Tensor], *args: Any, **options: Any) -> Any:
+    """block(inputs, joined along the channels, *args, **options), recomputed where the block says so. The
+    second pass uses the weights that stand in the block now: those of a `functional_call` are gone by
+    then."""
+    weights = _weights(block) if block.recompute_whole else {}
+
+    def run(*inputs: torch.Tensor) -> Any:
         x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
-        return functional_call(block, weights, (x, *args)) if weights else block(x, *args)
+        if not weights:
+            return block(x, *args, **options)
+        return functional_call(block, weights, (x, *args), options)
 
     return recomputed(run, *inputs) if weights else run(*inputs)
 
@@ -68,7 +74,7 @@ def after_norm(
 ) -> Any:
     """conv(norm(*args), **options), with the convolution's input computed again if `recompute`. A norm
     that returns a pair hands its second half on."""
-    weights: dict[str, torch.Tensor] = dict(conv.named_parameters()) if recompute else {}
+    weights = _weights(conv) if recompute else {}
 
     def run(*inputs: Any) -> Any:
         normed = norm(*inputs)

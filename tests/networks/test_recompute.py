@@ -5,16 +5,18 @@ import torch
 
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.networks import build_network
-from tcm_fast.networks.precision import cast_weights
+from tcm_fast.networks.precision import cast_weights, is_derived
 from tcm_fast.networks.recompute import run_block, set_recompute
 
 WAYS = [{"norms": True}, {"blocks_from": 1}, {"blocks_from": 8}, {"norms": True, "blocks_from": 8}]
 
 
-def network(**options):
+def network(name="ddpmpp", **options):
     torch.manual_seed(0)
-    options = {"model_channels": 16, "channel_mult": [1, 2], "attn_resolutions": [4]} | options
-    net = build_network("ddpmpp", img_resolution=8, img_channels=3, dropout=0.2, **options)
+    width = {"adm": 64, "edm2": 64}.get(name, 16)
+    options = {"model_channels": width, "channel_mult": [1, 2], "attn_resolutions": [4]} | options
+    options |= {"num_blocks": 1} if width > 16 else {}
+    net = build_network(name, img_resolution=8, img_channels=3, dropout=0.2, **options)
     with torch.no_grad():  # what starts at zero would hide wrong gradients
         for p in net.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -34,7 +36,7 @@ def step(net, dtype=torch.float32, n=3):
     torch.manual_seed(1)
     x, t = torch.randn(n, 3, 8, 8), torch.rand(n) + 0.5
     key = DropoutKey(seed=3, step=5, sample=torch.arange(n))
-    weights = None if dtype == torch.float32 else cast_weights(net, dtype)
+    weights = cast_weights(net, dtype) if is_derived(net, dtype) else None
     own = [*net.parameters(), *(weights or {}).values()]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = net.raw(x.to(dtype), t, dropout_key=key, weights=weights)
@@ -46,8 +48,9 @@ def step(net, dtype=torch.float32, n=3):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_numbers_stay_and_the_memory_falls(way, dtype):
-    net = network()
+@pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "adm", "edm2"])
+def test_the_numbers_stay_and_the_memory_falls(name, way, dtype):
+    net = network(name)
     out, grads, size = step(net, dtype)
     set_recompute(net.model, **way)
     again, again_grads, again_size = step(net, dtype)
