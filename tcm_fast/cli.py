@@ -16,9 +16,14 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
+from tcm_fast import plan_command
 from tcm_fast.config import Config, PhaseName, Precision, load_config, load_preset, preset_names
+from tcm_fast.plan_command import Plan
 
 FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
+STOPPED = (
+    75  # a run was asked to stop and has been saved: --resume auto goes on (sysexits' EX_TEMPFAIL)
+)
 
 
 @dataclass
@@ -39,6 +44,8 @@ class Train:
     """auto: continue the newest complete checkpoint of the run, or begin; or a checkpoint's folder."""
     config: Path | None = None
     """Start from this TOML file, or from the config.json of another run."""
+    hours: float | None = None
+    """Scale the recipe so that it ends after so many hours on this device: see `tcm-fast plan`."""
     settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
     """Every field of the configuration."""
 
@@ -156,6 +163,7 @@ class Doctor:
 def parse(argv: Sequence[str]) -> Any:
     """The command that the arguments ask for. Presets and files are the defaults that flags override."""
     command = Annotated[Train, subcommand("train", default=_train_defaults(argv))]
+    command |= Annotated[Plan, subcommand("plan", default=_plan_defaults(argv))]  # type: ignore[assignment]
     for kind in (Sample, Eval, Data, Ema, Doctor):
         command |= Annotated[kind, subcommand(kind.__name__.lower())]  # type: ignore[assignment]
     epilog = f"Presets: {', '.join(preset_names())}."
@@ -192,6 +200,14 @@ def _train_defaults(argv: Sequence[str]) -> Train:
     return Train(out=out, settings=settings)
 
 
+def _plan_defaults(argv: Sequence[str]) -> Plan:
+    """What --preset or --config give before any other flag is read."""
+    if argv[:1] != ["plan"]:
+        return Plan()
+    given = [a for a in argv[1:] if a not in ("--out", "--resume")]
+    return Plan(settings=_train_defaults(["train", *given]).settings)
+
+
 def with_images(settings: Config, source: str) -> Config:
     """The settings for other images: the digits classifier judges digits only."""
     settings = replace(settings, data=replace(settings.data, source=source))
@@ -215,7 +231,11 @@ def train(args: Train) -> int:
     resume: bool | Path = (
         False if args.resume is None else args.resume == "auto" or Path(args.resume)
     )
-    from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
+    if args.hours is not None:
+        return train_within(args, settings)
+    from tcm_fast.phase import TrainingError
+    from tcm_fast.summary import summary
+    from tcm_fast.trainer import Interrupted, Trainer
 
     trainer = Trainer(settings, args.out, init=args.init, resume=resume)
     is_main = trainer.workers.is_main
@@ -226,9 +246,34 @@ def train(args: Train) -> int:
         advice = "" if is_failure else f"; to go on: {resume_command(args)}"
         if is_main:
             print(f"tcm-fast: {stop}{advice}", file=sys.stderr)
-        return FAILED if is_failure else INTERRUPTED
+        return FAILED if is_failure else STOPPED
     if is_main:
-        summary(trainer, results)
+        summary(trainer.out, results)
+    return 0
+
+
+def train_within(args: Train, settings: Config) -> int:
+    from tcm_fast import timebox
+    from tcm_fast.cards import this_device
+    from tcm_fast.distributed import pick_device
+    from tcm_fast.phase import TrainingError
+    from tcm_fast.summary import summary
+    from tcm_fast.trainer import Interrupted
+
+    assert args.out is not None
+    if args.resume is not None:
+        raise ValueError("hours: a run within a box of time begins anew; leave out --resume")
+    shape = plan_command.image_shape(settings, args.preset, None)
+    card = this_device(pick_device(settings.device))
+    try:
+        results = timebox.train_within(
+            settings, args.out, args.hours or 0.0, shape, card, init=args.init,
+            say=lambda text: print(text, file=sys.stderr),
+        )  # fmt: skip
+    except (TrainingError, Interrupted) as stop:
+        print(f"tcm-fast: {stop}", file=sys.stderr)
+        return FAILED if isinstance(stop, TrainingError) else STOPPED
+    summary(args.out, results)
     return 0
 
 
@@ -456,6 +501,7 @@ DEPENDENCIES = {
 
 COMMANDS: dict[type, Callable[[Any], int]] = {
     Train: train,
+    Plan: plan_command.run,
     Sample: sample,
     Eval: evaluate,
     Data: data,

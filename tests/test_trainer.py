@@ -1,6 +1,7 @@
 """The loop: phases in turn, equal runs for equal seeds, interruption, accumulation, bad numbers."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -11,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from tcm_fast import optim
+from tcm_fast import assembly, optim, saving
 from tcm_fast import trainer as trainer_module
-from tcm_fast.checkpoint import find_checkpoints, load_checkpoint, load_network, newest_checkpoint
+from tcm_fast.checkpoint import load_checkpoint, load_network
 from tcm_fast.config import Config, from_dict, load_config, save_config
 from tcm_fast.data import load_images
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension
+from tcm_fast.phase import TrainingError
+from tcm_fast.run_folder import find_checkpoints, newest_checkpoint
 from tcm_fast.sampler import sample
-from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
+from tcm_fast.summary import summary
+from tcm_fast.trainer import Interrupted, Trainer
 
 TINY = {
     "network": {
@@ -57,6 +61,11 @@ def train(config, out, **options):
 def weights(out, file="model"):
     """The tensors of the newest checkpoint's file."""
     return load_checkpoint(newest_checkpoint(out)).network_tensors(file)
+
+
+def events(out):
+    """The lines of the log."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def assert_equal(a, b):
@@ -121,10 +130,10 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stop_at, images, tmp_
     train(config, tmp_path / "whole")
     step = Trainer._step
 
-    def stopping(self, phase, stream):
+    def stopping(self, phase, batches):
         if (phase.name, phase.step) == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, phase, stream)
+        return step(self, phase, batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", stopping)
@@ -146,7 +155,8 @@ def test_without_the_extension_torchs_optimizer_trains_alike(images, tmp_path, m
     train(config, tmp_path / "fused")
     assert "optimizer:" not in capsys.readouterr().err
     train(dataclasses.replace(config, max_steps=3), tmp_path / "both")
-    monkeypatch.setattr(trainer_module, "extension_gap", lambda device: "not here")
+    for module in (trainer_module, assembly):
+        monkeypatch.setattr(module, "extension_gap", lambda device: "not here")
     monkeypatch.setattr(optim, "extension_for", lambda name, device: None)
     train(config, tmp_path / "torch")
     train(config, tmp_path / "both", resume=True)
@@ -167,7 +177,10 @@ def test_gradients_that_never_are_finite_stop_the_run(images, tmp_path, monkeypa
         step(self)
 
     monkeypatch.setattr(optim.FusedOptimizer, "step", spoilt)
-    with pytest.raises(TrainingError, match=r"edm: no gradient is finite between images 0 and 32"):
+    with pytest.raises(
+        TrainingError,
+        match=r"edm: the last 6 steps, from image 0 on, were not finite .* after 3 roll-",
+    ):
         train(tiny(images, phases=["edm"]), tmp_path / "run")
 
 
@@ -267,13 +280,13 @@ def test_replayed_steps_are_the_steps(images, tmp_path, monkeypatch):
     """Every step of a run from a captured place in memory: its times, noise, images and labels."""
     config = tiny(images, network={"class_conditional": True}, data={"source": str(images)})
     train(config, tmp_path / "eager")
-    build = trainer_module.build_optimizer
+    build = assembly.build_optimizer
 
     def plain(parameters, config, *, capturable, **rest):
         return build(parameters, config, **rest)
 
-    monkeypatch.setattr(trainer_module, "build_optimizer", plain)
-    monkeypatch.setattr(Trainer, "_graphs", lambda self: GraphCache(Deferred))
+    monkeypatch.setattr(assembly, "build_optimizer", plain)
+    monkeypatch.setattr(assembly.Assembly, "graphs", lambda self: GraphCache(Deferred))
     monkeypatch.setattr(trainer_module, "row_granule", lambda *_: 8)
     train(config, tmp_path / "replayed")
     assert Deferred.replays >= 9
@@ -300,13 +313,15 @@ def test_compiled_networks_train_alike(images, tmp_path):
 
 def test_numbers_that_are_not_finite_stop_the_run(images, tmp_path):
     config = tiny(images, phases=["edm"], edm={"lr": 1e30, "images": 320})
-    with pytest.raises(TrainingError, match=r"edm: the loss is not finite .* lower --edm.lr"):
+    with pytest.raises(
+        TrainingError, match=r"edm: .* not finite .* after 3 roll-backs; go on .* --edm.lr"
+    ):
         train(config, tmp_path / "run")
 
 
 def test_collapse_is_noticed(images, tmp_path):
     run = Trainer(tiny(images), tmp_path / "run")
-    phase = run._begin("edm", None)
+    phase = run.assembly.begin("edm", None)
     data = trainer_module.metrics.spread(run.data.images)
     log = tmp_path / "run" / "log.jsonl"
 
@@ -368,7 +383,7 @@ def test_without_the_boundary_loss_stage_2_collapses(tmp_path):
 
 def test_the_summary_names_the_next_commands(images, tmp_path, capsys):
     run = Trainer(tiny(images, phases=["edm"]), tmp_path / "run")
-    summary(run, run.run())
+    summary(run.out, run.run())
     shown = capsys.readouterr().out
     assert f"tcm-fast sample {tmp_path / 'run'}" in shown
     assert "96" in shown
@@ -383,7 +398,7 @@ def test_the_summary_names_the_next_commands(images, tmp_path, capsys):
         ),
         ({"tcm": {"batch_size": 2}}, "at least one boundary sample"),
         ({"network": {"channel_mult": [1, 1, 1, 1, 1]}}, "resolution"),
-        ({"network": {"name": "edm2"}}, "edm2"),
+        ({"network": {"name": "edm2"}}, "channels_per_head: must divide"),
         ({"device": "tpu"}, "device: must be cpu, cuda"),
         ({"data": {"source": "nowhere"}}, "nowhere does not exist"),
         ({"edm": {"ema": ["mean:1"]}}, "ema: must be"),
@@ -425,26 +440,49 @@ def test_an_initial_network_of_another_shape_is_refused(images, tmp_path):
         train(config, tmp_path / "run", init=tmp_path / "small")
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(images, tmp_path, monkeypatch):
-    config = tiny(images, phases=["edm"])
-    save = trainer_module.checkpoint.save_checkpoint
-    calls = []
+def full(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(images, tmp_path, monkeypatch, capsys):
+    config = tiny(images, phases=["edm"], edm={"images": 16 * 12})
+    train(config, tmp_path / "whole")
+    write, calls = saving.write_checkpoint, []
 
     def failing(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 2:
-            monkeypatch.setattr(os, "fsync", full)
-        return save(*args, **kwargs)
+        with monkeypatch.context() as patch:
+            if len(calls) == 2:
+                patch.setattr(os, "fsync", full)
+            return write(*args, **kwargs)
 
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(saving, "write_checkpoint", failing)
+    train(config, tmp_path / "run")
+    assert "No space left on device; the previous one at" in capsys.readouterr().err
+    assert "save_failed" in [event["event"] for event in events(tmp_path / "run")]
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
-    monkeypatch.setattr(trainer_module.checkpoint, "save_checkpoint", failing)
-    with pytest.raises(OSError, match=r"could not be saved.*No space left.*is intact"):
-        train(config, tmp_path / "run")
-    monkeypatch.undo()
-    assert load_checkpoint(newest_checkpoint(tmp_path / "run")).state["images"] == 48
-    assert train(config, tmp_path / "run", resume=True)[0].images == 96
+
+@pytest.mark.parametrize("fails", ["in a row", "at the end"])
+def test_a_disk_that_stays_full_ends_the_run(fails, images, tmp_path, monkeypatch):
+    """The last good checkpoint is there, and the run goes on from it."""
+    config = tiny(images, phases=["edm"], edm={"images": 16 * 18}, save_every=3)
+    write, calls = saving.write_checkpoint, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        with monkeypatch.context() as patch:
+            if len(calls) > 2 if fails == "in a row" else len(calls) == 6:
+                patch.setattr(os, "fsync", full)
+            return write(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_checkpoint", failing)
+        with pytest.raises(OSError, match=r"could not be saved.*No space left.*is intact"):
+            train(config, tmp_path / "run")
+    good = 96 if fails == "in a row" else 240
+    assert load_checkpoint(newest_checkpoint(tmp_path / "run")).state["images"] == good
+    assert train(config, tmp_path / "run", resume=True)[0].images == 288
 
 
 @pytest.mark.slow

@@ -1,0 +1,83 @@
+"""What a device can do: measured rates of copying and of multiplying matrices, the ceilings that every
+other speed is compared with."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+# ---- ceilings -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured rates. copy: bytes read plus bytes written per second of a large copy; matmul: precision
+    (fp32, tf32, fp16, bf16) -> floating-point operations per second of a large product (multiply-add is
+    2); samples: seconds of every repetition, by name."""
+
+    copy: float
+    matmul: dict[str, float]
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def seconds(self, num_bytes: float, flops: float = 0, precision: str = "fp32") -> float:
+        """The least time for so many bytes and operations: the longer of the two."""
+        rate = self.matmul.get(precision, max(self.matmul.values()))
+        return max(num_bytes / self.copy, flops / rate)
+
+
+def measure_ceilings(device: torch.device | str = "cpu", *, quick: bool = False) -> Ceilings:
+    """Measure copy and matrix-product rates on random data (zeros would flatter); medians.
+
+    On a GPU a copy within its memory, and products in every precision; on a CPU fp32 with torch's
+    current number of threads."""
+    device = torch.device(device)
+    is_cuda = device.type == "cuda"
+    repeats = 7 if quick else 25
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else 1 << 30
+    size = min(1 << 30 if is_cuda else 1 << 27, free // 4)
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    samples = {"copy": _seconds(lambda: target.copy_(source), device, repeats)}
+    copy = 2 * size / statistics.median(samples["copy"])
+    del source, target
+
+    matmul: dict[str, float] = {}
+    for precision in ("fp32", "tf32", "fp16", "bf16") if is_cuda else ("fp32",):
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+        n = 1024 if not is_cuda else 4096 if precision == "fp32" else 8192
+        a, b = (torch.randn((n, n), device=device).to(dtype) for _ in range(2))
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        try:
+            samples[precision] = _seconds(lambda a=a, b=b: a @ b, device, repeats)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+        matmul[precision] = 2 * n**3 / statistics.median(samples[precision])
+    return Ceilings(copy, matmul, samples)
+
+
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each repetition, after a tenth of a second of warming up."""
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < 0.1:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    if device.type != "cuda":
+        found = []
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - begun)
+        return found
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in marks:
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) / 1e3 for start, end in marks]
