@@ -33,7 +33,14 @@ from tcm_fast.benchmarks.steps import OurStep
 from tcm_fast.optim import FusedOptimizer
 from tcm_fast.plan import Ceilings
 
-CATEGORIES = ("convolution", "matrix product", "attention", "normalisation and pointwise", "optimizer", "data")
+CATEGORIES = (
+    "convolution",
+    "matrix product",
+    "attention",
+    "normalisation and pointwise",
+    "optimizer",
+    "data",
+)
 # By substring of an operation's or kernel's name, first match wins.
 MARKS = {
     "optimizer": (
@@ -47,7 +54,14 @@ MARKS = {
     ),
     "matrix product": ("addmm", "aten::mm", "aten.mm", "linear", "gemm", "gemv", "matmul", "cutlass"),
 }  # fmt: skip
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal.default")
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "unique",
+    "equal.default",
+)
 
 
 def category(name: str) -> str:
@@ -219,7 +233,9 @@ def _timed_by_category(step: Callable[[], object], is_cuda: bool) -> tuple[dict[
     return found, whole
 
 
-def roofline(step: OurStep, ceilings: Ceilings, precision: str, repeats: int = 3) -> list[RooflineRow]:
+def roofline(
+    step: OurStep, ceilings: Ceilings, precision: str, repeats: int = 3
+) -> list[RooflineRow]:
     """The parts of a training step, slowest first, beside their limits; gaps and the whole come last.
 
     Time is the median over `repeats` profiled runs; the profiler makes small operations look slower
@@ -243,19 +259,30 @@ def roofline(step: OurStep, ceilings: Ceilings, precision: str, repeats: int = 3
         tally = tallies.get(part, Tally())
         num_bytes = tally.bytes
         if part == "optimizer" and isinstance(step.optimizer, FusedOptimizer):
-            num_bytes += BYTES_PER_PARAMETER * parameters  # dispatch does not see it: it gets addresses
+            num_bytes += (
+                BYTES_PER_PARAMETER * parameters
+            )  # dispatch does not see it: it gets addresses
         flops_bound = tally.flops / ceilings.matmul.get(precision, max(ceilings.matmul.values()))
         bound = "matmul" if flops_bound > num_bytes / ceilings.copy else "copy"
         limit = ceilings.seconds(num_bytes, tally.flops, precision)
         rows.append(
-            RooflineRow(part, times.get(part, 0.0), limit, num_bytes, tally.flops, tally.launches, bound)
+            RooflineRow(
+                part, times.get(part, 0.0), limit, num_bytes, tally.flops, tally.launches, bound
+            )
         )
     busy = sum(row.seconds for row in rows)
     rows.append(RooflineRow("data (on the host)", data, 0.0))
     rows.append(RooflineRow("gaps and Python", max(0.0, whole - busy), 0.0))
     total = Tally(sum(r.bytes for r in rows), sum(r.flops for r in rows), counting.total.launches)
     rows.append(
-        RooflineRow("whole step", whole, sum(r.limit for r in rows), total.bytes, total.flops, total.launches)
+        RooflineRow(
+            "whole step",
+            whole,
+            sum(r.limit for r in rows),
+            total.bytes,
+            total.flops,
+            total.launches,
+        )
     )
     return rows
 

@@ -78,7 +78,9 @@ def relative_samples(row: Row, rows: Iterable[Row]) -> list[float]:
     ]
     if not others:
         return row.samples
-    beside = [math.exp(statistics.fmean(map(math.log, column))) for column in zip(*others, strict=True)]
+    beside = [
+        math.exp(statistics.fmean(map(math.log, column))) for column in zip(*others, strict=True)
+    ]
     return [value / base for value, base in zip(row.samples, beside, strict=True)]
 
 
@@ -128,9 +130,7 @@ def compare(
         ratio = statistics.median(y) / statistics.median(x)
         different = p < LEVEL and abs(math.log(ratio)) > math.log1p(tolerance)
         verdict = "equal" if not different else "slower" if ratio > 1 else "faster"
-        changes.append(
-            Change(*key, before[key].median, after[key].median, ratio, p, verdict)
-        )
+        changes.append(Change(*key, before[key].median, after[key].median, ratio, p, verdict))
     logs = [math.log(c.ratio) for c in changes if not is_ours(c.provider) and c.ratio > 0]
     drift = math.exp(statistics.fmean(logs)) if logs else None
     return Comparison(changes, drift, _cautions(a, b, drift, tolerance))
@@ -153,7 +153,9 @@ def _cautions(a: Results, b: Results, drift: float | None, tolerance: float) -> 
 def text(comparison: Comparison) -> str:
     """For the terminal: what is not equal, and how many are."""
     lines = [f"caution: {caution}" for caution in comparison.cautions]
-    changes = sorted(comparison.changes, key=lambda c: -abs(math.log(c.ratio)) if c.ratio > 0 else -99)
+    changes = sorted(
+        comparison.changes, key=lambda c: -abs(math.log(c.ratio)) if c.ratio > 0 else -99
+    )
     for c in changes:
         if c.verdict == "equal":
             continue

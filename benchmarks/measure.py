@@ -168,7 +168,9 @@ def time_in_turn(
     return timings
 
 
-def host_seconds(work: Work, device: torch.device | str, pace: Pace, calls: int = 50) -> list[float]:
+def host_seconds(
+    work: Work, device: torch.device | str, pace: Pace, calls: int = 50
+) -> list[float]:
     """Seconds of host time a call takes to be issued, the device kept from being waited for."""
     device = torch.device(device)
     for _ in range(5):

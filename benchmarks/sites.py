@@ -30,8 +30,12 @@ from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import cast_weights
 from tcm_fast.times import plan_times
 
-BATCH = 7  # of the network that is listened to: no width or group count is 7, so dim 0 tells the batch
-COMPUTE = torch.bfloat16  # stands for the compute dtype: what is fp32 then stays fp32 in any precision
+BATCH = (
+    7  # of the network that is listened to: no width or group count is 7, so dim 0 tells the batch
+)
+COMPUTE = (
+    torch.bfloat16
+)  # stands for the compute dtype: what is fp32 then stays fp32 in any precision
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,19 @@ class Site:
 
 
 # Arguments that every site of their operation has, or that follow from others.
-UNSAID = {"weight", "bias", "eps", "dropout_key", "x_t", "x_r", "t", "delta", "target_output", "x", "key"}
+UNSAID = {
+    "weight",
+    "bias",
+    "eps",
+    "dropout_key",
+    "x_t",
+    "x_r",
+    "t",
+    "delta",
+    "target_output",
+    "x",
+    "key",
+}
 
 
 def public_operations() -> dict[FunctionType, str]:
@@ -220,4 +236,6 @@ def _of_networks(net: torch.nn.Module) -> set[str]:
     modules = {importlib.import_module(type(m).__module__) for m in net.modules()}
     operations = public_operations()
     values = [value for module in modules for value in vars(module).values()]
-    return {operations[value] for value in values if inspect.isfunction(value) and value in operations}
+    return {
+        operations[value] for value in values if inspect.isfunction(value) and value in operations
+    }

@@ -107,7 +107,9 @@ def official_style_step(
 ) -> Step:
     """The step as published, or in another precision, in channels_last, compiled."""
     if case.network.name != "ddpmpp" or case.network.label_dim:
-        raise ValueError(f"official_style: has DDPM++ without classes only, got {case.network.name}")
+        raise ValueError(
+            f"official_style: has DDPM++ without classes only, got {case.network.name}"
+        )
     config, shape = case.config, case.network
     architecture = dict(shape.architecture) | {"dropout": config.dropout}
     torch.manual_seed(0)
