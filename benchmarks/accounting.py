@@ -211,6 +211,16 @@ class RooflineRow:
     bound: str = ""
 
 
+def _is_kernel(event: Any, is_cuda: bool) -> bool:
+    """Whether a profile's row is of the kind that takes the time: kernels on a GPU (named ranges are
+    reported for it too), operations on a CPU."""
+    on_device = event.device_type == torch.autograd.DeviceType.CUDA
+    is_range = on_device and getattr(event, "is_user_annotation", False)
+    return (
+        is_cuda == on_device and not is_range and not event.key.startswith(("ProfilerStep", "cuda"))
+    )
+
+
 def _device_seconds(event: Any, is_cuda: bool) -> float:
     return (event.self_device_time_total if is_cuda else event.self_cpu_time_total) / 1e6
 
@@ -227,8 +237,7 @@ def _timed_by_category(step: Callable[[], object], is_cuda: bool) -> tuple[dict[
         whole = time.perf_counter() - begun
     found: dict[str, float] = defaultdict(float)
     for event in prof.key_averages():
-        on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if is_cuda == on_device and not event.key.startswith(("ProfilerStep", "cuda", "record:")):
+        if _is_kernel(event, is_cuda):
             found[category(event.key)] += _device_seconds(event, is_cuda)
     return found, whole
 
@@ -360,7 +369,7 @@ def profile_step(step: OurStep, out: Path) -> Profile:
             if not on_device:
                 total = event.device_time_total if is_cuda else event.cpu_time_total
                 modules.append((event.key, event.count, total / 1e6))
-        elif is_cuda == on_device and not event.key.startswith(("ProfilerStep", "cuda")):
+        elif _is_kernel(event, is_cuda):
             spent = _device_seconds(event, is_cuda)
             kernels.append((event.key, event.count, spent, category(event.key)))
     kernels.sort(key=lambda row: -row[2])

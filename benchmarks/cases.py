@@ -63,8 +63,12 @@ class Case:
         found: Inputs = {}
         for name, like in self.site.arguments:
             if isinstance(like, KeyLike):
+                # On the device, for a graph: all of it is read there.
+                numbers = torch.tensor([3, seed], device=device)
                 sample = torch.arange(self.batch, device=device)
-                found[name] = DropoutKey(seed=3, step=seed, layer=like.layer, sample=sample)
+                found[name] = DropoutKey(
+                    seed=numbers[0], step=numbers[1], layer=like.layer, sample=sample
+                )
                 continue
             if not isinstance(like, Like):
                 found[name] = self.dtype if like is COMPUTE else like

@@ -36,14 +36,16 @@ def plots(results: Results) -> list[tuple[str, str]]:
     if not available():
         return []
     drawn = [
-        ("Operations under the measured roofs", _roofline(results)),
-        ("Speed of the operations over plain PyTorch (bars: medians; lines: 20th to 80th percentile)",
-         _speed_ups(results, "ops")),
         ("Speed of training steps over the official style", _speed_ups(results, "step")),
         ("Training speed over the batch size", _over_batch(results, "step")),
         ("Sampling speed over the batch size", _over_batch(results, "sample")),
         ("Memory over the batch size", _over_batch(results, "memory")),
-    ]  # fmt: skip
+        ("Operations under the measured roofs", _roofline(results)),
+        (
+            "Speed of the operations over plain PyTorch (bars: medians, lines: 20th to 80th percentile)",
+            _speed_ups(results, "ops"),
+        ),
+    ]
     return [(caption, svg) for caption, svg in drawn if svg]
 
 
@@ -102,7 +104,9 @@ def _roofline(results: Results) -> str:
         axes.scatter(x, y, s=22, marker=marker, color=colour_of(row.provider, names), label=label)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that cannot be avoided",
              ylabel="GFLOP/s attained")  # fmt: skip
-    axes.legend(frameon=False, fontsize=8, title="o forward, \u25a1 both")
+    figure.legend(
+        frameon=False, fontsize=8, title="o forward, \u25a1 both", loc="outside right upper"
+    )
     return _svg(figure)
 
 
@@ -142,7 +146,7 @@ def _speed_ups(results: Results, group: str) -> str:
     axes.set_yticks([y for y, _ in ticks], [_wrapped(case) for _, case in ticks], fontsize=7)
     axes.set_ylim(-0.8, at - 0.4)
     axes.set_xlabel(f"times as fast as {base_name} (1 = the grey line)")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside upper right", ncols=4)
     return _svg(figure)
 
 
@@ -194,5 +198,5 @@ def _over_batch(results: Results, group: str) -> str:
     batches = sorted({batch for by_batch in lines.values() for batch in by_batch})
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=7)
+    figure.legend(frameon=False, fontsize=7, loc="outside right upper")
     return _svg(figure)

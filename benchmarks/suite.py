@@ -18,16 +18,38 @@ import torch
 from tcm_fast.benchmarks import official, optimizers
 from tcm_fast.benchmarks.accounting import Counting, profile_step, roofline
 from tcm_fast.benchmarks.cases import (
-    CIFAR10, DIGITS, DTYPE_NAMES, NARROW, Case, Provider, available_networks, cases, check, check_ends,
-    make_call, work,
+    CIFAR10,
+    DIGITS,
+    DTYPE_NAMES,
+    NARROW,
+    Case,
+    Provider,
+    available_networks,
+    cases,
+    check,
+    check_ends,
+    make_call,
+    work,
 )  # fmt: skip
 from tcm_fast.benchmarks.measure import (
-    Pace, environment, host_seconds, host_waits, peak_memory, time_in_turn,
+    Pace,
+    environment,
+    host_seconds,
+    host_waits,
+    peak_memory,
+    time_in_turn,
 )  # fmt: skip
 from tcm_fast.benchmarks.peers import BASELINE, OURS, optimizer_providers, providers
 from tcm_fast.benchmarks.results import GROUPS, Results, Row
 from tcm_fast.benchmarks.steps import (
-    OurStep, Step, StepCase, check_networks, sample_cases, sample_providers, step_cases, step_providers,
+    OurStep,
+    Step,
+    StepCase,
+    check_networks,
+    sample_cases,
+    sample_providers,
+    step_cases,
+    step_providers,
 )  # fmt: skip
 from tcm_fast.plan import measure_ceilings
 
@@ -121,7 +143,9 @@ def time_operations(settings: Settings, results: Results, say: Say) -> None:
         rows += operation_rows(
             case, providers(case, settings.device, compiled=settings.compiled), settings, results.skipped
         )  # fmt: skip
-    results.rows += rows + network_sums(rows)
+    results.rows += rows
+    if not settings.quick and not settings.only:
+        results.rows += network_sums(rows)
 
 
 def operation_rows(
@@ -129,6 +153,7 @@ def operation_rows(
 ) -> list[Row]:
     """Check, then time, in both directions."""
     good, rows = [], []
+    torch.compiler.reset()  # or the sites before this one count against what it keeps
     for provider in candidates:
         if provider.gap:
             skipped.append((str(case), provider.name, provider.gap))
@@ -167,7 +192,8 @@ def _row(case: Case, provider: str, direction: str, **values: Any) -> Row:
 
 
 def network_sums(rows: list[Row]) -> list[Row]:
-    """For each provider that was timed at every site of a network, the sum over all calls of a pass."""
+    """For each provider that was timed at every site of a network, the sum over all calls of a pass; all
+    sites must be among the rows."""
     groups: dict[Any, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         key = (row.operation, row.network, row.batch, row.precision, row.direction)

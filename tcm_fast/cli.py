@@ -1,4 +1,4 @@
-"""The command line: `tcm-fast train | sample | eval | data | ema | bench | doctor`, nothing but arguments and words.
+"""The command line: `tcm-fast train | sample | eval | data | ema | bench | doctor`: arguments and words.
 
 torch is imported when a command runs, not before: `--help` has to come up at once.
 """
@@ -412,7 +412,7 @@ def bench(args: Bench) -> int:
         "memory": ("memory",),
     }  # fmt: skip
     settings = suite.Settings(
-        quick=args.quick, device=str(pick_device(args.device)), compiled=args.compiled, only=args.only,
+        quick=args.quick, device=pick_device(args.device).type, compiled=args.compiled, only=args.only,
         official=args.official, fastgen=args.fastgen,
     )  # fmt: skip
     if args.what == "profile":

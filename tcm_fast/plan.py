@@ -46,7 +46,7 @@ def measure_ceilings(device: torch.device | str = "cpu", *, quick: bool = False)
     size = min(1 << 30 if is_cuda else 1 << 27, free // 4)
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    samples = {"copy": _seconds(lambda: target.copy_(source), device, repeats)}
+    samples = {"copy": _seconds(partial(target.copy_, source), device, repeats)}
     copy = 2 * size / statistics.median(samples["copy"])
     del source, target
 
