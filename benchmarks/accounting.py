@@ -143,10 +143,8 @@ class Counting(TorchDispatchMode):
     @staticmethod
     def _moves_nothing(func: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> bool:
         """Views, empty buffers, questions about tensors."""
-        name = func._overloadpacket.__name__
-        if func.is_view or not (given or made) or name in UNTOUCHED:
-            return True
-        return not made and name in ("_has_compatible_shallow_copy_type", "is_same_size")
+        is_question = func.namespace == "prim" or not made and not given
+        return func.is_view or is_question or func._overloadpacket.__name__ in UNTOUCHED
 
     def _note(self, x: torch.Tensor) -> None:
         """Keep track of a tensor's memory until it is freed."""
@@ -181,7 +179,7 @@ class Counting(TorchDispatchMode):
 
 UNTOUCHED = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view",
-    "_reshape_alias", "lift_fresh", "set_", "resize_",
+    "_reshape_alias", "lift_fresh", "set_", "resize_", "is_same_size",
 }  # fmt: skip
 
 

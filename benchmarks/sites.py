@@ -102,13 +102,18 @@ class Site:
             elif isinstance(value, KeyLike) or name in ("num_groups", "eps") or value is COMPUTE:
                 continue
             elif value != parameters[name].default:
-                words.append(name if value is True else f"no {name}" if value is False else
-                             f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}")  # fmt: skip
+                words.append(_setting(name, value))
         return " ".join(word for word in words if word and word not in UNSAID)
 
 
 # What every site of its operation has, or what follows from the rest.
 UNSAID = {"weight", "bias", "num_groups", "eps", "x_t", "x_r", "t", "delta", "target_output", "x"}
+
+
+def _setting(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
 
 
 def _shape(like: Like) -> str:
