@@ -63,8 +63,12 @@ class Case:
         found: Inputs = {}
         for name, like in self.site.arguments:
             if isinstance(like, KeyLike):
+                # On the device, for a graph: all of it is read there.
+                numbers = torch.tensor([3, seed], device=device)
                 sample = torch.arange(self.batch, device=device)
-                found[name] = DropoutKey(seed=3, step=seed, layer=like.layer, sample=sample)
+                found[name] = DropoutKey(
+                    seed=numbers[0], step=numbers[1], layer=like.layer, sample=sample
+                )
                 continue
             if not isinstance(like, Like):
                 found[name] = self.dtype if like is COMPUTE else like
@@ -349,6 +353,41 @@ def check(
     except Exception as error:  # a provider that fails is one that is not timed
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return wrong(found, reference, oracle, case.dtype, provider.is_ours)
+
+
+def check_ends(case: Case, provider: Provider, device: torch.device | str) -> str:
+    """As `check`, for the first and the last image of the whole batch: what goes wrong in large tensors
+    goes wrong at their end. Outputs only."""
+    rows = [0, case.batch - 1]
+    inputs = case.inputs(device, provider.layout, seed=1)
+    per_image = {
+        name for name, like in case.site.arguments if isinstance(like, Like) and like.shape[0] is None
+    }  # fmt: skip
+
+    def ends(wide: bool) -> Inputs:
+        found: Inputs = {}
+        for name, x in inputs.items():
+            if isinstance(x, DropoutKey):
+                found[name] = x.select(torch.tensor(rows, device=device))
+            elif isinstance(x, torch.Tensor):
+                x = x.detach()[rows] if name in per_image else x.detach()
+                found[name] = x.double() if wide and x.is_floating_point() else x
+            else:
+                found[name] = torch.float64 if wide and x is case.dtype else x
+        return found
+
+    reference = plain(case) if case.operation == "noise_pair" else case.site.reference
+    assert reference is not None
+    chosen = [without_chance(case, ends(wide)) for wide in (True, False)]
+    if case.operation != "noise_pair":
+        chosen = [ends(wide) for wide in (True, False)]
+    try:
+        with torch.no_grad():
+            oracle, same = (tensors_of(reference(**given)) for given in chosen)
+            found = [x[rows] for x in tensors_of(provider.make(**inputs))]
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return wrong(found, same, oracle, case.dtype, True)
 
 
 def _without_noise(function: Call) -> Call:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tcm_fast.benchmarks.cases import Call, Case, Provider, plain
+from tcm_fast.benchmarks.cases import PLAIN, Call, Case, Provider, plain
 from tcm_fast.kernels.qkv_attention import NORM_EPS, qkv_attention_reference
 
 BASELINE = "pytorch"  # what speed-ups are told against: published code, NCHW
@@ -45,7 +45,7 @@ def providers(
     is_cuda = device.type == "cuda"
     last = torch.channels_last
     own_chance = case.site["dropout_key"] is not None or case.operation == "noise_pair"
-    function = without_key(plain(case))
+    function = without_key(plain(case)) if case.operation in PLAIN else plain(case)
     found = [
         Provider(BASELINE, function, own_chance=own_chance),
         Provider(f"{BASELINE} channels_last", function, last, own_chance=own_chance),

@@ -66,9 +66,9 @@ class KeyLike:
 class Site:
     """One way in which a network calls an operation.
 
-    operation: the public function's name. arguments: name -> Like, KeyLike or the value itself, all that
-    differ from the defaults. network: whose site it is; count: how often a forward pass calls it so.
-    module: where the function is defined.
+    operation: the public function's name. arguments: (name, Like, KeyLike or the value itself) of all.
+    network: whose site it is; count: how often a forward pass calls it so. module: where the function is
+    defined.
     """
 
     operation: str
@@ -90,34 +90,34 @@ class Site:
         return getattr(importlib.import_module(self.module), f"{self.operation}_reference", None)
 
     def __str__(self) -> str:
-        """The first tensor's shape, then what else tells sites apart: names of tensors, other values."""
+        """The first tensor's shape, then what else tells sites apart: further tensors, with their shapes
+        where they are other images, and values that differ from the defaults."""
         (_, first), *others = self.arguments
-        words = ["uint8" if first.dtype == torch.uint8 else ""]
-        words.append("x".join("N" if size is None else str(size) for size in first.shape))
+        words = ["uint8" if first.dtype == torch.uint8 else "", _shape(first)]
+        parameters = inspect.signature(self.function).parameters
         for name, value in others:
-            if name in UNSAID or value is None or value is COMPUTE:
+            if isinstance(value, Like):
+                is_other = len(value.shape) == 4 and value.shape != first.shape
+                words.append(f"{name} {_shape(value)}" if is_other else name)
+            elif isinstance(value, KeyLike) or name in ("num_groups", "eps") or value is COMPUTE:
                 continue
-            if isinstance(value, Like | KeyLike) or value is True:
-                words.append(name)
-            else:
-                words.append(f"no {name}" if value is False else f"{name}={value}")
-        return " ".join(filter(None, words))
+            elif value != parameters[name].default:
+                words.append(_setting(name, value))
+        return " ".join(word for word in words if word and word not in UNSAID)
 
 
-# Arguments that every site of their operation has, or that follow from others.
-UNSAID = {
-    "weight",
-    "bias",
-    "eps",
-    "dropout_key",
-    "x_t",
-    "x_r",
-    "t",
-    "delta",
-    "target_output",
-    "x",
-    "key",
-}
+# What every site of its operation has, or what follows from the rest.
+UNSAID = {"weight", "bias", "num_groups", "eps", "x_t", "x_r", "t", "delta", "target_output", "x"}
+
+
+def _setting(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+
+
+def _shape(like: Like) -> str:
+    return "x".join("N" if size is None else str(size) for size in like.shape)
 
 
 def public_operations() -> dict[FunctionType, str]:
@@ -154,16 +154,12 @@ def listening(network: str) -> Iterator[Counter[Site]]:
 
     def wrap(function: FunctionType) -> Callable[..., Any]:
         signature = inspect.signature(function)
-        defaults = {name: p.default for name, p in signature.parameters.items()}
 
         @functools.wraps(function)
         def noted(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs).arguments
-            arguments = tuple(
-                (name, _described(value))
-                for name, value in given.items()
-                if isinstance(value, torch.Tensor) or value != defaults[name]
-            )
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            arguments = tuple((name, _described(v)) for name, v in given.arguments.items())
             heard[Site(operations[function], arguments, network, 1, function.__module__)] += 1
             return function(*args, **kwargs)
 
@@ -196,16 +192,14 @@ def network_sites(
         net = build_network(
             name, img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
             **architecture,
-        ).train()  # fmt: skip
-        inputs = next(p for p in net.model.parameters() if p.ndim == 4).shape[1]
-        x = torch.empty((BATCH, inputs, img_resolution, img_resolution), dtype=COMPUTE)
-        x = x[:, :img_channels]
+        )  # fmt: skip
+        net.train()
+        size = (BATCH, img_channels, img_resolution, img_resolution)
+        x, t = torch.empty(size, dtype=COMPUTE), torch.ones(BATCH)
         labels = torch.zeros(BATCH, label_dim) if label_dim else None
         key = DropoutKey(seed=0, step=0, sample=torch.arange(BATCH))
         with listening(name) as heard:
-            net.raw(
-                x, torch.ones(BATCH), labels, dropout_key=key, weights=cast_weights(net, COMPUTE)
-            )
+            net.raw(x, t, labels, dropout_key=key, weights=cast_weights(net, COMPUTE))
     return tuple(dataclasses.replace(site, count=count) for site, count in heard.items())
 
 

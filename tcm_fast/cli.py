@@ -1,4 +1,4 @@
-"""The command line: `tcm-fast train | sample | eval | data | ema | doctor`, nothing but arguments and words.
+"""The command line: `tcm-fast train | sample | eval | data | ema | bench | doctor`: arguments and words.
 
 torch is imported when a command runs, not before: `--help` has to come up at once.
 """
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
@@ -160,11 +160,42 @@ class Doctor:
     device: str = "auto"
 
 
+BenchGroup = Literal["ops", "step", "sample", "memory", "all", "profile", "compare"]
+
+
+@dataclass
+class Bench:
+    """Measure this machine: operations, training steps, sampling and memory beside plainly written
+    baselines, and a report of it. `compare A.json B.json` tells two results apart and ends with status 1
+    where ours got slower or wrong; `profile` writes a trace of one step."""
+
+    what: Positional[BenchGroup] = "all"
+    files: Positional[tuple[Path, ...]] = ()
+    """For compare: two results.json."""
+    quick: bool = False
+    """A few minutes: fewer cases and samples."""
+    out: Path = Path("bench")
+    """Folder of results.json, report.md and report.html."""
+    only: str = ""
+    """Cases whose name contains this."""
+    official: Path | None = None
+    """A checkout of NVlabs/TCM, to be timed beside."""
+    fastgen: Path | None = None
+    """A checkout of NVlabs/FastGen, to be timed beside."""
+    compiled: bool | None = None
+    """Time torch.compile among the operations too; by default on a GPU only."""
+    tolerance: float = 0.05
+    """compare: share of the median below which no difference counts."""
+    relative: bool = False
+    """compare: against the baselines of the same run, where the machine itself was slower or faster."""
+    device: str = "auto"
+
+
 def parse(argv: Sequence[str]) -> Any:
     """The command that the arguments ask for. Presets and files are the defaults that flags override."""
     command = Annotated[Train, subcommand("train", default=_train_defaults(argv))]
     command |= Annotated[Plan, subcommand("plan", default=_plan_defaults(argv))]  # type: ignore[assignment]
-    for kind in (Sample, Eval, Data, Ema, Doctor):
+    for kind in (Sample, Eval, Data, Ema, Bench, Doctor):
         command |= Annotated[kind, subcommand(kind.__name__.lower())]  # type: ignore[assignment]
     epilog = f"Presets: {', '.join(preset_names())}."
     return tyro.cli(command, prog="tcm-fast", args=list(argv), description=f"{SUMMARY} {epilog}")  # type: ignore[call-overload]
@@ -413,6 +444,47 @@ def ema(args: Ema) -> int:
     return 0
 
 
+def bench(args: Bench) -> int:
+    if args.what == "compare":
+        return compare_results(args)
+    if args.files:
+        raise ValueError(f"bench: only compare takes files, got {args.files[0]}")
+    from tcm_fast.benchmarks import report, suite
+    from tcm_fast.distributed import pick_device
+
+    groups = {
+        "ops": ("ops", "host", "optimizer"), "step": ("step", "roofline"), "sample": ("sample",),
+        "memory": ("memory",),
+    }  # fmt: skip
+    settings = suite.Settings(
+        quick=args.quick, device=pick_device(args.device).type, compiled=args.compiled, only=args.only,
+        official=args.official, fastgen=args.fastgen,
+    )  # fmt: skip
+    if args.what == "profile":
+        trace = suite.profile(settings, args.out)
+        print(f"trace for chrome://tracing or ui.perfetto.dev in {trace}")
+        return 0
+    if args.what in groups:
+        settings = replace(settings, groups=groups[args.what])
+    results = suite.run(settings, say=lambda line: print(line, file=sys.stderr))
+    page = report.write(results, args.out)
+    print(report.terminal(results))
+    print(f"report in {page}")
+    return FAILED if results.wrong else 0
+
+
+def compare_results(args: Bench) -> int:
+    from tcm_fast.benchmarks import results
+    from tcm_fast.benchmarks.compare import compare, text
+
+    if len(args.files) != 2:
+        raise ValueError(f"bench compare: needs A.json and B.json, got {len(args.files)} files")
+    before, after = map(results.load, args.files)
+    comparison = compare(before, after, tolerance=args.tolerance, relative=args.relative)
+    print(text(comparison))
+    return FAILED if comparison.failures else 0
+
+
 def doctor(args: Doctor) -> int:
     if args.precision is not None:
         return check_precision(args, args.precision)
@@ -495,6 +567,7 @@ DEPENDENCIES = {
     "safetensors": "checkpoints",
     "tensorboard": "curves, optional: the [log] extra",
     "pyarrow": "image parquet, optional: the [hf] extra",
+    "matplotlib": "plots, optional: the [plot] extra",
     "torch-fidelity": "Inception features, optional: the [eval] extra",
 }
 
@@ -506,6 +579,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Eval: evaluate,
     Data: data,
     Ema: ema,
+    Bench: bench,
     Doctor: doctor,
 }
 

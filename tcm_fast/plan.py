@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 # ---- ceilings -----------------------------------------------------------------------------------
 
@@ -16,8 +19,10 @@ import torch
 @dataclass(frozen=True)
 class Ceilings:
     """Measured rates. copy: bytes read plus bytes written per second of a large copy; matmul: precision
-    (fp32, tf32, fp16, bf16) -> floating-point operations per second of a large product (multiply-add is
-    2); samples: seconds of every repetition, by name."""
+    (fp32, tf32, fp16, bf16) -> floating-point operations per second (multiply-add is 2) of a large matrix
+    product or a large 3x3 convolution, whichever is faster (on a CPU different libraries compute them; a
+    GPU's fp32 convolution may use Winograd's fewer products); samples: seconds of every repetition, by
+    name."""
 
     copy: float
     matmul: dict[str, float]
@@ -41,7 +46,7 @@ def measure_ceilings(device: torch.device | str = "cpu", *, quick: bool = False)
     size = min(1 << 30 if is_cuda else 1 << 27, free // 4)
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    samples = {"copy": _seconds(lambda: target.copy_(source), device, repeats)}
+    samples = {"copy": _seconds(partial(target.copy_, source), device, repeats)}
     copy = 2 * size / statistics.median(samples["copy"])
     del source, target
 
@@ -50,14 +55,33 @@ def measure_ceilings(device: torch.device | str = "cpu", *, quick: bool = False)
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
         n = 1024 if not is_cuda else 4096 if precision == "fp32" else 8192
         a, b = (torch.randn((n, n), device=device).to(dtype) for _ in range(2))
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        try:
-            samples[precision] = _seconds(lambda a=a, b=b: a @ b, device, repeats)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
-        matmul[precision] = 2 * n**3 / statistics.median(samples[precision])
+        images, channels = (256, 256) if is_cuda else (8, 128)
+        x = torch.randn((images, channels, 32, 32), device=device).to(dtype)
+        w = torch.randn((channels, channels, 3, 3), device=device).to(dtype)
+        if is_cuda:
+            x, w = (v.contiguous(memory_format=torch.channels_last) for v in (x, w))
+        works: dict[str, tuple[Callable[[], object], float]] = {
+            precision: (partial(torch.matmul, a, b), 2.0 * n**3),
+            f"{precision} convolution": (
+                partial(F.conv2d, x, w, padding=1), 18.0 * images * 32 * 32 * channels**2
+            ),
+        }  # fmt: skip
+        with _tf32(precision == "tf32"):
+            for name, (work, flops) in works.items():
+                samples[name] = _seconds(work, device, repeats)
+                rate = flops / statistics.median(samples[name])
+                matmul[precision] = max(rate, matmul.get(precision, 0.0))
     return Ceilings(copy, matmul, samples)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
