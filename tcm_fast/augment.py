@@ -28,9 +28,7 @@ SYM6 = (
 )  # fmt: skip
 
 
-def augment(
-    images: torch.Tensor, key: DropoutKey, p: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def augment(images: torch.Tensor, key: DropoutKey, p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Augment a batch, each transformation of each image with probability p; mirror every second one.
 
     Args:

@@ -669,7 +669,9 @@ def load_weights(student: Precond, previous: Precond, phase: str) -> None:
     ours, theirs = student.state_dict(), previous.state_dict()
     own = {name: value for name, value in ours.items() if name.startswith("logvar_")}
     theirs = own | {
-        name: value for name, value in theirs.items() if name in own or not name.startswith("logvar_")
+        name: value
+        for name, value in theirs.items()
+        if name in own or not name.startswith("logvar_")
     }
     wrong = [
         f"{name} is {list(theirs[name].shape) if name in theirs else 'missing'}, "
