@@ -29,6 +29,8 @@ features
 metrics
 plan
 trainer
+foreign_blocks
+norm_act
 convert accelerate
 cli
 __init__ __main__
