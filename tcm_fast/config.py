@@ -56,6 +56,14 @@ class NetworkConfig:
     num_blocks: int | None = None
     attn_resolutions: tuple[int, ...] | None = None
     label_dropout: float | None = None
+    dropout_resolutions: tuple[int, ...] | None = None
+    """Drop in the blocks of these resolutions only."""
+    fourier_scale: float | None = None
+    """Spread of the noise embedding's frequencies (ncsnpp)."""
+    augment_dim: int | None = None
+    """Inputs for the parameters of augmentations (ddpmpp, ncsnpp, adm); 9 with --edm.augment."""
+    channels_per_head: int | None = None
+    """Width of an attention head (edm2)."""
     class_conditional: bool = False
     """Train with the data's class labels."""
 
