@@ -16,9 +16,11 @@ from torch import nn
 
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
-from tcm_fast.kernels.qkv_attention import NORM_EPS, qkv_attention
-
-MP_SILU_SCALE = 1 / 0.596  # EDM2's SiLU keeps the magnitude of unit Gaussians
+from tcm_fast.kernels.modulate_mp_silu import modulate_mp_silu
+from tcm_fast.kernels.mp_sum import MP_SILU, mp_sum
+from tcm_fast.kernels.pixel_norm_mp_silu import pixel_norm_mp_silu
+from tcm_fast.kernels.qkv_attention import qkv_attention
+from tcm_fast.kernels.resample import resample
 
 
 @dataclass(frozen=True)
@@ -178,38 +180,29 @@ def _edm2_obstacle(module: Any) -> str:
     return ""
 
 
-def _mp_silu(x: torch.Tensor) -> torch.Tensor:
-    return F.silu(x) * MP_SILU_SCALE
-
-
-def _mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    return a.lerp(b, t) / ((1 - t) ** 2 + t**2) ** 0.5
-
-
-def _pixel_norm(x: torch.Tensor) -> torch.Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide) / x.shape[1] ** 0.5
-    return x / (NORM_EPS + rms).to(x.dtype)
-
-
 def _edm2_forward(self: Any, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-    if self.resample_mode == "down":
-        x = F.avg_pool2d(x, 2)
-    elif self.resample_mode == "up":
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
+    if not 0 <= self.dropout < 1:
+        return original_forward(self, x, emb)
+    mode = self.resample_mode
     if self.flavor == "enc":
-        x = _pixel_norm(x if self.conv_skip is None else self.conv_skip(x))
-    h = self.conv_res0(_mp_silu(x))
-    scale = self.emb_linear(emb, gain=self.emb_gain) + 1
-    h = _mp_silu(h * scale[:, :, None, None].to(h.dtype))
-    h = self.conv_res1(F.dropout(h, self.dropout, self.training))
+        if mode != "keep":
+            x, _ = resample(x, mode)
+        x, h = pixel_norm_mp_silu(x if self.conv_skip is None else self.conv_skip(x))
+    elif mode != "keep":
+        x, h = resample(x, mode, with_silu=True)
+    else:
+        h = F.silu(x) * (1 / MP_SILU)
+    h = self.conv_res0(h)
+    gain = self.emb_gain.to(torch.promote_types(h.dtype, torch.float32))
+    h = modulate_mp_silu(h, self.emb_linear(emb), gain, **dropped(self, h, self.dropout))
+    h = self.conv_res1(h)
     if self.flavor == "dec" and self.conv_skip is not None:
         x = self.conv_skip(x)
-    x = _mp_sum(x, h, self.res_balance)
-    if self.num_heads:
-        h = qkv_attention(self.attn_qkv(x), self.num_heads, normalize=True)
-        x = _mp_sum(x, self.attn_proj(h), self.attn_balance)
-    return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
+    if not self.num_heads:
+        return mp_sum(x, h, self.res_balance, clip=self.clip_act)[0]
+    x, _ = mp_sum(x, h, self.res_balance)
+    h = qkv_attention(self.attn_qkv(x), self.num_heads, normalize=True)
+    return mp_sum(x, self.attn_proj(h), self.attn_balance, clip=self.clip_act)[0]
 
 
 def _edm2_example(module: Any) -> tuple[torch.Tensor | None, ...]:
