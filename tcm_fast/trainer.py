@@ -647,6 +647,9 @@ class Trainer:
 def load_weights(student: Precond, previous: Precond, phase: str) -> None:
     """Start a phase from another network's weights. ValueError where the networks differ."""
     ours, theirs = student.state_dict(), previous.state_dict()
+    # Inputs and outputs of pre-training, without which a network computes the same.
+    unused = ("model.map_augment.", "logvar_")
+    theirs = {n: v for n, v in theirs.items() if n in ours or not n.startswith(unused)}
     wrong = [
         f"{name} is {list(theirs[name].shape) if name in theirs else 'missing'}, "
         f"must be {list(value.shape)}"

@@ -31,6 +31,8 @@ plan
 trainer
 foreign_blocks
 norm_act
+inert_pickle
+torch_files
 convert accelerate
 cli
 __init__ __main__
