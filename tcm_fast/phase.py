@@ -201,11 +201,9 @@ def load_weights(student: Precond, previous: Precond, phase: str) -> None:
     learns. ValueError where the networks differ."""
     ours, theirs = student.state_dict(), previous.state_dict()
     own = {name: value for name, value in ours.items() if name.startswith("logvar_")}
-    theirs = own | {
-        name: value
-        for name, value in theirs.items()
-        if name in own or not name.startswith("logvar_")
-    }
+    # Inputs and outputs of pre-training, without which a network computes the same.
+    unused = ("model.map_augment.", "logvar_")
+    theirs = own | {n: v for n, v in theirs.items() if n in ours or not n.startswith(unused)}
     wrong = [
         f"{name} is {list(theirs[name].shape) if name in theirs else 'missing'}, "
         f"must be {list(value.shape)}"

@@ -36,6 +36,10 @@ phase memory summary
 keeping assembly
 trainer
 timebox
+foreign_blocks
+norm_act
+inert_pickle
+torch_files
 convert accelerate
 plan_command
 cli
