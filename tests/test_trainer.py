@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tiny_runs import assert_equal, events, tiny, train, weights, write_images
 
 from tcm_fast import assembly, optim, saving
 from tcm_fast import trainer as trainer_module
@@ -25,52 +26,10 @@ from tcm_fast.sampler import sample
 from tcm_fast.summary import summary
 from tcm_fast.trainer import Interrupted, Trainer
 
-TINY = {
-    "network": {
-        "model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4],
-    },
-    "phases": ["edm", "ect", "tcm"],
-    "log_every": 2, "save_every": 3, "grid_every": 4,
-}  # fmt: skip
-PHASE = {"batch_size": 16, "images": 16 * 6, "dropout": 0.2, "lr": 1e-3, "ema": ["power:6.94"]}
-PAIRS = {"double": 4, "limit": 0.9, "c": 0.06}
-
 
 @pytest.fixture
 def images(tmp_path):
-    """A small labelled set in an npz."""
-    rng = np.random.default_rng(0)
-    path = tmp_path / "images.npz"
-    np.savez(path, images=rng.integers(0, 256, (40, 8, 8, 1), np.uint8), labels=np.arange(40) % 3)
-    return path
-
-
-def tiny(images, **changes):
-    values = {**TINY, "data": {"source": str(images)}}
-    values |= dict.fromkeys(("ect", "tcm", "cd"), PHASE | PAIRS) | {"edm": PHASE}
-    values["ict"] = PHASE | {"s1": 20}
-    for key, value in changes.items():
-        values[key] = values[key] | value if isinstance(values.get(key), dict) else value
-    return from_dict(Config, values)
-
-
-def train(config, out, **options):
-    return Trainer(config, out, **options).run()
-
-
-def weights(out, file="model"):
-    """The tensors of the newest checkpoint's file."""
-    return load_checkpoint(newest_checkpoint(out)).network_tensors(file)
-
-
-def events(out):
-    """The lines of the log."""
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    return write_images(tmp_path)
 
 
 def test_three_phases_leave_everything_behind(images, tmp_path):
