@@ -5,8 +5,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from tiny_runs import assert_equal, events, tiny, train, weights, write_images
 from tcm_fast import assembly, optim, saving
 from tcm_fast import trainer as trainer_module
 from tcm_fast.checkpoint import load_checkpoint, load_network
-from tcm_fast.config import Config, from_dict, load_config, save_config
+from tcm_fast.config import Config, from_dict, load_config
 from tcm_fast.data import load_images
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension
@@ -442,29 +440,3 @@ def test_a_disk_that_stays_full_ends_the_run(fails, images, tmp_path, monkeypatc
     good = 96 if fails == "in a row" else 240
     assert load_checkpoint(newest_checkpoint(tmp_path / "run")).state["images"] == good
     assert train(config, tmp_path / "run", resume=True)[0].images == 288
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_do_not_change_the_result(ranks, images, tmp_path):
-    """torchrun with gloo against one process: three steps of each phase."""
-    config = dataclasses.replace(tiny(images), max_steps=3, device="cpu")
-    train(config, tmp_path / "one")
-    save_config(config, tmp_path / "config.json")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-        "--master-port", str(29_500 + os.getpid() % 1000), "-m", "tcm_fast", "train",
-        "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "many"),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, many = weights(tmp_path / "one"), weights(tmp_path / "many")
-    difference = sum((one[k] - many[k]).square().sum() for k in one).sqrt()
-    norm = sum(one[k].square().sum() for k in one).sqrt()
-    assert difference / norm < 1e-5

@@ -1,7 +1,9 @@
 """Runs that take seconds: what the trainer's tests share."""
 
 import json
+import multiprocessing
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from tcm_fast.checkpoint import load_checkpoint
-from tcm_fast.config import Config, from_dict, load_config
+from tcm_fast.config import Config, from_dict, load_config, save_config
+from tcm_fast.objectives import Objective
 from tcm_fast.run_folder import newest_checkpoint
 from tcm_fast.trainer import Interrupted, Trainer
 
@@ -76,13 +79,71 @@ def relative_difference(one, other):
     return float(difference / sum(one[k].double().square().sum() for k in one).sqrt())
 
 
-def child(config, out, output):
-    """A run in a process of its own, resumed where there is something to resume."""
+def forkserver():
+    """Processes that have everything imported when they begin."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tcm_fast.trainer", "tiny_runs"])
+    return context
+
+
+def break_something(fault, rank):
+    """Make a process fail: "nan STEP", "memory SIZE" (that many images are too many to differentiate) or
+    "memory SIZE from STEP", all on rank 1."""
+    losses, words = Objective.losses, fault.split()
+
+    def broken(self, batch):
+        values, step = losses(self, batch), int(batch.key.step)
+        if words[0] == "nan" and step == int(words[1]):
+            values = values * torch.nan
+        starts = int(words[3]) if len(words) > 3 else 0
+        is_short = words[0] == "memory" and len(batch.t) >= int(words[1]) and step >= starts
+        if is_short and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("injected")
+        return values
+
+    if rank == 1:
+        Objective.losses = broken
+
+
+def child(config, out, output, place=None, init=None, fault=None):
+    """A run in a process of its own, resumed where there is something to resume.
+
+    place: rank, number of processes and port, for one of several; fault: see `break_something`."""
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    if place is not None:
+        names = ("RANK", "WORLD_SIZE", "MASTER_PORT")
+        os.environ |= dict(zip(names, map(str, place), strict=True)) | {"MASTER_ADDR": "localhost"}
+    if fault is not None:
+        break_something(fault, place[0])
     try:
-        Trainer(load_config(config), Path(out), resume=True).run()
+        Trainer(load_config(config), Path(out), init=init, resume=True).run()
     except Interrupted:
         sys.exit(75)
+
+
+def run_ranks(ranks, config, out, init=None, *, fault=None, fails=False):
+    """A run of so many processes, and what they said."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path, output = out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.txt")
+    save_config(config, path)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = forkserver()
+    processes = [
+        context.Process(target=child, args=(path, out, output, (rank, ranks, port), init, fault))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    said = output.read_text()
+    assert any(codes) if fails else not any(codes), said[-3000:]
+    return said
