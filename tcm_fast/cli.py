@@ -24,6 +24,7 @@ FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
 STOPPED = (
     75  # a run was asked to stop and has been saved: --resume auto goes on (sysexits' EX_TEMPFAIL)
 )
+MOST_COLUMNS = 32  # of a grid with one for each class
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Sample:
     out: Path = Path("samples.png")
     """A .png (grid), an .npz, or a folder of PNGs."""
     classes: tuple[int, ...] | None = None
-    """Class numbers, repeated in turn (class-conditional networks)."""
+    """Class numbers, repeated in turn (class-conditional networks): a column of the grid for each."""
     times: tuple[float, ...] | None = None
     """Noise levels to return to after the first step, in falling order."""
     start: int = 0
@@ -305,8 +306,17 @@ def sample(args: Sample) -> int:
         progress=sys.stderr.isatty(),
     )
     numbers = sampler.class_numbers(net, args.num, labels, args.start)
-    pictures.write_samples(batches, args.out, overwrite=args.overwrite, labels=numbers)
+    columns = len(labels) if labels and 1 < len(labels) <= MOST_COLUMNS else None
+    pictures.write_samples(
+        batches, args.out, overwrite=args.overwrite, labels=numbers, columns=columns
+    )
     print(f"{args.num} images of seed {args.seed} in {args.out}")
+    if labels and columns and args.out.suffix.lower() == ".png":
+        names = getattr(net, "info", {}).get("class_names") or ()
+        known = len(names) == net.label_dim
+        # An image's class goes by its number: the first column is that of the first image.
+        turn = [labels[(args.start + i) % len(labels)] for i in range(len(labels))]
+        print(f"columns: {', '.join(str(names[k]) if known else f'class {k}' for k in turn)}")
     return 0
 
 

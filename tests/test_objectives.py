@@ -518,5 +518,5 @@ def test_augmented_images_and_their_labels_reach_the_network():
         found[torch.from_numpy(rows)] = piece
     order = torch.from_numpy(part)
     torch.testing.assert_close(found[order], whole, rtol=1e-4, atol=1e-3)
-    with pytest.raises(ValueError, match="edm.augment: needs network.augment_dim 9 .* got 0"):
+    with pytest.raises(ValueError, match=r"edm.augment: needs .* got 0"):
         Objective("edm", config, network(1))
