@@ -246,6 +246,10 @@ class Assembly:
             raise ValueError(f"snapshot_every: {name}.ema must have a power:GAMMA, got none")
         if config.best == "frechet" and not config.eval.features:
             raise ValueError("best: frechet needs a feature space, give one with --eval.features")
+        if config.gradient_dtype == "bf16" and self.device.type == "cpu" and self.workers.world > 1:
+            raise ValueError(
+                "gradient_dtype: bf16 is exchanged between GPUs only; take fp16 or fp32"
+            )
         if config.engine == "fsdp" and DTYPES[config.precision] != torch.float32:
             raise ValueError(f"engine: fsdp computes in fp32 or tf32, got {config.precision}")
         if self.is_cut and config.offload:

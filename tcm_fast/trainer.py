@@ -387,9 +387,15 @@ class Trainer:
                 is_short = True
             loss = None
             if not self.workers.any(is_short)[0]:
-                return batches
+                break
             self._cut_smaller(phase)
             batches = self._prepare(phase, stream)
+        if len(batches) > 1:
+            # A static graph is learnt in a pass that exchanges gradients; in a step, not all do.
+            loss, _ = phase.objective(batches[0])
+            loss.backward()
+            phase.optimizer.zero_grad(set_to_none=True)
+        return batches
 
     def _cut_smaller(self, phase: Phase) -> None:
         """Free what a step holds and cut the batch into more pieces. TrainingError where it has one

@@ -500,7 +500,7 @@ def test_damaged_and_unfinished_checkpoints_are_passed_over_and_named(tmp_path):
     assert "SHA-256 differs" in why[newest]
     assert "state.json is missing" in why[middle]
     assert "never completed" in why[unfinished]
-    with pytest.raises(ValueError, match="ema-0.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"ema-0.safetensors is damaged"):
         open_run(tmp_path, newest)
 
 

@@ -5,17 +5,16 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from tiny_runs import assert_equal, events, tiny, train, weights, write_images
 
 from tcm_fast import assembly, optim, saving
 from tcm_fast import trainer as trainer_module
 from tcm_fast.checkpoint import load_checkpoint, load_network
-from tcm_fast.config import Config, from_dict, load_config, save_config
+from tcm_fast.config import Config, from_dict, load_config
 from tcm_fast.data import load_images
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension
@@ -25,52 +24,10 @@ from tcm_fast.sampler import sample
 from tcm_fast.summary import summary
 from tcm_fast.trainer import Interrupted, Trainer
 
-TINY = {
-    "network": {
-        "model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4],
-    },
-    "phases": ["edm", "ect", "tcm"],
-    "log_every": 2, "save_every": 3, "grid_every": 4,
-}  # fmt: skip
-PHASE = {"batch_size": 16, "images": 16 * 6, "dropout": 0.2, "lr": 1e-3, "ema": ["power:6.94"]}
-PAIRS = {"double": 4, "limit": 0.9, "c": 0.06}
-
 
 @pytest.fixture
 def images(tmp_path):
-    """A small labelled set in an npz."""
-    rng = np.random.default_rng(0)
-    path = tmp_path / "images.npz"
-    np.savez(path, images=rng.integers(0, 256, (40, 8, 8, 1), np.uint8), labels=np.arange(40) % 3)
-    return path
-
-
-def tiny(images, **changes):
-    values = {**TINY, "data": {"source": str(images)}}
-    values |= dict.fromkeys(("ect", "tcm", "cd"), PHASE | PAIRS) | {"edm": PHASE}
-    values["ict"] = PHASE | {"s1": 20}
-    for key, value in changes.items():
-        values[key] = values[key] | value if isinstance(values.get(key), dict) else value
-    return from_dict(Config, values)
-
-
-def train(config, out, **options):
-    return Trainer(config, out, **options).run()
-
-
-def weights(out, file="model"):
-    """The tensors of the newest checkpoint's file."""
-    return load_checkpoint(newest_checkpoint(out)).network_tensors(file)
-
-
-def events(out):
-    """The lines of the log."""
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    return write_images(tmp_path)
 
 
 def test_three_phases_leave_everything_behind(images, tmp_path):
@@ -483,29 +440,3 @@ def test_a_disk_that_stays_full_ends_the_run(fails, images, tmp_path, monkeypatc
     good = 96 if fails == "in a row" else 240
     assert load_checkpoint(newest_checkpoint(tmp_path / "run")).state["images"] == good
     assert train(config, tmp_path / "run", resume=True)[0].images == 288
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_do_not_change_the_result(ranks, images, tmp_path):
-    """torchrun with gloo against one process: three steps of each phase."""
-    config = dataclasses.replace(tiny(images), max_steps=3, device="cpu")
-    train(config, tmp_path / "one")
-    save_config(config, tmp_path / "config.json")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-        "--master-port", str(29_500 + os.getpid() % 1000), "-m", "tcm_fast", "train",
-        "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "many"),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, many = weights(tmp_path / "one"), weights(tmp_path / "many")
-    difference = sum((one[k] - many[k]).square().sum() for k in one).sqrt()
-    norm = sum(one[k].square().sum() for k in one).sqrt()
-    assert difference / norm < 1e-5
