@@ -77,6 +77,17 @@ def runs_triton(name: str, device_type: str) -> bool:
     return False
 
 
+def calls_directly(x: torch.Tensor) -> bool:
+    """Whether an operation may call its launcher as a plain function: nothing compiles, transforms or
+    watches operators. The dispatcher takes longer over an operator in Python than the launch itself."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 _noted: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] | None = None
 
 
