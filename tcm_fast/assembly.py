@@ -155,6 +155,7 @@ class Assembly:
         weights = list(student.parameters()) if shards is None else shards.parts
         emas = [Ema(rule, weights) for rule in config.ema]
         scaled = self.config.precision == "fp16"
+        loss.apart = self.config.is_lean
         if is_derived(student, dtype) and not extension_gap(self.device):
             loss.copies = make_copies(student, dtype, rows_too=False)
             loss.narrow_gradients = self.config.gradients == "16bit"

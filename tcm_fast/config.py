@@ -403,6 +403,12 @@ class Config:
         )
         require(0 <= self.seed < 2**63, f"seed: must lie in [0, 2**63), got {self.seed}")
 
+    @property
+    def is_lean(self) -> bool:
+        """Whether any lever trades time for memory."""
+        recomputes = self.recompute_norms or self.recompute_blocks is not None
+        return recomputes or self.offload or self.micro_batches > 1 or self.gradients != "fp32"
+
     def phase(self, name: str) -> PhaseConfig:
         """The section of a phase."""
         return getattr(self, name)

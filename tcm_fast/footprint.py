@@ -219,6 +219,7 @@ def dry_step(
     set_recompute(net.model, norms=config.recompute_norms, blocks_from=config.recompute_blocks)
     frozen = build_on_meta(config, shape, name) if name in FROZEN else None
     objective = Objective(name, phase, net, frozen, dtype=dtype)
+    objective.apart = config.is_lean
     if is_derived(net, dtype):
         objective.copies = make_copies(net, dtype, rows_too=False)
         objective.narrow_gradients = config.gradients == "16bit"

@@ -200,6 +200,8 @@ class Objective(nn.Module):
         self.folded = False
         """Whether the optimizer takes the gradients of normalised rows as they are (`cast_weights`)."""
         self._derives = is_derived(student, dtype)
+        self.apart = False
+        """Gradients go to the weights one by one, where memory is short (`cast_weights`)."""
         self.narrow_gradients = False
         """Gradients stay in `dtype` at these copies, instead of going to the weights in fp32."""
         self._cast: tuple[tuple[int, bool], dict[str, torch.Tensor]] | None = None
@@ -230,7 +232,9 @@ class Objective(nn.Module):
             return None
         state = (sum(p._version for p in self.student.parameters()), torch.is_grad_enabled())
         if self._cast is None or self._cast[0] != state:
-            ready = cast_weights(self.student, self.dtype, self.copies, folded=self.folded)
+            ready = cast_weights(
+                self.student, self.dtype, self.copies, folded=self.folded, apart=self.apart
+            )
             if self.narrow_gradients and self.copies is not None:
                 ready |= leaf_copies(self.student, self.copies)
             self._cast = (state, ready)
