@@ -143,7 +143,7 @@ class Counting(TorchDispatchMode):
     @staticmethod
     def _moves_nothing(func: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> bool:
         """Views, empty buffers, questions about tensors."""
-        is_question = func.namespace == "prim" or (not made and not given)
+        is_question = func.namespace == "prim" or not (made or given)
         return func.is_view or is_question or func._overloadpacket.__name__ in UNTOUCHED
 
     def _note(self, x: torch.Tensor) -> None:

@@ -110,5 +110,5 @@ def load(path: str | Path) -> Results:
         return Results(
             rows=rows, ceilings=None if ceilings is None else Ceilings(**ceilings), skipped=skipped, **data
         )  # fmt: skip
-    except TypeError as error:
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: holds no results of tcm-fast bench ({error})") from None
