@@ -170,9 +170,10 @@ def _bwd(grad_y, x, scale, gain, sample, seed, step, layer, threshold):
         _modulate_mp_silu_bwd_kernel, grid, grad_y, x, *tensors, grad_x, sums, *scalars, **constants
     )
     grad_factor = sums.sum(1)
-    grad_scale = (grad_factor * gain).to(scale.dtype)
+    grad_scale = torch.empty(scale.shape, dtype=scale.dtype, device=scale.device)
+    torch.mul(grad_factor, gain, out=grad_scale)
     # One number out of the whole batch: few products, and what is left of many that cancel.
-    grad_gain = torch.dot(grad_factor.double().flatten(), scale.double().flatten())
+    grad_gain = (grad_factor * scale).sum(dtype=torch.float64)
     return grad_x, grad_scale, grad_gain.to(gain.dtype)
 
 
