@@ -38,7 +38,7 @@ def diagnose(
         "student": objective.student,
         "frozen network": objective.frozen,
     }
-    with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+    with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(with_gradients):
         with _watching(networks, culprits):
             losses = objective.losses(batch)
         rows = _rows(losses.detach()[:, None])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -102,6 +102,10 @@ class Shards:
         """Free the gradients, of the network and of the parts."""
         for tensor in (*self.parts, *self._sharded()):
             tensor.grad = None
+
+    def reshard(self) -> None:
+        """Take the weights apart again after a forward pass without a backward one."""
+        cast(FSDPModule, self.net.model).reshard()
 
     def gather(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Whole tensors on every process, from parts like the parameters'. All processes have to call

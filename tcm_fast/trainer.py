@@ -530,6 +530,8 @@ class Trainer:
             ]
         except torch.OutOfMemoryError:
             found = ["memory did not suffice for running the batch again"]
+        if phase.shards is not None:
+            phase.shards.reshard()
         told = [text for texts in self.workers.gather(found[:1]) for text in texts]
         again = "finite when run again with the weights of now"
         again += f" and a loss scale of {scale:g}" if phase.scaler.is_enabled() else ""
