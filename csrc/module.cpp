@@ -208,6 +208,12 @@ constexpr const char* kCudaArchs = TCM_FAST_WITH_CUDA;
 constexpr const char* kCudaArchs = "";
 #endif
 
+#ifdef TCM_FAST_DEBUG
+constexpr bool kDebug = true;
+#else
+constexpr bool kDebug = false;
+#endif
+
 std::vector<std::string> cuda_archs() {
   std::vector<std::string> archs;
   std::string arch;
@@ -229,6 +235,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Random numbers, dropout and optimizer steps on raw memory; tcm_fast.kernels checks and wraps them.";
   m.def("has_cuda", [] { return *kCudaArchs != '\0'; }, "Was the CUDA half built?");
   m.def("cuda_archs", &cuda_archs, "Architectures of the CUDA half, such as ['80', '90'].");
+  m.def("is_debug", [] { return kDebug; }, "Was it built with TCM_FAST_DEBUG=1?");
 
   m.def("philox_bits_cpu", &philox_bits_cpu, release(), py::arg("out"), py::arg("sample"),
         py::arg("n"), py::arg("num_blocks"), py::arg("seed"), py::arg("step"), py::arg("layer"),
@@ -243,6 +250,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("n"), py::arg("channels"), py::arg("pixels"), py::arg("channels_last"),
         py::arg("seed"), py::arg("step"), py::arg("layer"), py::arg("threshold"),
         py::arg("threads"));
+  m.attr("SOURCES") = TCM_FAST_SOURCES;
   m.attr("FUSED_STEP_CHUNK") = tcm_fast::kChunk;
   m.def("fused_step_check", &fused_step_check, release(), py::arg("table"), py::arg("tensors"),
         py::arg("averages"), py::arg("groups"));
@@ -250,6 +258,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("averages"), py::arg("options"), py::arg("groups"), py::arg("norm"),
         py::arg("skips"), py::arg("scale"), py::arg("tracker"), py::arg("threads"));
 #ifdef TCM_FAST_WITH_CUDA
+  m.def("cuda_runtime_version", &tcm_fast::cuda_runtime_version,
+        "CUDA that it was built with, such as 13000.");
+  m.def("cuda_driver_version", &tcm_fast::cuda_driver_version,
+        "Newest CUDA that the driver runs; 0 without a driver.");
   m.def("fused_step_scratch", &tcm_fast::fused_step_scratch, py::arg("tensors"),
         py::arg("num_chunks"));
   m.def("fused_step_cuda", &fused_step_cuda, release(), py::arg("table"), py::arg("tensors"),

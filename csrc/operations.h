@@ -25,6 +25,11 @@ void fused_step_cpu(const int64_t* table, int64_t tensors, int averages, const d
                     double* norm, int64_t* skips, float* scale, int32_t* tracker, int threads);
 
 #ifdef TCM_FAST_WITH_CUDA
+// Of CUDA, such as 13000: what the extension was built with, and the newest that the driver runs (0
+// without a driver).
+int cuda_runtime_version();
+int cuda_driver_version();
+
 // The same on the device: seed and step are read from its memory, so that a graph can be replayed
 // with other values. Each returns nullptr or the error's text.
 const char* philox_bits_cuda(int32_t* out, const int64_t* sample, int64_t n, int64_t num_blocks,

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "bounds.h"
 #include "operations.h"
 #include "philox.h"
 
@@ -103,6 +104,8 @@ void for_each_run(int64_t elements, uint32_t sample, Stream stream, uint32_t thr
   uint64_t kept[kBlocks];
   for (int64_t e = 0; e < elements; e += 8 * kBlocks) {
     const int64_t count = std::min(elements - e, 8 * kBlocks);
+    TCM_FAST_BOUNDS(0, blocks_of(count, 8), kBlocks);
+    TCM_FAST_BOUNDS(e, count, elements);
     mask_of_blocks(kept, e / 8, blocks_of(count, 8), sample, stream, threshold);
     body(e, count, reinterpret_cast<const uint8_t*>(kept));
   }
@@ -129,6 +132,7 @@ void philox_normal_cpu(float* out, const int64_t* sample, int64_t n, int64_t ele
     const int64_t whole = elements / 4, rest = elements % 4;
     normals_of_blocks(row, 0, whole, number, stream);
     if (rest) {
+      TCM_FAST_BOUNDS(4 * whole, rest, elements);
       float last[4];
       normals_of_blocks(last, whole, 1, number, stream);
       std::copy_n(last, rest, row + 4 * whole);
@@ -164,6 +168,7 @@ void dropout_cpu(float* out, const float* x, const int64_t* sample, int64_t n, i
                    });
     } else if (channels % 8 == 0) {
       for (int64_t g = 0; g < channels / 8; ++g) {
+        TCM_FAST_BOUNDS(8 * g * pixels, 8 * pixels, elements);
         apply_to_planes(to + 8 * g * pixels, from + 8 * g * pixels, pixels, g, channels / 8, number,
                         stream, threshold, scale);
       }
@@ -172,6 +177,7 @@ void dropout_cpu(float* out, const float* x, const int64_t* sample, int64_t n, i
                    [&](int64_t e, int64_t count, const uint8_t* kept) {
                      for (int64_t k = 0; k < count; ++k) {
                        const int64_t at = (e + k) % channels * pixels + (e + k) / channels;
+                       TCM_FAST_BOUNDS(at, 1, elements);
                        to[at] = kept[k] ? from[at] * scale : 0.0f;
                      }
                    });

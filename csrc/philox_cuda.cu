@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "bounds.h"
 #include "operations.h"
 #include "philox.h"
 
@@ -42,6 +43,7 @@ struct StoreBits {
   int32_t* out;
   int64_t num_blocks;
   __device__ void operator()(int64_t i, int64_t block, const Words& words) const {
+    TCM_FAST_BOUNDS(block, 1, num_blocks);
     reinterpret_cast<uint4*>(out)[i * num_blocks + block] =
         make_uint4(words.w0, words.w1, words.w2, words.w3);
   }
@@ -51,6 +53,7 @@ struct StoreNormals {
   float* out;
   int64_t elements;
   __device__ void operator()(int64_t i, int64_t block, const Words& words) const {
+    TCM_FAST_BOUNDS(4 * block, 1, elements);
     const Pair low = normal_pair(words.w0, words.w1);
     const Pair high = normal_pair(words.w2, words.w3);
     const float values[4] = {low.first, low.second, high.first, high.second};
@@ -65,6 +68,7 @@ struct StoreMask {
   int64_t elements;
   uint32_t threshold;
   __device__ void operator()(int64_t i, int64_t block, const Words& words) const {
+    TCM_FAST_BOUNDS(8 * block, 1, elements);
     const uint64_t kept = kept_bytes(words, threshold);
     for (int lane = 0; lane < 8; ++lane) {
       const int64_t e = 8 * block + lane;

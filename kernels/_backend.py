@@ -1,9 +1,11 @@
 """What runs an operation: the C++ extension, Triton, or its plain PyTorch reference."""
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -22,14 +24,29 @@ def backend() -> str | None:
     return value
 
 
+# Where kernels/ is mounted from a checkout, csrc/ lies beside it.
+_SOURCES = Path(__file__).parents[1] / "csrc"
+
+
+def sources_hash(folder: Path) -> str:
+    """SHA-256 over csrc/, as setup.py compiles it into the extension."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".cu", ".h"))
+    parts = [part for file in files for part in (file.name.encode(), file.read_bytes())]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("tcm_fast._C"), ""
+        module = importlib.import_module("tcm_fast._C")
     except ModuleNotFoundError:
         return None, "tcm_fast._C was not built: install a C++17 compiler and tcm_fast again"
     except ImportError as error:
         return None, f"tcm_fast._C does not load: {' '.join(str(error).split())}"
+    # Memory is passed by address: a binary that reads it otherwise than this Python would corrupt it.
+    if _SOURCES.is_dir() and getattr(module, "SOURCES", "") != sources_hash(_SOURCES):
+        return None, "tcm_fast._C is not of the present csrc/: run `pip install -e .` again"
+    return module, ""
 
 
 def extension() -> ModuleType | None:
@@ -45,6 +62,13 @@ def _cuda_gap(index: int) -> str:
         return gap
     if not module.has_cuda():
         return "tcm_fast._C was built without its CUDA half: install nvcc and tcm_fast again"
+    # Within a major version every driver runs what every toolkit builds.
+    built, runs = module.cuda_runtime_version(), module.cuda_driver_version()
+    if built // 1000 > runs // 1000:
+        return (
+            f"the driver runs CUDA {_dotted(runs)}, and tcm_fast._C was built with {_dotted(built)}: "
+            f"update the driver, or install tcm_fast again with nvcc {runs // 1000}"
+        )
     archs = [int(arch.rstrip("af")) for arch in module.cuda_archs()]
     major, minor = torch.cuda.get_device_capability(index)
     capability = 10 * major + minor
@@ -54,6 +78,10 @@ def _cuda_gap(index: int) -> str:
     return (
         f"tcm_fast._C has no code for compute capability {major}.{minor}: set TCM_FAST_CUDA_ARCHS"
     )
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def extension_gap(device: torch.device) -> str:
@@ -81,40 +109,48 @@ def extension_for(name: str, device: torch.device) -> ModuleType | None:
     return None
 
 
+# What is lost where a backend does not run: times of the CPU, the optimizer's from
+# benchmarks/results/optimizer_cpu.json; bytes counted, 120 for each parameter instead of 42.
+_CPU_COST = (
+    "random numbers take about 20 times as long in PyTorch, an optimizer step 4 times (RAdam) or 1.5 "
+    "times (Adam); no moments in 16 bits, no offload"
+)
+_CUDA_COST = (
+    "an optimizer step is torch's, in many launches that move about three times the bytes (RAdam); "
+    "random numbers and masks are PyTorch's"
+)
+_TRITON_COST = "normalisation, attention, noise and loss run on PyTorch's operators, many to one"
+
+
 def describe() -> list[tuple[str, bool, str]]:
-    """(name, active, why) of each backend, for `tcm-fast doctor`."""
+    """(name, active, why) of each backend, for `tcm-fast doctor`: what serves, or why not and what that
+    costs."""
     module, gap = _load()
     gpu = torch.cuda.is_available()
     gpu_gap = (
         "" if gpu else "torch was built without CUDA" if not torch.version.cuda else "none found"
     )
     forced_off = "TCM_FAST_BACKEND=reference" if backend() == "reference" else ""
-    cpu_gap = forced_off or gap
-    if module is None or not module.has_cuda():
+    has_cuda = module is not None and module.has_cuda()
+    if not has_cuda:
         cuda_gap = gap or "built without it: install nvcc and tcm_fast again"
-        cuda_what = ""
     else:
-        cuda_what = "for sm_" + ", ".join(module.cuda_archs())
         cuda_gap = _cuda_gap(torch.cuda.current_device()) if gpu else "no GPU"
-    cuda_gap = forced_off or cuda_gap
+    built = "; debug build, slow" if module is not None and module.is_debug() else ""
+    archs = f"; built for sm_{', '.join(module.cuda_archs())}" if module and has_cuda else ""
     triton = importlib.util.find_spec("triton") is not None
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    triton_gap = forced_off or (
-        "not installed" if not triton else "" if gpu or interpreted else "no GPU"
-    )
+    triton_gap = "not installed" if not triton else "" if gpu or interpreted else "no GPU"
+
+    def row(name: str, gap: str, cost: str, how: str) -> tuple[str, bool, str]:
+        gap = forced_off or gap
+        # Without a GPU nothing is lost by what serves GPUs alone.
+        lost = f": {cost}" if gap and (gpu or cost is _CPU_COST) else ""
+        return name, not gap, f"{gap}{lost}{how}" if gap else f"in use{how}"
+
     return [
         ("GPU", gpu, torch.cuda.get_device_name() if gpu else gpu_gap),
-        (
-            "C++ extension, CPU half",
-            not cpu_gap,
-            f"{cpu_gap}; random numbers take about 20 times as long in PyTorch"
-            if cpu_gap
-            else "in use",
-        ),
-        (
-            "C++ extension, CUDA half",
-            not cuda_gap,
-            "; ".join(filter(None, [cuda_gap, cuda_what and f"built {cuda_what}"])) or "in use",
-        ),
-        ("Triton", not triton_gap, triton_gap or ("interpreted" if interpreted else "in use")),
+        row("C++ extension, CPU half", gap, _CPU_COST, built),
+        row("C++ extension, CUDA half", cuda_gap, _CUDA_COST, archs),
+        row("Triton", triton_gap, _TRITON_COST, " (interpreted)" if interpreted else ""),
     ]

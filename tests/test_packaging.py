@@ -1,5 +1,6 @@
-"""setup.py's choices, and what its archives hold and do away from the checkout."""
+"""The build's choices, and what its archives hold and do away from the checkout."""
 
+import importlib
 import os
 import runpy
 import shutil
@@ -11,20 +12,21 @@ from pathlib import Path
 
 import pytest
 
+from tcm_fast.kernels import _backend
+
 ROOT = Path(__file__).parents[1]
 
 
+# What steers the build or the imports.
+STEERING = (
+    *("TCM_FAST_CUDA", "TCM_FAST_CUDA_ARCHS", "TCM_FAST_DEBUG", "TCM_FAST_BACKEND"),
+    *("PYTHONPATH", "CUDA_HOME", "CUDA_PATH", "CXX"),
+)
+
+
 def environment(**changes):
-    """This process's environment without what steers the build or the imports, changed."""
-    steering = (
-        "TCM_FAST_CUDA",
-        "TCM_FAST_CUDA_ARCHS",
-        "PYTHONPATH",
-        "CUDA_HOME",
-        "CUDA_PATH",
-        "CXX",
-    )
-    kept = {name: value for name, value in os.environ.items() if name not in steering}
+    """This process's environment without that, changed."""
+    kept = {name: value for name, value in os.environ.items() if name not in STEERING}
     return {**kept, **changes}
 
 
@@ -39,54 +41,217 @@ def script(path, text):
 
 
 @pytest.fixture
-def setup(monkeypatch, tmp_path):
-    """setup.py's names, on a machine without compilers."""
-    setuptools = pytest.importorskip("setuptools")
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
-    for name in ("TCM_FAST_CUDA", "TCM_FAST_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH", "CXX"):
+def toolchain(monkeypatch, tmp_path):
+    """build_support/toolchain.py on a machine without compilers and without a driver."""
+    for name in STEERING:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.syspath_prepend(ROOT / "build_support")
+    module = importlib.import_module("toolchain")
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setattr(module, "TOOLKIT", tmp_path / "usual/cuda/bin")
+    monkeypatch.setattr(module, "find_driver", lambda: None)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if "site-packages" not in path])
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "site-packages"))
+    yield module
+    sys.modules.pop("toolchain", None)
+
+
+@pytest.fixture
+def has_driver(toolchain, monkeypatch):
+    """Gives the machine a driver that runs this CUDA, and GPUs of these architectures."""
+
+    def give(major, minor, *archs):
+        monkeypatch.setattr(toolchain, "find_driver", lambda: toolchain.Driver((major, minor), archs))
+
+    return give
+
+
+def test_no_compiler_is_no_error(toolchain):
+    assert toolchain.find_compiler() is None
+    assert toolchain.choose_nvcc() is None
+
+
+def test_nvcc_is_required_where_it_is_asked_for(toolchain, monkeypatch):
+    monkeypatch.setenv("TCM_FAST_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"TCM_FAST_CUDA=1 needs nvcc .* install the CUDA toolkit"):
+        toolchain.choose_nvcc()
+    monkeypatch.setenv("TCM_FAST_CUDA", "yes")
+    with pytest.raises(SystemExit, match="TCM_FAST_CUDA must be 0 or 1, got yes"):
+        toolchain.choose_nvcc()
+
+
+def test_where_nvcc_is_looked_for(toolchain, monkeypatch, tmp_path):
+    wheel = script(tmp_path / "site-packages/nvidia/cu13/bin/nvcc", "true")
+    assert toolchain.choose_nvcc() == wheel
+    usual = script(tmp_path / "usual/cuda/bin/nvcc", "true")
+    assert toolchain.choose_nvcc() == usual
+    on_path = script(tmp_path / "bin/nvcc", "true")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert toolchain.choose_nvcc() == on_path
+    in_home = script(tmp_path / "cuda/bin/nvcc", "true")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert toolchain.choose_nvcc() == in_home
+    monkeypatch.setenv("TCM_FAST_CUDA", "0")
+    assert toolchain.choose_nvcc() is None
+
+
+def test_architectures(toolchain, monkeypatch, tmp_path):
+    nvcc = script(tmp_path / "nvcc", "echo 'sm_80\nsm_86\nsm_90\nsm_90a'")
+    assert toolchain.choose_archs(nvcc) == ["80", "86", "90"]
+    for given in ("86;90a", "86, 90a"):
+        monkeypatch.setenv("TCM_FAST_CUDA_ARCHS", given)
+        assert toolchain.choose_archs(nvcc) == ["86", "90a"]
+    monkeypatch.setenv("TCM_FAST_CUDA_ARCHS", "90;130")
+    with pytest.raises(SystemExit, match=r"TCM_FAST_CUDA_ARCHS must name .*, got 130"):
+        toolchain.choose_archs(nvcc)
+
+
+def test_an_editable_install_is_for_the_gpus_that_are_there(
+    toolchain, has_driver, monkeypatch, tmp_path, capsys
+):
+    nvcc = script(tmp_path / "nvcc", "echo 'sm_75\nsm_80\nsm_86\nsm_90'")
+    everything = ["80", "86", "90"]
+    assert toolchain.choose_archs(nvcc, for_this_machine=True) == everything  # no driver
+    has_driver(13, 0)
+    assert toolchain.choose_archs(nvcc, for_this_machine=True) == everything  # no GPU
+    has_driver(13, 0, "75", "90")
+    assert toolchain.choose_archs(nvcc, for_this_machine=True) == ["75", "90"]
+    assert "built for the GPU of this machine (sm_75, sm_90)" in capsys.readouterr().err
+    assert toolchain.choose_archs(nvcc) == everything  # a wheel goes elsewhere
+    has_driver(13, 0, "130")  # nvcc is older than the GPU: PTX has to serve it
+    assert toolchain.choose_archs(nvcc, for_this_machine=True) == everything
+    monkeypatch.setenv("TCM_FAST_CUDA_ARCHS", "86")
+    has_driver(13, 0, "90")
+    assert toolchain.choose_archs(nvcc, for_this_machine=True) == ["86"]
+
+
+def test_nvcc_newer_than_the_driver_is_said(toolchain, has_driver, tmp_path, monkeypatch, capsys):
+    nvcc = script(tmp_path / "bin/nvcc", "echo 'Cuda compilation tools, release 13.1, V13.1.80'")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    has_driver(13, 0, "90")
+    assert toolchain.choose_nvcc() == nvcc
+    assert capsys.readouterr().err == ""
+    has_driver(12, 4, "90")
+    assert toolchain.choose_nvcc() == nvcc
+    said = capsys.readouterr().err
+    assert "is of CUDA 13.1, the driver runs 12.4" in said
+    assert "set CUDA_HOME to a toolkit 12" in said
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """setup.py's names."""
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("TCM_FAST_DEBUG", raising=False)
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
-def test_no_compiler_is_no_error(setup):
-    assert setup["find_compiler"]() is None
-    assert setup["choose_nvcc"]() is None
+def test_debug_builds_are_asked_for_by_1(setup, monkeypatch):
+    assert not setup["is_debug"]()
+    for value in ("0", "1", ""):
+        monkeypatch.setenv("TCM_FAST_DEBUG", value)
+        assert setup["is_debug"]() == (value == "1")
+    monkeypatch.setenv("TCM_FAST_DEBUG", "on")
+    with pytest.raises(SystemExit, match="TCM_FAST_DEBUG must be 0 or 1, got on"):
+        setup["is_debug"]()
 
 
-def test_nvcc_is_required_where_it_is_asked_for(setup, monkeypatch):
-    monkeypatch.setenv("TCM_FAST_CUDA", "1")
-    with pytest.raises(SystemExit, match=r"TCM_FAST_CUDA=1 needs nvcc .* install the CUDA toolkit"):
-        setup["choose_nvcc"]()
-    monkeypatch.setenv("TCM_FAST_CUDA", "yes")
-    with pytest.raises(SystemExit, match="TCM_FAST_CUDA must be 0 or 1, got yes"):
-        setup["choose_nvcc"]()
+def test_the_hash_of_the_sources_is_the_one_the_library_looks_for(setup):
+    assert setup["sources_hash"]() == _backend.sources_hash(ROOT / "csrc")
+    listed = setup["SOURCES"] + setup["CUDA_SOURCES"] + setup["HEADERS"]
+    assert sorted(listed) == sorted(f"csrc/{path.name}" for path in ROOT.glob("csrc/*"))
 
 
-def test_where_nvcc_is_looked_for(setup, monkeypatch, tmp_path):
-    wheel = script(tmp_path / "site-packages/nvidia/cu13/bin/nvcc", "true")
-    assert setup["choose_nvcc"]() == wheel
-    on_path = script(tmp_path / "bin/nvcc", "true")
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert setup["choose_nvcc"]() == on_path
-    in_home = script(tmp_path / "cuda/bin/nvcc", "true")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    assert setup["choose_nvcc"]() == in_home
+# ---- nvcc where only a driver is ----------------------------------------------------------------
+
+
+def test_a_driver_without_nvcc_brings_nvccs_wheels(toolchain, has_driver, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert toolchain.nvcc_wheels() == []  # no driver
+    has_driver(13, 1, "90")
+    wheels = toolchain.nvcc_wheels()
+    assert [wheel.partition(">")[0] for wheel in wheels] == list(toolchain.NVCC_WHEELS)
+    # One range for all of them: a newer cicc writes what an older ptxas cannot read.
+    assert {wheel.partition(">")[2] for wheel in wheels} == {"=13,<13.2"}
     monkeypatch.setenv("TCM_FAST_CUDA", "0")
-    assert setup["choose_nvcc"]() is None
+    assert toolchain.nvcc_wheels() == []
+    monkeypatch.delenv("TCM_FAST_CUDA")
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    assert toolchain.nvcc_wheels() == []
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert toolchain.nvcc_wheels() == wheels
+    script(tmp_path / "site-packages/nvidia/cu13/bin/nvcc", "true")
+    assert toolchain.nvcc_wheels() == []
 
 
-def test_architectures(setup, monkeypatch, tmp_path):
-    nvcc = script(tmp_path / "nvcc", "echo 'sm_80\nsm_86\nsm_90\nsm_90a'")
-    assert setup["choose_archs"](nvcc) == ["80", "86", "90"]
-    for given in ("86;90a", "86, 90a"):
-        monkeypatch.setenv("TCM_FAST_CUDA_ARCHS", given)
-        assert setup["choose_archs"](nvcc) == ["86", "90a"]
-    monkeypatch.setenv("TCM_FAST_CUDA_ARCHS", "90;130")
-    with pytest.raises(SystemExit, match=r"TCM_FAST_CUDA_ARCHS must name .*, got 130"):
-        setup["choose_archs"](nvcc)
+def test_cuda_12_has_no_wheel_of_nvcc(toolchain, has_driver, capsys):
+    has_driver(12, 8, "86")
+    assert toolchain.nvcc_wheels() == []
+    assert toolchain.choose_nvcc() is None
+    assert "install the CUDA toolkit 12, or a newer driver" in capsys.readouterr().err
+
+
+def test_the_build_asks_for_them(monkeypatch):
+    pytest.importorskip("setuptools")
+    monkeypatch.syspath_prepend(ROOT / "build_support")
+    backend = importlib.import_module("backend")
+    monkeypatch.setattr(backend.toolchain, "nvcc_wheels", lambda: ["nvidia-cuda-nvcc>=13,<13.1"])
+    for kind in ("wheel", "editable"):
+        name = f"get_requires_for_build_{kind}"
+        monkeypatch.setattr(backend.build_meta, name, lambda settings: ["ninja"])
+        assert getattr(backend, name)() == ["ninja", "nvidia-cuda-nvcc>=13,<13.1"]
+    # The rest is setuptools' own; an sdist compiles nothing.
+    for name in ("backend", "toolchain"):
+        sys.modules.pop(name, None)
+    for name in ("get_requires_for_build_sdist", "build_sdist", "build_wheel", "build_editable"):
+        assert getattr(backend, name) is getattr(backend.build_meta, name)
+
+
+FAKE_LIBCUDA = """
+int cuDriverGetVersion(int* version) { *version = 13010; return 0; }
+int cuInit(unsigned flags) { return NO_GPU ? 100 : 0; }
+int cuDeviceGetCount(int* count) { *count = 3; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  if (attribute != 75 && attribute != 76) return 1;
+  *value = attribute == 75 ? (device == 1 ? 12 : 8) : (device == 1 ? 0 : 6);
+  return 0;
+}
+"""
+
+
+@pytest.mark.parametrize(("no_gpu", "archs"), [(0, ("86", "120")), (1, ())])
+def test_what_a_driver_is_asked(no_gpu, archs, tmp_path):
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs a C compiler on Linux: none found")
+    (tmp_path / "cuda.c").write_text(FAKE_LIBCUDA)
+    command = [compiler, "-shared", "-fPIC", f"-DNO_GPU={no_gpu}", tmp_path / "cuda.c"]
+    subprocess.run([*command, "-o", tmp_path / "libcuda.so.1"], check=True)
+    code, output = run(
+        ["-c", "import toolchain; print(toolchain.find_driver())"],
+        tmp_path,
+        PYTHONPATH=str(ROOT / "build_support"),
+        LD_LIBRARY_PATH=str(tmp_path),
+    )
+    assert code == 0, output
+    assert output.strip() == f"Driver(cuda=(13, 1), archs={archs})"
+
+
+def test_a_library_that_is_no_driver_is_none(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "build_support")
+    toolchain = importlib.import_module("toolchain")
+
+    class Stub:  # the toolkit's, to link with
+        def cuDriverGetVersion(self, version):
+            return 34
+
+    for library in (Stub, object):
+        monkeypatch.setattr(toolchain.ctypes, "CDLL", lambda name, library=library: library())
+        assert toolchain.find_driver.__wrapped__() is None
+    sys.modules.pop("toolchain", None)
 
 
 # ---- archives -----------------------------------------------------------------------------------
@@ -134,7 +299,7 @@ def test_the_sdist_holds_everything(archives):
     with tarfile.open(archives[0]) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
-    for name in ("csrc", "kernels", "benchmarks", "tests", "tcm_fast"):
+    for name in ("build_support", "csrc", "kernels", "benchmarks", "tests", "tcm_fast"):
         wanted = [path for path in tracked.splitlines() if path.startswith(f"{name}/")]
         assert held.issuperset(wanted)
         assert any(path.startswith(f"{name}/") for path in held)

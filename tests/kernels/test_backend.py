@@ -1,5 +1,8 @@
 """Which backend runs, and what is said where one cannot."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from tcm_fast.kernels.dropout import DropoutKey, dropout
 from tcm_fast.kernels.philox import philox_bits
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -55,8 +59,10 @@ def test_no_kernel_for_an_unknown_device(monkeypatch):
 
 
 class FakeExtension:
-    def __init__(self, archs):
+    def __init__(self, archs, built=13000, runs=13010):
         self.archs = archs
+        self.cuda_runtime_version = lambda: built
+        self.cuda_driver_version = lambda: runs
 
     def has_cuda(self):
         return bool(self.archs)
@@ -84,6 +90,33 @@ def test_what_runs_on_which_card(archs, capability, gap, monkeypatch):
     assert bool(gap) == bool(said)
 
 
+def gap_on_a_card(monkeypatch, **versions):
+    monkeypatch.setattr(_backend, "_load", lambda: (FakeExtension(["90"], **versions), ""))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    return _backend._cuda_gap.__wrapped__(0)
+
+
+def test_a_driver_too_old_for_the_runtime_built_in(monkeypatch):
+    said = gap_on_a_card(monkeypatch, built=13010, runs=12040)
+    assert said.startswith("the driver runs CUDA 12.4, and tcm_fast._C was built with 13.1: update")
+    assert said.endswith("or install tcm_fast again with nvcc 12")
+    # An older one of the same major version serves, as does any newer.
+    assert gap_on_a_card(monkeypatch, built=13010, runs=13000) == ""
+    assert gap_on_a_card(monkeypatch, built=12080, runs=13000) == ""
+
+
+def test_an_extension_of_other_sources_does_not_load(monkeypatch, tmp_path):
+    if _backend.extension() is None:
+        pytest.skip("tcm_fast._C was not built")
+    monkeypatch.setattr(_backend, "_SOURCES", tmp_path)
+    (tmp_path / "module.cpp").write_text("// a line more\n")
+    module, gap = _backend._load.__wrapped__()
+    assert module is None
+    assert "not of the present csrc/: run `pip install -e .` again" in gap
+    monkeypatch.setattr(_backend, "_SOURCES", tmp_path / "none")  # an installed wheel
+    assert _backend._load.__wrapped__()[0] is _backend.extension()
+
+
 @pytest.mark.parametrize("value", [None, "reference", "kernel"])
 def test_the_description_names_every_backend(value, monkeypatch):
     if value:
@@ -105,6 +138,28 @@ def test_the_description_without_an_extension(no_extension):
     assert not active
     assert "tcm_fast._C was not built" in why
     assert "take about 20 times as long" in why
+
+
+def test_the_description_says_what_each_missing_half_costs(no_extension, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: None)
+    why = {name: (active, why) for name, active, why in _backend.describe()}
+    assert "an optimizer step 4 times (RAdam)" in why["C++ extension, CPU half"][1]
+    assert "launches that move about three times the bytes" in why["C++ extension, CUDA half"][1]
+    assert why["Triton"] == (False, f"not installed: {_backend._TRITON_COST}")
+
+
+def test_the_costs_are_those_of_the_recorded_benchmark():
+    """Ours beside the fastest of torch's own paths, on one thread and on two."""
+    recorded = json.loads((ROOT / "benchmarks/results/optimizer_cpu.json").read_text())
+    for kind, target, said in (("radam", 1.6, 4), ("adam", 0.9, 1.5)):
+        for threads in ("threads_1", "threads_2"):
+            times = {r["provider"]: r["median"] for r in recorded[threads] if r["kind"] == kind}
+            ratio = min(t for name, t in times.items() if name != "tcm_fast") / times["tcm_fast"]
+            assert ratio >= target
+            assert 0.8 <= ratio / said <= 1.25
+        assert f"{said} times" in _backend._CPU_COST
 
 
 @pytest.mark.skipif(_backend.extension() is None, reason="tcm_fast._C was not built")
