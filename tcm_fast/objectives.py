@@ -20,7 +20,12 @@ from tcm_fast.kernels.consistency_loss import consistency_loss
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.noise_pair import network_input, noise_pair
 from tcm_fast.kernels.precondition import denoise
-from tcm_fast.networks.precision import cast_weights, in_precision, is_derived
+from tcm_fast.networks.precision import (
+    cast_weights,
+    in_precision,
+    is_derived,
+    leaf_copies,
+)
 from tcm_fast.networks.precond import Precond
 from tcm_fast.times import IMAGE, STAGE1, STUDENT, TimePlan
 
@@ -195,6 +200,10 @@ class Objective(nn.Module):
         self.folded = False
         """Whether the optimizer takes the gradients of normalised rows as they are (`cast_weights`)."""
         self._derives = is_derived(student, dtype)
+        self.apart = False
+        """Gradients go to the weights one by one, where memory is short (`cast_weights`)."""
+        self.narrow_gradients = False
+        """Gradients stay in `dtype` at these copies, instead of going to the weights in fp32."""
         self._cast: tuple[tuple[int, bool], dict[str, torch.Tensor]] | None = None
         image_size = student.img_channels * student.img_resolution**2
         check_augmentation(config, student)
@@ -209,9 +218,13 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's part of the step's loss (a scalar with a gradient), and of the mean loss off and
         on the boundary (two numbers for the log, [2])."""
-        is_edm = isinstance(self.config, EdmConfig)
-        losses = self._denoising(batch) if is_edm else self._consistency(batch)
+        losses = self.losses(batch)
         return torch.dot(losses, batch.weights[0]), batch.weights[1:] @ losses.detach()
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """The loss of each row, weighted for its noise level: [n]."""
+        is_edm = isinstance(self.config, EdmConfig)
+        return self._denoising(batch) if is_edm else self._consistency(batch)
 
     def _weights(self) -> dict[str, torch.Tensor] | None:
         """The weights that the student computes with, derived when an optimizer has changed its own."""
@@ -219,7 +232,11 @@ class Objective(nn.Module):
             return None
         state = (sum(p._version for p in self.student.parameters()), torch.is_grad_enabled())
         if self._cast is None or self._cast[0] != state:
-            ready = cast_weights(self.student, self.dtype, self.copies, folded=self.folded)
+            ready = cast_weights(
+                self.student, self.dtype, self.copies, folded=self.folded, apart=self.apart
+            )
+            if self.narrow_gradients and self.copies is not None:
+                ready |= leaf_copies(self.student, self.copies)
             self._cast = (state, ready)
         return self._cast[1]
 

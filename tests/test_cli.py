@@ -206,7 +206,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny, folder, tmp_path):
             break
     os.kill(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == cli.STOPPED == 75
     assert "--resume auto" in error
     resumed = error.strip().splitlines()[-1].partition("to go on: ")[2].split()
     assert resumed[:2] == ["tcm-fast", "train"]

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 
 from tcm_fast import trainer
-from tcm_fast.checkpoint import load_checkpoint, load_network, newest_checkpoint
+from tcm_fast.checkpoint import load_checkpoint, load_network
 from tcm_fast.cli import main
 from tcm_fast.config import load_preset, preset_names
 from tcm_fast.data import load_images
 from tcm_fast.kernels._backend import extension
 from tcm_fast.networks import build_network
 from tcm_fast.optim import learning_rate
+from tcm_fast.run_folder import newest_checkpoint
 from tcm_fast.sampler import sample
 from tcm_fast.trainer import Trainer, TrainingError
 
@@ -256,5 +257,5 @@ def test_labels_that_are_not_there(tmp_path, pictures):
 def test_a_run_that_cannot_go_on_says_so(pictures, tmp_path, monkeypatch):
     config = tiny(pictures, phases=("edm",))
     config = dataclasses.replace(config, edm=dataclasses.replace(config.edm, lr=1e30), max_steps=20)
-    with pytest.raises(TrainingError, match="finite between images"):
+    with pytest.raises(TrainingError, match="not finite"):
         Trainer(config, tmp_path / "run").run()

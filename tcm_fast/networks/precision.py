@@ -145,6 +145,7 @@ def cast_weights(
     copies: list[torch.Tensor | None] | None = None,
     *,
     folded: bool = False,
+    apart: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The weights that a step in `dtype` computes with, by the names under which `net.model` takes them
     (`Precond.raw`); a gradient with respect to one flows to its parameter in fp32.
@@ -152,6 +153,8 @@ def cast_weights(
     Args:
         copies: such weights (`make_copies`) that somebody keeps up to date; the others are made.
         folded: gradients of normalised weights arrive as they are, for an optimizer that projects them.
+        apart: each weight by itself, in as many more launches: a gradient goes to its parameter when it
+            is there, and not when all are, which takes two or three times the gradients' memory.
     """
     parameters = dict(net.model.named_parameters())
     derived, rows = _derived(net.model, dtype), set(normalized_names(net.model))
@@ -160,10 +163,13 @@ def cast_weights(
         order = [name for name, _ in net.named_parameters()]
         found = dict(zip(order, copies, strict=True))
         there = [found[f"model.{name}"] for name in derived]
-    ready = _Derive.apply(
-        list(derived.values()), [name in rows for name in derived], there, folded,
-        *[parameters[name] for name in derived],
-    )  # fmt: skip
+    given = list(zip(derived, derived.values(), there, strict=True))
+    ready: list[torch.Tensor] = []
+    for part in [[one] for one in given] if apart else [given]:
+        ready += _Derive.apply(
+            [kind for _, kind, _ in part], [name in rows for name, _, _ in part],
+            [t for _, _, t in part], folded, *[parameters[name] for name, _, _ in part],
+        )  # fmt: skip
     names = [f"{name.removesuffix('weight')}scaled" if name in rows else name for name in derived]
     return dict(zip(names, ready, strict=True))
 
@@ -171,6 +177,16 @@ def cast_weights(
 def is_derived(net: Precond, dtype: torch.dtype) -> bool:
     """Whether a step in `dtype` computes with other weights than the parameters."""
     return bool(_derived(net.model, dtype))
+
+
+def leaf_copies(net: Precond, copies: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """The copies of `make_copies` by their names in `net.model`, as leaves: a gradient stays at the copy,
+    in its dtype."""
+    return {
+        name.removeprefix("model."): copy.requires_grad_()
+        for (name, _), copy in zip(net.named_parameters(), copies, strict=True)
+        if copy is not None
+    }
 
 
 @torch.no_grad()
