@@ -317,6 +317,8 @@ def test_any_file_cut_anywhere_is_refused(tmp_path):
         whole = file.read_bytes()
         end = len(whole.rstrip())  # the last line's end says nothing
         for kept in {0, 1, 7, 8, 9, 100, *range(0, end, end // 9), end - 1}:
+            if kept >= end:
+                continue
             file.write_bytes(whole[:kept])
             with pytest.raises(ValueError, match=file.name):
                 load_checkpoint(path)
