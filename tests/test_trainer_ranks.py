@@ -207,7 +207,7 @@ def test_commands_share_their_work(start, tmp_path):
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-2000:]
         tables.append(done.stdout)
-    images = [np.load(tmp_path / f"{ranks}.npz")["arr_0"] for ranks in (1, 2)]
+    images = [np.load(tmp_path / f"{ranks}.npz")["images"] for ranks in (1, 2)]
     assert images[0].shape == (1100, 8, 8, 1)
     np.testing.assert_array_equal(*images)
     assert "Fréchet" in tables[0]
