@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from tcm_fast import checkpoint
-from tcm_fast.config import PHASES, Config
+from tcm_fast.config import PHASES, Config, EdmConfig, PhaseConfig
 from tcm_fast.data import ImageData
 from tcm_fast.distributed import Workers
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.memory import MicroBatches
-from tcm_fast.networks import Precond, build_network
-from tcm_fast.networks.precision import make_copies
-from tcm_fast.objectives import Objective
+from tcm_fast.networks import LOGVAR_CHANNELS, Precond, build_network
+from tcm_fast.networks.precision import is_derived, make_copies
+from tcm_fast.networks.recompute import set_recompute
+from tcm_fast.objectives import Objective, check_augmentation
+from tcm_fast.offload import PiecewiseOptimizer
 from tcm_fast.optim import Ema, EmaRule, FusedOptimizer, build_optimizer
 from tcm_fast.optimizer_state import restore_optimizer
 from tcm_fast.parallel import Shards, replicate, shard
@@ -62,12 +65,14 @@ class Assembly:
         for name in config.phases:
             self.check_phase(name)
         self.graphs()
-        self.build(dropout=0.0)  # the network's own errors come before anything is written
+        for name in config.phases:  # what is wrong with them is said before anything is written
+            phase = config.phase(name)
+            check_augmentation(phase, self.build(phase, device="meta"))
 
     def begin(self, name: str, previous: Precond | None) -> Phase:
         """A fresh phase: student, average and frozen network all start from `previous`."""
         config = self.config.phase(name)
-        student = self.build(config.dropout)
+        student = self.build(config)
         if previous is not None:
             load_weights(student, previous, name)
         elif name in ("tcm", "cd"):
@@ -96,7 +101,7 @@ class Assembly:
         for key, value in kept.items():  # the order of the images depends on both
             if value != state[key]:
                 raise ValueError(f"resume: {key} must stay {state[key]} as in {path}, got {value}")
-        student = self.build(config.dropout)
+        student = self.build(config)
         saved.restore_network(student, "model")
         frozen = None
         if name in FROZEN_FILE:
@@ -120,6 +125,14 @@ class Assembly:
     def assemble(self, name: str, student: Precond, frozen: Precond | None) -> Phase:
         config = self.config.phase(name)
         student.train()
+        augmentation = getattr(student.model, "map_augment", None)
+        if augmentation is not None:  # has a gradient only where something is augmented
+            augmentation.requires_grad_(getattr(config, "augment", 0.0) > 0)
+        set_recompute(
+            student.model,
+            norms=self.config.recompute_norms,
+            blocks_from=self.config.recompute_blocks,
+        )
         dtype = DTYPES[self.config.precision]
         shards: Shards | None = None
         in_use = frozen
@@ -128,7 +141,7 @@ class Assembly:
             if frozen is not None:
                 in_use = shard(copy.deepcopy(frozen), shards.mesh)
         loss = Objective(name, config, student, in_use, dtype=dtype)
-        if frozen is not None and (shards is not None or dtype != torch.float32):
+        if frozen is not None and loss.frozen is not frozen:
             frozen.to("cpu")  # for checkpoints; the device holds the objective's copy alone
         objective: torch.nn.Module = loss
         if self.workers.world > 1 and shards is None:
@@ -142,8 +155,10 @@ class Assembly:
         weights = list(student.parameters()) if shards is None else shards.parts
         emas = [Ema(rule, weights) for rule in config.ema]
         scaled = self.config.precision == "fp16"
-        if dtype != torch.float32 and not extension_gap(self.device):
-            loss.copies = make_copies(student, dtype)
+        loss.apart = self.config.is_lean
+        if is_derived(student, dtype) and not extension_gap(self.device):
+            loss.copies = make_copies(student, dtype, rows_too=False)
+            loss.narrow_gradients = self.config.gradients == "16bit"
         optimizer = build_optimizer(
             weights,
             # Of weights in parts, only the processes together know the gradient's norm.
@@ -153,7 +168,13 @@ class Assembly:
             scale=LOSS_SCALE if scaled else None,
             growth_interval=SCALE_GROWTH_INTERVAL,
             capturable=graphs is not None,
+            fused=partial(PiecewiseOptimizer, on_host=self.config.offload)
+            if self.config.offload or self.config.gradients == "16bit"
+            else FusedOptimizer,
         )
+        if isinstance(optimizer, PiecewiseOptimizer):
+            for ema, average in zip(emas, optimizer.averages, strict=True):
+                ema.average = average
         return Phase(
             name=name,
             config=config,
@@ -184,6 +205,8 @@ class Assembly:
             "needs a GPU": self.device.type != "cuda",
             "cannot cut a batch (micro_batches 1)": self.micro.count > 1,
             "cannot talk to other processes": self.workers.world > 1,
+            "cannot reach the host's memory (offload)": self.config.offload,
+            "cannot widen gradients (gradients 16bit)": self.config.gradients == "16bit",
             "cannot choose a loss scale (fp16) without the extension": (
                 self.config.precision == "fp16" and extension_gap(self.device) != ""
             ),
@@ -193,22 +216,26 @@ class Assembly:
             raise ValueError(f"cuda_graph: a graph {why}; use auto or off")
         return None if self.config.cuda_graph == "off" or why is not None else GraphCache()
 
-    def build(self, dropout: float) -> Precond:
-        """The run's network, equal on every rank and for every seed of the global generator."""
-        with torch.random.fork_rng(devices=[]):
+    def build(self, config: PhaseConfig, device: str | None = None) -> Precond:
+        """The network of a phase, equal on every rank and for every seed of the global generator."""
+        learns_variance = isinstance(config, EdmConfig) and config.learned_variance
+        with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
             torch.manual_seed(self.config.seed)
             net = build_network(
                 self.config.network.name,
                 img_resolution=self.data.resolution,
                 img_channels=self.data.channels,
                 label_dim=self.data.num_classes if self.config.network.class_conditional else 0,
-                dropout=dropout,
+                logvar_channels=LOGVAR_CHANNELS if learns_variance else 0,
+                dropout=config.dropout,
                 **self.config.network.architecture(),
             )
+        if device is not None:
+            return net
         on_gpu = self.device.type == "cuda"
         layout = torch.channels_last if on_gpu else torch.preserve_format
-        device = torch.device("cpu") if self.is_cut else self.device  # parts alone go to the device
-        return net.to(device, memory_format=layout)  # type: ignore[call-overload]
+        place = torch.device("cpu") if self.is_cut else self.device  # parts alone go to the device
+        return net.to(place, memory_format=layout)  # type: ignore[call-overload]
 
     def check_phase(self, name: str) -> None:
         """The batch of a phase must be cut evenly, tcm's must hold a boundary sample, and its averages
@@ -225,6 +252,13 @@ class Assembly:
             )
         if config.engine == "fsdp" and DTYPES[config.precision] != torch.float32:
             raise ValueError(f"engine: fsdp computes in fp32 or tf32, got {config.precision}")
+        if self.is_cut and config.offload:
+            raise ValueError("offload: needs whole weights, engine ddp, got fsdp")
+        if self.workers.world > 1 and config.gradients == "16bit":
+            raise ValueError(
+                "gradients: 16bit needs one process (a sum over several would be rounded), got "
+                f"{self.workers.world}"
+            )
         if config.guard.lower == "scale" and config.precision != "fp16":
             raise ValueError(f"guard.lower: scale needs fp16, got {config.precision}")
         pieces = self.workers.world * config.micro_batches

@@ -157,6 +157,7 @@ class Keeper:
 
     def snapshot(self, phase: Phase) -> None:
         """Keep the power-function averages for good."""
+        phase.settle()
         for index, ema in enumerate(phase.emas):
             if ema.rule.kind != "power":
                 continue
@@ -187,6 +188,7 @@ class Keeper:
         self, phase: Phase, judged: dict[str, float], micro_batches: int
     ) -> checkpoint.Contents:
         """What a checkpoint holds; of weights in parts, all processes gather the whole."""
+        phase.settle()
         averages = [ema.average for ema in phase.emas]
         student = phase.student
         moments: Any = phase.optimizer

@@ -14,6 +14,7 @@ from tcm_fast import metrics
 from tcm_fast.config import PhaseConfig
 from tcm_fast.graphs import GraphCache
 from tcm_fast.networks import Precond
+from tcm_fast.offload import PiecewiseOptimizer
 from tcm_fast.optim import Ema, FusedOptimizer, LossScale
 from tcm_fast.parallel import Shards
 from tcm_fast.watch import Gauge, Watch
@@ -78,8 +79,14 @@ class Phase:
         """The loss of mean losses off and on the boundary."""
         return float(losses[0] + getattr(self.config, "boundary_weight", 0.0) * losses[1])
 
+    def settle(self) -> None:
+        """Wait until averages and moments that live on the host are there."""
+        if isinstance(self.optimizer, PiecewiseOptimizer):
+            self.optimizer.settle()
+
     def average(self, index: int = 0) -> Precond:
         """A copy of the student with the weights of one of its averages, in eval mode."""
+        self.settle()
         values = self.emas[index].average
         if self.shards is not None:
             net = self.shards.assembled(values, values[0].device)
@@ -190,8 +197,13 @@ class PhaseResult:
 
 
 def load_weights(student: Precond, previous: Precond, phase: str) -> None:
-    """Start a phase from another network's weights. ValueError where the networks differ."""
+    """Start a phase from another network's weights, but for the log-variance that pre-training alone
+    learns. ValueError where the networks differ."""
     ours, theirs = student.state_dict(), previous.state_dict()
+    own = {name: value for name, value in ours.items() if name.startswith("logvar_")}
+    # Inputs and outputs of pre-training, without which a network computes the same.
+    unused = ("model.map_augment.", "logvar_")
+    theirs = own | {n: v for n, v in theirs.items() if n in ours or not n.startswith(unused)}
     wrong = [
         f"{name} is {list(theirs[name].shape) if name in theirs else 'missing'}, "
         f"must be {list(value.shape)}"

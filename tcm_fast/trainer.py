@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tcm_fast import checkpoint, distributed, metrics, run_folder
 from tcm_fast.assembly import Assembly
+from tcm_fast.budget import choose_levers
+from tcm_fast.cards import this_device, with_memory
 from tcm_fast.config import Config, ConsistencyConfig
 from tcm_fast.data import ImageStream, load_images
 from tcm_fast.diagnosis import diagnose
 from tcm_fast.features import feature_space
+from tcm_fast.footprint import ImageShape
 from tcm_fast.keeping import Keeper
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.kernels._triton import compiling_together, runs_triton
 from tcm_fast.memory import MicroBatches
-from tcm_fast.networks import Precond
+from tcm_fast.networks import Precond, force_rows
 from tcm_fast.objectives import Batch, make_batch, row_granule
 from tcm_fast.optim import FusedOptimizer, learning_rate, set_rate
 from tcm_fast.phase import CONSISTENCY, Phase, PhaseResult, TrainingError
@@ -83,6 +87,8 @@ class Trainer:
         self.data = load_images(
             data.source, skip_corrupt=data.skip_corrupt, resolution=data.resolution
         )
+        if config.memory == "auto":
+            self.config = config = self._with_levers(config)
         self.micro = MicroBatches(self.out, config.micro_batches, self.workers)
         self.assembly = Assembly(config, self.workers, self.data, self.micro)
         opened = self.workers.on_main(lambda: run_folder.open_run(self.out, resume))
@@ -114,6 +120,40 @@ class Trainer:
             # Our kernels write all that they are given to write.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(self.config.deterministic)
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Of the training set."""
+        data = self.data
+        return ImageShape(data.resolution, data.channels, data.num_classes, len(data))
+
+    def _with_levers(self, config: Config) -> Config:
+        """`memory = "auto"`: the levers with which the run fits the device, for every rank the same."""
+        card = this_device(self.device, measure=False)
+        if config.memory_limit:
+            card = with_memory(card, config.memory_limit)
+        world = self.workers.world
+        chosen = self.workers.on_main(
+            lambda: choose_levers(config, self.image_shape, card, gpus=world)
+        )
+        return replace(chosen, memory="given")
+
+    def measure(self, name: str, *, seconds: float = 3.0) -> float:
+        """Images per second at the end of a phase's schedule, by steps on weights that are thrown away."""
+        phase = self.assembly.begin(name, self.assembly.build(self.config.phase(name)))
+        phase.step = max(phase.steps - 1, 0)
+        stream = ImageStream(self.data, seed=0, device=self.device, flip=self.config.data.flip)
+        batches = self._prepare(phase, stream)
+        self._compile_kernels(phase, batches)
+        steps, begun = -3, time.monotonic()  # three to warm up, or to capture a graph
+        while steps < 1 or time.monotonic() - begun < seconds:
+            if steps == 0:
+                begun = time.monotonic()
+            self._step(phase, batches)
+            batches = self._prepare(phase, stream)
+            phase.gauge.read(1, self.workers.sum)
+            steps += 1
+        return steps * phase.config.batch_size / (time.monotonic() - begun)
 
     # ---- the run --------------------------------------------------------------------------------
 
@@ -297,6 +337,7 @@ class Trainer:
         phase.optimizer.zero_grad(set_to_none=True)
         if phase.shards is not None:
             phase.shards.drop_gradients()
+        force_rows(phase.student)
         for batch in batches:
             module, is_last = phase.objective, batch is batches[-1]
             waits = isinstance(module, DistributedDataParallel) and not is_last
@@ -363,6 +404,7 @@ class Trainer:
         if phase.shards is not None:
             phase.shards.drop_gradients()
         phase.graphs = None  # a graph cannot cut a batch
+        phase.inner.narrow_gradients = False  # 16 bits would round the sum of several
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         before = self.micro.of(phase.config.batch_size)

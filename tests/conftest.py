@@ -1,8 +1,11 @@
 """What all tests share: quiet surroundings, the tolerance rule, visible skips."""
 
+import functools
 import importlib
 import os
+import pickle
 import pkgutil
+import sys
 
 import pytest
 import torch
@@ -37,6 +40,28 @@ def pytest_collection_modifyitems(items):
 def one_thread():
     """The tests' tensors are small, and on a busy machine two threads wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_unpickled_by_us():
+    """No module of the library may call what can run a file's contents (libraries do, between
+    processes)."""
+
+    def guarded(function, is_safe=lambda **_: False):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            assert not caller.startswith("tcm_fast") or is_safe(**kwargs), f"{caller} unpickles"
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load", "loads"):
+            patch.setattr(pickle, name, guarded(getattr(pickle, name)))
+        is_safe = lambda **options: options.get("weights_only") is True  # noqa: E731
+        patch.setattr(torch, "load", guarded(torch.load, is_safe))
+        yield
 
 
 @pytest.fixture(autouse=True)

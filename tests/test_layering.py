@@ -16,11 +16,11 @@ _C
 kernels
 config distributed runlog stopping run_lock image_files graphs
 data
-times
+times augment
 networks
 objectives
 diagnosis optim watch
-tensor_files
+offload tensor_files
 optimizer_state run_folder
 checkpoint
 saving snapshots parallel
@@ -29,11 +29,19 @@ sampler
 precision_check
 features
 metrics
-plan
+plan footprint
+cards recipes
+budget
 phase memory summary
 keeping assembly
 trainer
+timebox
+foreign_blocks
+norm_act
+inert_pickle
+torch_files
 convert accelerate
+plan_command
 cli
 __init__ __main__
 """
@@ -45,6 +53,8 @@ _triton
 philox
 dropout precondition _philox_triton
 group_norm_silu qkv_attention consistency_loss noise_pair denoise_to_uint8 fused_step
+_pointwise
+pixel_norm_mp_silu mp_cat_mp_silu modulate_mp_silu mp_sum resample residual
 __init__
 """
 KERNELS_RANK = {

@@ -364,7 +364,7 @@ def test_the_summary_names_the_next_commands(images, tmp_path, capsys):
         ),
         ({"tcm": {"batch_size": 2}}, "at least one boundary sample"),
         ({"network": {"channel_mult": [1, 1, 1, 1, 1]}}, "resolution"),
-        ({"network": {"name": "edm2"}}, "edm2"),
+        ({"network": {"name": "edm2"}}, "channels_per_head: must divide"),
         ({"device": "tpu"}, "device: must be cpu, cuda"),
         ({"data": {"source": "nowhere"}}, "nowhere does not exist"),
         ({"edm": {"ema": ["mean:1"]}}, "ema: must be"),
