@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -270,7 +270,7 @@ def train(args: Train) -> int:
     trainer = Trainer(settings, args.out, init=args.init, resume=resume)
     is_main = trainer.workers.is_main
     try:
-        results = trainer.run()
+        results = recorded(trainer.run)() if trainer.workers.world > 1 else trainer.run()
     except (TrainingError, Interrupted) as stop:
         is_failure = isinstance(stop, TrainingError)
         advice = "" if is_failure else f"; to go on: {resume_command(args)}"
@@ -280,6 +280,13 @@ def train(args: Train) -> int:
     if is_main:
         summary(trainer.out, results)
     return 0
+
+
+def recorded(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The function; torchrun's last words will hold its traceback."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(run)  # type: ignore[return-value]
 
 
 def train_within(args: Train, settings: Config) -> int:
@@ -316,29 +323,36 @@ def resume_command(args: Train) -> str:
 def sample(args: Sample) -> int:
     from tcm_fast import pictures, sampler
     from tcm_fast.checkpoint import load_network
-    from tcm_fast.distributed import pick_device
+    from tcm_fast.distributed import join
 
-    device = pick_device(args.device)
-    net = load_network(args.source, device=device)
+    workers = join(args.device)
+    net = load_network(args.source, device=workers.device)
     labels = list(args.classes) if args.classes else None
-    batches = sampler.sample_batches(
-        net,
-        args.num,
-        steps=args.steps,
-        seed=args.seed,
-        labels=labels,
-        times=args.times,
-        batch_size=args.batch_size,
-        allow_below_t_prime=args.allow_below_t_prime,
-        start=args.start,
-        precision=args.precision,
-        progress=sys.stderr.isatty(),
-    )
+    options: dict[str, Any] = {
+        "steps": args.steps,
+        "seed": args.seed,
+        "labels": labels,
+        "times": args.times,
+        "batch_size": args.batch_size,
+        "allow_below_t_prime": args.allow_below_t_prime,
+        "start": args.start,
+        "precision": args.precision,
+        "progress": sys.stderr.isatty() and workers.is_main,
+    }
+    batches: Iterable[tuple[int, Any]]
+    if workers.world > 1:
+        batches = [(args.start, sampler.sample_shared(net, args.num, workers, **options))]
+    else:
+        batches = sampler.sample_batches(net, args.num, **options)
     numbers = sampler.class_numbers(net, args.num, labels, args.start)
     columns = len(labels) if labels and 1 < len(labels) <= MOST_COLUMNS else None
-    pictures.write_samples(
-        batches, args.out, overwrite=args.overwrite, labels=numbers, columns=columns
+    workers.on_main(
+        lambda: pictures.write_samples(
+            batches, args.out, overwrite=args.overwrite, labels=numbers, columns=columns
+        )
     )
+    if not workers.is_main:
+        return 0
     print(f"{args.num} images of seed {args.seed} in {args.out}")
     if labels and columns and args.out.suffix.lower() == ".png":
         names = getattr(net, "info", {}).get("class_names") or ()
@@ -356,7 +370,7 @@ def evaluate(args: Eval) -> int:
     from tcm_fast import metrics
     from tcm_fast.checkpoint import load_network
     from tcm_fast.data import load_images
-    from tcm_fast.distributed import pick_device
+    from tcm_fast.distributed import join
     from tcm_fast.features import feature_space
 
     config = run_config(args.source)
@@ -370,17 +384,22 @@ def evaluate(args: Eval) -> int:
         raise ValueError(
             "eval: no feature space, give --features digits, random, inception:WEIGHTS or a TorchScript file"
         )
-    device = pick_device(args.device)
-    net = load_network(args.source, device=device)
+    workers = join(args.device)
+    net = load_network(args.source, device=workers.device)
     images = load_images(
         source, skip_corrupt=config.data.skip_corrupt, resolution=config.data.resolution
     )
-    space = feature_space(features, device=device)
+    space = feature_space(features, device=workers.device)
     steps = (None,) if net.info["phase"] == "edm" else args.steps
+    shared = workers if workers.world > 1 else None
     reports = {
-        n: metrics.evaluate_network(net, images, space, steps=n, num=args.num, seed=args.seed)
+        n: metrics.evaluate_network(
+            net, images, space, steps=n, num=args.num, seed=args.seed, workers=shared
+        )
         for n in steps
     }
+    if not workers.is_main:
+        return 0
     table = Table(title=f"{args.source}: {next(iter(reports.values())).num} samples, {space.name}")
     table.add_column("")
     for n in reports:

@@ -1,7 +1,11 @@
 """Several processes: the run of one, whatever their number, the micro-batches and the engine."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -179,3 +183,32 @@ def test_memory_that_does_not_suffice_on_one_process(start, single, tmp_path):
     assert "rank 1 ran out of memory after 128 images" in said
     run_ranks(2, config, tmp_path / "later", start[1], fault="memory 5 from 14")
     assert_same_training(single, tmp_path / "later")
+
+
+@pytest.mark.slow
+def test_commands_share_their_work(start, tmp_path):
+    """`sample` and `eval` under torchrun give what they give alone."""
+    tables = []
+    for ranks in (1, 2):
+        many = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(ranks), "-m", "--", "tcm_fast",  # torchrun would take --num for its own
+        ]  # fmt: skip
+        alone = [sys.executable, "-m", "tcm_fast"]
+        command = many if ranks > 1 else alone
+        out = tmp_path / f"{ranks}.npz"
+        for arguments in (
+            ["sample", str(start[1]), "--num", "1100", "--out", str(out), "--device", "cpu"],
+            ["eval", str(start[1]), "--features", "random", "--num", "600", "--device", "cpu"],
+        ):
+            done = subprocess.run(
+                command + arguments, capture_output=True, text=True, timeout=200,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-2000:]
+        tables.append(done.stdout)
+    images = [np.load(tmp_path / f"{ranks}.npz")["images"] for ranks in (1, 2)]
+    assert images[0].shape == (1100, 8, 8, 1)
+    np.testing.assert_array_equal(*images)
+    assert "Fréchet" in tables[0]
+    assert tables[0] == tables[1]
