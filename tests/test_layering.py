@@ -34,6 +34,7 @@ norm_act
 inert_pickle
 torch_files
 convert accelerate
+export diffusers_folder
 cli
 __init__ __main__
 """
