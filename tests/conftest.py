@@ -24,8 +24,10 @@ for module in pkgutil.iter_modules(tcm_fast.kernels.__path__):
 os.environ.pop("TRITON_INTERPRET", None)
 
 # A busy machine is no failure.
-settings.register_profile("tcm_fast", deadline=None)
-settings.load_profile("tcm_fast")
+# The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("tcm_fast", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tcm_fast"))
 
 
 def pytest_collection_modifyitems(items):
