@@ -337,7 +337,9 @@ class Trainer:
         phase.optimizer.zero_grad(set_to_none=True)
         if phase.shards is not None:
             phase.shards.drop_gradients()
-        force_rows(phase.student)
+            phase.shards.force_rows()
+        else:
+            force_rows(phase.student)
         for batch in batches:
             module, is_last = phase.objective, batch is batches[-1]
             waits = isinstance(module, DistributedDataParallel) and not is_last
