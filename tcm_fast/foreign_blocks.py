@@ -193,7 +193,7 @@ def _edm2_forward(self: Any, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor
     else:
         h = F.silu(x) * (1 / MP_SILU)
     h = self.conv_res0(h)
-    gain = self.emb_gain.to(torch.promote_types(h.dtype, torch.float32))
+    gain = self.emb_gain.to(torch.promote_types(h.dtype, torch.float32)).reshape(())  # FastGen: [1]
     h = modulate_mp_silu(h, self.emb_linear(emb), gain, **dropped(self, h, self.dropout))
     h = self.conv_res1(h)
     if self.flavor == "dec" and self.conv_skip is not None:
