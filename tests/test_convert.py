@@ -200,7 +200,7 @@ def test_phases_of_snapshots(others, tmp_path):
 
 
 def test_stage_1_starts_from_a_converted_network(others, tmp_path):
-    from tcm_fast.trainer import load_weights
+    from tcm_fast.phase import load_weights
 
     net = tiny(augment_dim=9)
     (tmp_path / "a.pkl").write_bytes(theirs.snapshot(net))

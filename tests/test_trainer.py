@@ -627,7 +627,7 @@ def test_resuming_needs_no_more_memory_than_running(images, no_pictures, tmp_pat
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in gc.get_objects()
-            if issubclass(type(t), torch.Tensor) and t.ndim and not t.is_meta
+            if type(t) in (torch.Tensor, torch.nn.Parameter) and t.ndim and not t.is_meta
         }
         counts.append((phase.name, sum(storages.values())))
         return phase
