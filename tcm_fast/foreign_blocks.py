@@ -126,10 +126,11 @@ EDM_PARTS: tuple[str, ...] = (
 
 
 def _edm_obstacle(module: Any) -> str:
-    if module.num_heads and _attention(module) is None:
+    attention = _attention(module) if module.num_heads else None
+    if module.num_heads and attention is None:
         return "its attention has other parts"
     norms = [module.norm0, module.norm1]
-    norms += [_attention(module)[0]] if module.num_heads else []
+    norms += [attention[0]] if attention else []
     return next(filter(None, map(norm_obstacle, norms)), "")
 
 
