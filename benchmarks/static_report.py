@@ -30,6 +30,7 @@ from rich.progress import track
 OPERATIONS = (
     *("consistency_loss", "noise_pair", "denoise_to_uint8"),
     *("group_norm_silu", "qkv_attention"),
+    *("pixel_norm_mp_silu", "mp_cat_mp_silu", "modulate_mp_silu", "mp_sum", "resample", "residual"),
 )
 ARCHS = (80, 86, 89, 90, 100, 120)
 # Shared memory of an SM and of one program (bytes), threads and programs of an SM: CUDA C++
@@ -48,10 +49,12 @@ ACCESS = re.compile(r"\b((?:LDG|STG|LDGSTS)\.[A-Z0-9.]*)")
 
 
 def sources_hash(operation: str) -> str:
-    """SHA-256 over the sources that an operation's kernels are made of."""
+    """SHA-256 over what an operation's kernels are made of: its sections of kernels and launchers."""
     folder = Path(importlib.import_module("tcm_fast.kernels").__file__ or "").parent
-    names = ("_triton.py", "_philox_triton.py", f"{operation}.py")
-    return hashlib.sha256(b"\0".join((folder / name).read_bytes() for name in names)).hexdigest()
+    source = (folder / f"{operation}.py").read_text(encoding="utf-8")
+    start, end = source.index("# -- kernels ---"), source.index("# -- registration ---")
+    shared = (folder / "_philox_triton.py").read_text(encoding="utf-8")
+    return hashlib.sha256((source[start:end] + shared).encode()).hexdigest()
 
 
 def module_of(operation: str) -> Any:

@@ -40,6 +40,20 @@ def interpreting() -> bool:
     return AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_assumed = False
+
+
+@contextmanager
+def assuming_kernels(assumed: bool = True) -> Iterator[None]:
+    """Inside, operations on the meta device are a GPU's: what they allocate can be counted anywhere."""
+    global _assumed
+    before, _assumed = _assumed, assumed
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
 @torch.compiler.assume_constant_result
 def runs_triton(name: str, device_type: str) -> bool:
     """Whether operation `name` runs its Triton kernel on tensors of this device type.
@@ -50,6 +64,8 @@ def runs_triton(name: str, device_type: str) -> bool:
     choice = backend()
     if choice == "reference":
         return False
+    if device_type == "meta":
+        return _assumed
     if AVAILABLE and (device_type == "cuda" or (device_type == "cpu" and interpreting())):
         return True
     if choice == "kernel":
@@ -59,6 +75,17 @@ def runs_triton(name: str, device_type: str) -> bool:
             f"{name}: TCM_FAST_BACKEND=kernel needs a kernel on {device_type}, got none ({why})"
         )
     return False
+
+
+def calls_directly(x: torch.Tensor) -> bool:
+    """Whether an operation may call its launcher as a plain function: nothing compiles, transforms or
+    watches operators. The dispatcher takes longer over an operator in Python than the launch itself."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 _noted: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] | None = None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tcm_fast.kernels._philox_triton import philox_blocks
-from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, calls_directly, launch, runs_triton, tl, triton
 from tcm_fast.kernels.dropout import DropoutKey, _check_samples, _threshold, dropout
 from tcm_fast.kernels.philox import counters
 
@@ -689,13 +689,16 @@ def _save(ctx, inputs, output):
     _, mean, rstd = output
     ctx.save_for_backward(*tensors, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
 
 
-def _grads(ctx, grad_y, grad_past):
+def _grads(bwd, ctx, grad_y, grad_past):
     """The gradients of the operator's inputs; what reached x past it is added to grad_x."""
     x, weight, bias, add, scale, shift, sample, seed, step, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grad_x, affine, *rest = torch.ops.tcm_fast.group_norm_silu_bwd(
+    if grad_y is None:
+        return grad_past, *[None] * 13
+    grad_x, affine, *rest = bwd(
         grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step,
         ctx.num_groups, ctx.silu, ctx.layer, ctx.threshold, needs[1] or needs[2],
     )  # fmt: skip
@@ -706,7 +709,7 @@ def _grads(ctx, grad_y, grad_past):
 
 
 def _backward(ctx, grad_y, *_):
-    return _grads(ctx, grad_y, None)
+    return _grads(torch.ops.tcm_fast.group_norm_silu_bwd, ctx, grad_y, None)
 
 
 def _refuse(ctx, *_):
@@ -730,13 +733,27 @@ class _WithX(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         y, _, mean, rstd = output
         _save(ctx, inputs, (y, mean, rstd))
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_y, grad_past, *_):
-        if grad_y is None:
-            return grad_past, *[None] * 13
-        return _grads(ctx, grad_y, grad_past)
+        return _grads(torch.ops.tcm_fast.group_norm_silu_bwd, ctx, grad_y, grad_past)
+
+
+class _Direct(torch.autograd.Function):
+    """The same without the dispatcher; the last argument says whether x is returned too."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        *inputs, with_x = args
+        y, mean, rstd = _fwd(*inputs)
+        _save(ctx, inputs, (y, mean, rstd))
+        return (y, inputs[0].view_as(inputs[0])) if with_x else y
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_past=None):
+        # With create_graph the operator stands in the graph, to refuse the second derivative.
+        bwd = torch.ops.tcm_fast.group_norm_silu_bwd if torch.is_grad_enabled() else _bwd
+        return *_grads(bwd, ctx, grad_y, grad_past), None
 
 
 # -- public function ------------------------------------------------------------------------------
@@ -822,6 +839,8 @@ def group_norm_silu(
             )
         inputs = (x.contiguous(memory_format=_layout(x)), weight, bias, add, scale, shift, sample, seed,
                   step, num_groups, eps, silu, layer, threshold)  # fmt: skip
+        if calls_directly(x):
+            return _Direct.apply(*inputs, with_x)
         if with_x:
             return _WithX.apply(*inputs)[:2]
         return torch.ops.tcm_fast.group_norm_silu_fwd(*inputs)[0]

@@ -6,7 +6,15 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tcm_fast.kernels._triton import Variant, interpreting, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import (
+    Variant,
+    calls_directly,
+    interpreting,
+    launch,
+    runs_triton,
+    tl,
+    triton,
+)
 
 NORM_EPS = 1e-4
 
@@ -382,8 +390,8 @@ def _tiles(
             return 64, 64, 8, 1
         return 64, 32, 8, 2 if hopper else 1
     if d <= 64:
-        if hopper:
-            return 64, 64, 8, 2
+        if hopper:  # two stages and the normalisation are eight bytes more than the registers
+            return 64, 64, 8, 1 if normalize else 2
         return (32, 64, 8, 1) if normalize else (64, 32, 8, 1)
     return (32, 32, 8, 1) if roomy or d == 128 else (16, 16, 4, 1)
 
@@ -559,6 +567,22 @@ torch.library.register_autograd("tcm_fast::qkv_attention_fwd", _backward, setup_
 torch.library.register_autograd("tcm_fast::qkv_attention_bwd", _refuse)
 
 
+class _Direct(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _fwd(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        # With create_graph the operator stands in the graph, to refuse the second derivative.
+        bwd = torch.ops.tcm_fast.qkv_attention_bwd if torch.is_grad_enabled() else _bwd
+        return bwd(grad_out, *ctx.saved_tensors, *ctx.settings), None, None, None
+
+
 # -- public function ------------------------------------------------------------------------------
 
 
@@ -619,4 +643,6 @@ def qkv_attention(
         return qkv_attention_reference(qkv, num_heads, normalize=normalize, scale=scale)
     if scale is None:
         scale = (qkv.shape[1] // 3 // num_heads) ** -0.5
+    if calls_directly(qkv):
+        return _Direct.apply(qkv, num_heads, normalize, scale)
     return torch.ops.tcm_fast.qkv_attention_fwd(qkv, num_heads, normalize, scale)[0]

@@ -14,27 +14,35 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
 _C
 kernels
-config distributed runlog image_files graphs
+config distributed runlog stopping run_lock image_files graphs
 data
-times
+times augment
 networks
 objectives
-optim
+diagnosis optim watch
+offload tensor_files
+optimizer_state run_folder
 checkpoint
-snapshots
+saving snapshots parallel
 pictures
 sampler
 precision_check
 features
 metrics
-plan
+plan footprint
+cards recipes
+budget
+phase memory summary
+keeping assembly
 trainer
+timebox
 foreign_blocks
 norm_act
 inert_pickle
 torch_files
 convert accelerate
 export diffusers_folder
+plan_command
 cli
 __init__ __main__
 """

@@ -13,8 +13,9 @@ from tcm_fast.networks.edm2 import EDM2UNet
 from tcm_fast.networks.mp_layers import force_rows
 from tcm_fast.networks.precond import Precond
 
-__all__ = ["NETWORKS", "Precond", "build_network", "force_rows"]
+__all__ = ["LOGVAR_CHANNELS", "NETWORKS", "Precond", "build_network", "force_rows"]
 
+LOGVAR_CHANNELS = 128  # of the log-variance that EDM2 learns in pre-training
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ddpmpp": SongUNet,
     "ncsnpp": NCSNpp,

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from tcm_fast.kernels.dropout import DropoutKey
-from tcm_fast.networks.layers import Conv2d, GroupNorm, Linear, PositionalEmbedding, UNetBlock
+from tcm_fast.networks.layers import (
+    Conv2d,
+    GroupNorm,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+    without_autocast,
+)
+from tcm_fast.networks.recompute import run_block
 from tcm_fast.networks.unet import UNet, level_resolutions
 
 CHANNELS_PER_HEAD = 64
@@ -131,14 +139,13 @@ class DhariwalUNet(UNet):
         skips: list[torch.Tensor] = []
         for block in self.enc.values():
             if isinstance(block, UNetBlock):
-                x = block(x, emb, dropout_key)
+                x = run_block(block, [x], emb, dropout_key)
             else:
                 x = block(x).contiguous(memory_format=self.memory_format)
             skips.append(x)
         for block in self.dec.values():
-            if block.in_channels != x.shape[1]:
-                x = torch.cat([x, skips.pop()], 1)
-            x = block(x, emb, dropout_key)
+            merges = block.in_channels != x.shape[1]
+            x = run_block(block, [x, skips.pop()] if merges else [x], emb, dropout_key)
         return self.out_conv(self.out_norm(x))
 
     def embed(
@@ -150,7 +157,7 @@ class DhariwalUNet(UNet):
     ) -> torch.Tensor:
         """The embedding [N,emb_channels] of noise level, class and augmentation."""
         dtype = self.map_layer0.weight.dtype
-        with torch.autocast(noise_labels.device.type, enabled=False):
+        with without_autocast(noise_labels.device):
             emb = self.map_noise(noise_labels).to(dtype)
             if self.map_augment is not None and augment_labels is not None:
                 emb = emb + self.map_augment(augment_labels.to(dtype))

@@ -18,7 +18,9 @@ from tcm_fast.networks.layers import (
     Linear,
     PositionalEmbedding,
     UNetBlock,
+    without_autocast,
 )
+from tcm_fast.networks.recompute import run_block
 from tcm_fast.networks.unet import UNet, level_resolutions
 
 
@@ -162,7 +164,7 @@ class SongUNet(UNet):
         aux = x
         for block in self.enc.values():
             if isinstance(block, UNetBlock):
-                x = block(x, emb, dropout_key)
+                x = run_block(block, [x], emb, dropout_key)
             elif block.fused:
                 x = aux = (x + block(aux)) * math.sqrt(0.5)
                 skips[-1] = x
@@ -172,9 +174,8 @@ class SongUNet(UNet):
             skips.append(x)
         *blocks, norm, conv = self.dec.values()
         for block in blocks:
-            if block.in_channels != x.shape[1]:
-                x = torch.cat([x, skips.pop()], 1)
-            x = block(x, emb, dropout_key)
+            merges = block.in_channels != x.shape[1]
+            x = run_block(block, [x, skips.pop()] if merges else [x], emb, dropout_key)
         return conv(norm(x))
 
     def embed(
@@ -186,7 +187,7 @@ class SongUNet(UNet):
     ) -> torch.Tensor:
         """The embedding [N,emb_channels] of noise level, class and augmentation."""
         dtype = self.map_layer0.weight.dtype
-        with torch.autocast(noise_labels.device.type, enabled=False):
+        with without_autocast(noise_labels.device):
             cos, sin = self.map_noise(noise_labels).chunk(2, 1)
             emb = torch.cat([sin, cos], 1).to(dtype)
             if self.map_label is not None:

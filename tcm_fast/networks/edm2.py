@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,8 +15,9 @@ from tcm_fast.kernels.mp_sum import mp_sum
 from tcm_fast.kernels.pixel_norm_mp_silu import pixel_norm_mp_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.resample import resample
-from tcm_fast.networks.layers import heads
+from tcm_fast.networks.layers import heads, without_autocast
 from tcm_fast.networks.mp_layers import MPConv, MPFourier, mp_silu
+from tcm_fast.networks.recompute import after_norm, run_block
 from tcm_fast.networks.unet import UNet, level_resolutions
 
 RES_BALANCE = ATTN_BALANCE = 0.3
@@ -28,6 +30,9 @@ class Block(nn.Module):
 
     `resampling` is "up", "down" or None; `layer` keys the block's dropout.
     """
+
+    recompute_norms = recompute_whole = False
+    """What the backward pass computes again, see `tcm_fast.networks.recompute`."""
 
     def __init__(
         self,
@@ -73,24 +78,25 @@ class Block(nn.Module):
 
         A decoder block merges `skip` into x, or has been given `activated`, mp_silu(x), or resamples.
         """
+        run = partial(after_norm, recompute=self.recompute_norms)
         if skip is not None:
-            x, h = mp_cat_mp_silu(x, skip, CONCAT_BALANCE)
+            h, x = run(_joined, self.conv_res0, x, skip)
         elif self.encoder:
             if self.resampling is not None:
                 x, _ = resample(x, self.resampling)
             if self.conv_skip is not None:
                 x = self.conv_skip(x)
-            x, h = pixel_norm_mp_silu(x)
+            h, x = run(lambda x: pixel_norm_mp_silu(x)[::-1], self.conv_res0, x)
         elif self.resampling is not None:
             x, h = resample(x, self.resampling, with_silu=True)
+            h = self.conv_res0(h)
         else:
             assert activated is not None
-            h = activated
-        h = self.conv_res0(h)
+            h = self.conv_res0(activated)
         p = self.dropout if self.training else 0.0
         key = key.at_layer(self.layer) if p > 0 and key is not None else None
-        h = modulate_mp_silu(h, self.emb_linear(emb), self.emb_gain, dropout_p=p, dropout_key=key)
-        h = self.conv_res1(h)
+        modulate = partial(modulate_mp_silu, dropout_p=p, dropout_key=key)
+        h = run(modulate, self.conv_res1, h, self.emb_linear(emb), self.emb_gain)
         if not self.encoder and self.conv_skip is not None:
             x = self.conv_skip(x)
         if not self.num_heads:
@@ -98,6 +104,12 @@ class Block(nn.Module):
         x, _ = mp_sum(x, h, RES_BALANCE)
         h = qkv_attention(self.attn_qkv(x), self.num_heads, normalize=True)
         return mp_sum(x, self.attn_proj(h), ATTN_BALANCE, clip=CLIP, with_silu=activates)
+
+
+def _joined(x: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """mp_silu of x and skip joined, and the two joined."""
+    x, h = mp_cat_mp_silu(x, skip, CONCAT_BALANCE)
+    return h, x
 
 
 class EDM2UNet(UNet):
@@ -216,12 +228,12 @@ class EDM2UNet(UNet):
         activated = None
         for index, block in enumerate(encoder, start=1):
             is_last = index == len(encoder)  # the decoder's first block begins with an activation
-            x, activated = block(x, emb, dropout_key, activates=is_last)
+            x, activated = run_block(block, [x], emb, dropout_key, activates=is_last)
             skips.append(x)
         for index, block in enumerate(self.dec.values()):
             skip = skips.pop() if block.in_channels != x.shape[1] else None
-            x, activated = block(
-                x, emb, dropout_key, skip=skip, activated=activated, activates=index == 0
+            x, activated = run_block(
+                block, [x], emb, dropout_key, skip=skip, activated=activated, activates=index == 0
             )
         return self.out_conv(x) * self.out_gain.to(x.dtype)
 
@@ -232,7 +244,7 @@ class EDM2UNet(UNet):
         dropout_key: DropoutKey | None = None,
     ) -> torch.Tensor:
         """The embedding [N,emb_channels] of noise level and class."""
-        with torch.autocast(noise_labels.device.type, enabled=False):
+        with without_autocast(noise_labels.device):
             emb = self.emb_noise(self.emb_fourier(noise_labels))
             if self.emb_label is not None:
                 labels = self.dropped_labels(class_labels, dropout_key, emb.dtype)

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.residual import residual
+from tcm_fast.networks.recompute import after_norm
 
 BOX_FILTER = (1, 1)
 
@@ -22,6 +25,13 @@ def fresh_key(n: int, device: torch.device) -> DropoutKey:
     """A key for `n` samples that nobody else uses, drawn from torch's default CPU generator."""
     seed = torch.randint(2**31, (), device="cpu").to(device, non_blocking=True)
     return DropoutKey(seed=seed, step=0, layer=0, sample=torch.arange(n, device=device))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """An fp32 island; the meta device has no autocast to be switched off."""
+    if device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def initialise(layer: nn.Linear | nn.Conv2d, init: str, gain: float) -> None:
@@ -209,6 +219,9 @@ class UNetBlock(nn.Module):
             branch, `init_attention` that of the q, k, v layer.
     """
 
+    recompute_norms = recompute_whole = False
+    """What the backward pass computes again, see `tcm_fast.networks.recompute`."""
+
     def __init__(
         self,
         in_channels: int,
@@ -255,9 +268,9 @@ class UNetBlock(nn.Module):
         self, x: torch.Tensor, emb: torch.Tensor, dropout_key: DropoutKey | None = None
     ) -> torch.Tensor:
         # Where x also goes past a normalisation, its two gradients meet in that one's kernel.
-        normed, x = self.norm0(x, with_x=True)
+        run = partial(after_norm, recompute=self.recompute_norms)
+        h, x = run(partial(self.norm0, with_x=True), self.conv0, x, with_bias=False)
         skip = x if self.skip is None else self.skip(x)
-        x = self.conv0(normed, with_bias=False)
         # A bias before the normalisation goes in with its `add`: no pass over the pixels adds it, none
         # sums its gradient.
         modulation, bias = self.affine(emb), self.conv0.bias
@@ -270,20 +283,18 @@ class UNetBlock(nn.Module):
             fused = {"add": modulation + bias}
         p = self.dropout if self.training else 0.0
         key = dropout_key.at_layer(self.layer) if p > 0 and dropout_key is not None else None
-        x = self.norm1(x, **fused, dropout_p=p, dropout_key=key)
-        x = self._join(self.conv1, x, skip)
-        if self.attention:
-            normed, x = self.norm2(x, silu=False, with_x=True)
-            attended = qkv_attention(self.qkv(normed), num_heads=self.num_heads)
-            x = self._join(self.proj, attended, x)
-        return x
-
-    def _join(self, last: Conv2d, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """(last(x) + skip) times the factor of the sums. Where the sum is a kernel, the bias goes in
-        there; elsewhere the convolution adds it for nothing."""
+        # Where a sum is a kernel, the bias of the layer before goes in there; elsewhere the convolution
+        # adds it for nothing.
         is_kernel = runs_triton("residual", x.device.type)
-        bias = last.bias if is_kernel else None
-        return residual(last(x, with_bias=not is_kernel), skip, self.skip_scale, bias)
+        norm1 = partial(self.norm1, **fused, dropout_p=p, dropout_key=key)
+        h = run(norm1, self.conv1, h, with_bias=not is_kernel)
+        x = residual(h, skip, self.skip_scale, self.conv1.bias if is_kernel else None)
+        if self.attention:
+            qkv, x = run(partial(self.norm2, silu=False, with_x=True), self.qkv, x)
+            attended = qkv_attention(qkv, num_heads=self.num_heads)
+            h = self.proj(attended, with_bias=not is_kernel)
+            x = residual(h, x, self.skip_scale, self.proj.bias if is_kernel else None)
+        return x
 
 
 def heads(channels: int, channels_per_head: int | None) -> int:

@@ -43,7 +43,8 @@ class _Derive(torch.autograd.Function):
     """From a list of weights those to compute with, or stands for ones that are there already; hands
     the gradients back in the weights' dtype.
 
-    rows: which of them are scaled rows (`scaled_weight`). folded: whoever receives the gradient of such
+    rows: which of them are scaled rows (`scaled_weight`). there: those that exist already, else None.
+    folded: whoever receives the gradient of such
     a weight takes it with respect to the scaled one (the fused optimizer projects it in its own pass).
     """
 
@@ -52,7 +53,7 @@ class _Derive(torch.autograd.Function):
         ctx: Any,
         dtypes: list[torch.dtype],
         rows: list[bool],
-        there: list[torch.Tensor] | None,
+        there: list[torch.Tensor | None],
         folded: bool,
         *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
@@ -64,10 +65,13 @@ class _Derive(torch.autograd.Function):
             w.detach() if is_row and not folded else None
             for w, is_row in zip(weights, rows, strict=True)
         ]
-        if there is not None:
-            return tuple(v.detach() for v in there)
-        ready = [scaled_weight(w) if is_row else w for w, is_row in zip(weights, rows, strict=True)]
-        return tuple(_cast(ready, dtypes))
+        wanted = [
+            (scaled_weight(w) if is_row else w, dtype)
+            for w, is_row, dtype, ready in zip(weights, rows, dtypes, there, strict=True)
+            if ready is None
+        ]
+        made = iter(_cast([w for w, _ in wanted], [dtype for _, dtype in wanted]))
+        return tuple(next(made) if ready is None else ready.detach() for ready in there)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -116,15 +120,18 @@ def _derived(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     }
 
 
-def make_copies(net: Precond, dtype: torch.dtype) -> list[torch.Tensor | None]:
+def make_copies(
+    net: Precond, dtype: torch.dtype, *, rows_too: bool = True
+) -> list[torch.Tensor | None]:
     """For each parameter of `net`, in their order, what a step in `dtype` computes with, or None where
-    that is the parameter itself: what an optimizer keeps up to date."""
+    that is the parameter itself: what an optimizer keeps up to date. `rows_too=False` leaves out the
+    normalised ones, for an optimizer that does not normalise."""
     derived = {f"model.{name}": kind for name, kind in _derived(net.model, dtype).items()}
     rows = {f"model.{name}" for name in normalized_names(net.model)}
     copies: list[torch.Tensor | None] = []
     for name, parameter in net.named_parameters():
         value = None
-        if name in derived:
+        if name in derived and (rows_too or name not in rows):
             value = parameter.detach()
             value = scaled_weight(value) if name in rows else value
             value = value.to(derived[name], copy=True)
@@ -138,25 +145,31 @@ def cast_weights(
     copies: list[torch.Tensor | None] | None = None,
     *,
     folded: bool = False,
+    apart: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The weights that a step in `dtype` computes with, by the names under which `net.model` takes them
     (`Precond.raw`); a gradient with respect to one flows to its parameter in fp32.
 
     Args:
-        copies: such weights (`make_copies`) that somebody keeps up to date.
+        copies: such weights (`make_copies`) that somebody keeps up to date; the others are made.
         folded: gradients of normalised weights arrive as they are, for an optimizer that projects them.
+        apart: each weight by itself, in as many more launches: a gradient goes to its parameter when it
+            is there, and not when all are, which takes two or three times the gradients' memory.
     """
     parameters = dict(net.model.named_parameters())
     derived, rows = _derived(net.model, dtype), set(normalized_names(net.model))
-    there = None
+    there: list[torch.Tensor | None] = [None] * len(derived)
     if copies is not None:
         order = [name for name, _ in net.named_parameters()]
         found = dict(zip(order, copies, strict=True))
         there = [found[f"model.{name}"] for name in derived]
-    ready = _Derive.apply(
-        list(derived.values()), [name in rows for name in derived], there, folded,
-        *[parameters[name] for name in derived],
-    )  # fmt: skip
+    given = list(zip(derived, derived.values(), there, strict=True))
+    ready: list[torch.Tensor] = []
+    for part in [[one] for one in given] if apart else [given]:
+        ready += _Derive.apply(
+            [kind for _, kind, _ in part], [name in rows for name, _, _ in part],
+            [t for _, _, t in part], folded, *[parameters[name] for name, _, _ in part],
+        )  # fmt: skip
     names = [f"{name.removesuffix('weight')}scaled" if name in rows else name for name in derived]
     return dict(zip(names, ready, strict=True))
 
@@ -164,6 +177,16 @@ def cast_weights(
 def is_derived(net: Precond, dtype: torch.dtype) -> bool:
     """Whether a step in `dtype` computes with other weights than the parameters."""
     return bool(_derived(net.model, dtype))
+
+
+def leaf_copies(net: Precond, copies: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """The copies of `make_copies` by their names in `net.model`, as leaves: a gradient stays at the copy,
+    in its dtype."""
+    return {
+        name.removeprefix("model."): copy.requires_grad_()
+        for (name, _), copy in zip(net.named_parameters(), copies, strict=True)
+        if copy is not None
+    }
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.precondition import denoise, preconditioning
+from tcm_fast.networks.layers import without_autocast
 from tcm_fast.networks.mp_layers import MPConv, MPFourier
 
 
@@ -108,7 +109,7 @@ class Precond(nn.Module):
         """The learned log-variance u(t) of the denoising error at t [N]: [N], or None."""
         if self.logvar_fourier is None:
             return None
-        with torch.autocast(t.device.type, enabled=False):
+        with without_autocast(t.device):
             return self.logvar_linear(self.logvar_fourier(t.log() / 4)).squeeze(1)
 
     @property
