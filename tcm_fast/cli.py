@@ -662,6 +662,8 @@ DEPENDENCIES = {
     "safetensors": "checkpoints",
     "tensorboard": "curves, optional: the [log] extra",
     "pyarrow": "image parquet, optional: the [hf] extra",
+    "diffusers": "convert --to diffusers, optional: the [diffusers] extra",
+    "onnx": "convert to .onnx, optional: the [onnx] extra",
     "matplotlib": "plots, optional: the [plot] extra",
     "torch-fidelity": "Inception features, optional: the [eval] extra",
 }
