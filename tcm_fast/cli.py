@@ -97,11 +97,12 @@ class Eval:
 
 @dataclass
 class Pack:
-    """Pack images into a zip that both this program and EDM's can read."""
+    """Pack images: into a .zip that both this program and EDM's can read, or into a folder whose images are
+    mapped into memory, for sets that do not fit there."""
 
     source: Positional[str]
     destination: Positional[Path]
-    resolution: int | None = None
+    resolution: Annotated[int | None, arg(aliases=["--size"])] = None
     """Centre-crop and resize to this many pixels."""
     skip_corrupt: bool = False
     overwrite: bool = False

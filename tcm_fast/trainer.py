@@ -39,7 +39,7 @@ from tcm_fast.pictures import save_grid
 from tcm_fast.runlog import timed
 from tcm_fast.sampler import sample
 from tcm_fast.stopping import StopRequest
-from tcm_fast.times import plan_times, ratio
+from tcm_fast.times import TimePlan, plan_times, ratio
 from tcm_fast.watch import Reading, poison, summarise
 
 COLLAPSED = 0.25  # share of their widest spread below which one-step samples are nearly alike
@@ -269,16 +269,9 @@ class Trainer:
         """This rank's micro-batches of a step, by default the next: what the host has to do for it."""
         step = phase.step if step is None else step
         seen, iteration = step * phase.config.batch_size, phase.first_iteration + step
-        plan = plan_times(
-            phase.config,
-            seed=phase.seed,
-            images_seen=seen,
-            iteration=iteration,
-            iterations=phase.first_iteration + phase.steps,
-        )
-        micro = self.micro.of(phase.config.batch_size)
+        plan, parts = self._plan(phase, step)
         batches = []
-        for part in plan.parts(self.workers.world * micro)[self.workers.rank * micro :][:micro]:
+        for part in parts:
             images, labels = stream.batch(seen + part)
             if not self.config.network.class_conditional:
                 labels = None
@@ -288,7 +281,23 @@ class Trainer:
                 granule=row_granule(len(part), self.device),
             )  # fmt: skip
             batches.append(batch)
+        if not stream.resident and step + 1 < phase.steps:
+            for part in self._plan(phase, step + 1)[1]:
+                stream.prefetch(seen + phase.config.batch_size + part)
         return batches
+
+    def _plan(self, phase: Phase, step: int) -> tuple[TimePlan, list[np.ndarray]]:
+        """The plan of a step, and which of its samples make up each of this rank's micro-batches."""
+        plan = plan_times(
+            phase.config,
+            seed=phase.seed,
+            images_seen=step * phase.config.batch_size,
+            iteration=phase.first_iteration + step,
+            iterations=phase.first_iteration + phase.steps,
+        )
+        micro = self.micro.of(phase.config.batch_size)
+        parts = plan.parts(self.workers.world * micro)
+        return plan, parts[self.workers.rank * micro :][:micro]
 
     def _step(self, phase: Phase, batches: list[Batch]) -> None:
         """One optimizer step; its numbers go to the phase's gauge."""

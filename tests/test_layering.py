@@ -15,6 +15,7 @@ ORDER = """
 _C
 kernels
 config distributed runlog stopping run_lock image_files graphs
+packed
 data
 times augment
 networks
