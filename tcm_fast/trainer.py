@@ -252,6 +252,7 @@ class Trainer:
         log.end_phase()
         if is_new:
             self.keeper.save(phase, unsaved, micro_batches=self.micro.count, is_last=True)
+        log.write("spent", phase=phase.name, training=phase.seconds, **self.spent)
         if stopped:
             raise Interrupted(
                 f"{phase.name}: stopped after {phase.images:,} images, saved "
