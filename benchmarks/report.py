@@ -66,7 +66,7 @@ class Table:
 def seconds(value: float) -> str:
     """With a unit in which it has at most three digits before the point."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * factor >= 1 or unit == "µs":
+        if value * factor >= 0.9995 or unit == "µs":
             return f"{value * factor:.3g} {unit}"
     raise AssertionError
 

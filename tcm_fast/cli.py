@@ -1,4 +1,5 @@
-"""The command line: `tcm-fast train | sample | eval | data | ema | bench | doctor`: arguments and words.
+"""The command line: `tcm-fast train | plan | sample | eval | data | ema | convert | bench | doctor`:
+arguments and words.
 
 torch is imported when a command runs, not before: `--help` has to come up at once.
 """
@@ -141,6 +142,30 @@ class Ema:
 
 
 @dataclass
+class Convert:
+    """Other projects' checkpoints (EDM, EDM2, ECT, TCM, FastGen: .pkl, .pt, .pth) into a network file of
+    ours, without running anything in them; or our networks into other projects' forms."""
+
+    source: Positional[Path]
+    """Their file; or a run or network file of ours."""
+    destination: Positional[Path]
+    """A .safetensors; with --to edm or edm2 a .pth or .safetensors, with --to diffusers a folder, with
+    --to program a .pt2 (torch.export) or .onnx."""
+    to: Literal["tcm-fast", "edm", "edm2", "diffusers", "program"] = "tcm-fast"
+    """edm, edm2: a state dict that their own networks load; diffusers: a pipeline's folder; program:
+    the sampler as one graph, noise [n,steps,C,H,W] -> uint8 [n,H,W,C]."""
+    weights: str | None = None
+    """Which of a file's networks: ema (usual), net, ..."""
+    phase: PhaseName | None = None
+    """What the network was trained for, where the file does not say it: edm, ect or tcm."""
+    t_prime: float | None = None
+    """Lowest noise level that a tcm network was trained for."""
+    steps: int = 1
+    """Network evaluations per image of a program."""
+    overwrite: bool = False
+
+
+@dataclass
 class Doctor:
     """Say what this machine offers: versions, GPU, which backends are active and why not; or what each
     precision does to a trained network."""
@@ -194,7 +219,7 @@ def parse(argv: Sequence[str]) -> Any:
     """The command that the arguments ask for. Presets and files are the defaults that flags override."""
     command = Annotated[Train, subcommand("train", default=_train_defaults(argv))]
     command |= Annotated[Plan, subcommand("plan", default=_plan_defaults(argv))]  # type: ignore[assignment]
-    for kind in (Sample, Eval, Data, Ema, Bench, Doctor):
+    for kind in (Sample, Eval, Data, Ema, Convert, Bench, Doctor):
         command |= Annotated[kind, subcommand(kind.__name__.lower())]  # type: ignore[assignment]
     epilog = f"Presets: {', '.join(preset_names())}."
     return tyro.cli(command, prog="tcm-fast", args=list(argv), description=f"{SUMMARY} {epilog}")  # type: ignore[call-overload]
@@ -512,6 +537,49 @@ def compare_results(args: Bench) -> int:
     return FAILED if comparison.failures else 0
 
 
+def convert(args: Convert) -> int:
+    from tcm_fast.checkpoint import load_network
+    from tcm_fast.convert import convert as import_network
+    from tcm_fast.convert import load_foreign, training_info
+
+    is_ours = args.source.is_dir() or args.source.suffix == ".safetensors"
+    if args.to == "tcm-fast":
+        if is_ours:
+            raise ValueError(
+                f"convert: {args.source} is ours already; give --to edm, diffusers, ..."
+            )
+        summary = import_network(
+            args.source, args.destination, weights=args.weights, phase=args.phase,
+            t_prime=args.t_prime, overwrite=args.overwrite,
+        )  # fmt: skip
+        print(summary)
+        print(f"{'written to:':12}{args.destination}")
+        return 0
+    if args.to != "diffusers" and args.destination.exists() and not args.overwrite:
+        raise FileExistsError(f"convert: {args.destination} is there already; add --overwrite")
+    if is_ours:
+        net = load_network(args.source)
+    else:
+        net, found = load_foreign(args.source, weights=args.weights)
+        net.info = training_info(args.source, found, args.phase, args.t_prime)
+    if args.to == "diffusers":
+        from tcm_fast.diffusers_folder import save_folder
+
+        kind = save_folder(net, args.destination)
+        print(f"a pipeline with a {kind} in {args.destination}")
+    elif args.to == "program":
+        from tcm_fast.export import export_program
+
+        export_program(net, args.destination, steps=args.steps)
+        print(f"{args.steps}-step sampling as a program in {args.destination}")
+    else:
+        from tcm_fast.export import export_state
+
+        names = export_state(net, args.destination, args.to)
+        print(f"{len(names)} tensors in the names of {args.to} in {args.destination}")
+    return 0
+
+
 def doctor(args: Doctor) -> int:
     if args.precision is not None:
         return check_precision(args, args.precision)
@@ -607,6 +675,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Data: data,
     Ema: ema,
     Bench: bench,
+    Convert: convert,
     Doctor: doctor,
 }
 
@@ -618,7 +687,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         command = parse(arguments or ["--help"])
         status = COMMANDS[type(command)](command)
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, OSError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         if not is_users_mistake(error):
             raise
         print(f"tcm-fast: {error}", file=sys.stderr)

@@ -41,6 +41,7 @@ norm_act
 inert_pickle
 torch_files
 convert accelerate
+export diffusers_folder
 plan_command
 cli
 __init__ __main__
