@@ -34,7 +34,7 @@ plan footprint
 cards recipes
 budget
 phase memory summary
-keeping assembly
+keeping assembly gallery
 trainer
 timebox
 foreign_blocks
