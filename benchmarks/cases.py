@@ -171,12 +171,19 @@ def _denoise_to_uint8(case: Case) -> tuple[Work, Work]:
     return Work(image * (case.dtype.itemsize + 4 + 1) + 4 * case.batch), Work(0)
 
 
+def _residual(case: Case) -> tuple[Work, Work]:
+    """Two images in and one out; backward one in and one out, the gradient of both."""
+    image, bias = _elements(case, "x") * case.dtype.itemsize, 4 * _elements(case, "bias")
+    return Work(3 * image + bias), Work(2 * image + bias)
+
+
 FORMULAS: dict[str, Callable[[Case], tuple[Work, Work]]] = {
     "group_norm_silu": _group_norm_silu,
     "qkv_attention": _qkv_attention,
     "consistency_loss": _consistency_loss,
     "noise_pair": _noise_pair,
     "denoise_to_uint8": _denoise_to_uint8,
+    "residual": _residual,
 }
 
 

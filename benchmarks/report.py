@@ -66,7 +66,7 @@ class Table:
 def seconds(value: float) -> str:
     """With a unit in which it has at most three digits before the point."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * factor >= 1 or unit == "µs":
+        if value * factor >= 0.9995 or unit == "µs":
             return f"{value * factor:.3g} {unit}"
     raise AssertionError
 
@@ -81,7 +81,8 @@ def amount(row: Row, value: float) -> str:
 
 def title_of(results: Results) -> str:
     env = results.environment
-    where = "" if env["device"] == "cuda" else f" (CPU, {env['threads']} threads)"
+    threads = f"{env['threads']} thread{'' if env['threads'] == 1 else 's'}"
+    where = "" if env["device"] == "cuda" else f" (CPU, {threads})"
     return f"{env['name']}{where}"
 
 

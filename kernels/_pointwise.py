@@ -104,6 +104,15 @@ def variant(
 
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-EDM2_SITES = {  # resolution -> widths of EDM2-S and EDM2-XL
-    64: (192, 384), 32: (384, 768), 16: (576, 1152), 8: (768, 1536),
-}  # fmt: skip
+
+
+def edm2_sites() -> list[tuple[int, int, str]]:
+    """Resolution, width and dtype of feature maps of EDM2-S and -XL at 64 x 64: the narrowest and the widest
+    in every dtype, the others in 16 bits."""
+    sites = [(64, 192), (32, 384), (16, 576), (8, 768), (16, 1152), (8, 1536)]
+    return [
+        (size, c, dtype)
+        for size, c in sites
+        for dtype in DTYPES.values()
+        if dtype != "fp32" or c in (192, 1536)
+    ]

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from tcm_fast.kernels._pointwise import (
-    DTYPES,
-    EDM2_SITES,
     MP_SILU,
     address,
+    edm2_sites,
     given,
     has_asm,
     layout_of,
@@ -115,14 +114,14 @@ def _modulate_mp_silu_bwd_kernel(
 
 # -- launchers ------------------------------------------------------------------------------------
 
-LANES = 2 << 10  # elements of a tile with a mask: its random words take registers
+LANES = 2 << 10  # elements of a tile; half as many with a mask, whose random words take registers
 PROGRAMS = 1024  # enough of them to fill any GPU
 
 
 def _constants(shape, threshold, is_channels_last, asm):
     n, c, h, w = shape
     pixels, width = tile_for(c, h * w, widest=64)
-    pixels = min(pixels, max(1, LANES // width))
+    pixels = min(pixels, max(1, (LANES >> (threshold > 0)) // width))
     tiles, slabs = -(-h * w // pixels), -(-c // width)
     # Fewer, longer pieces where there are programs enough: fewer sums remain to be added up.
     piece = max(1, min(tiles, n * slabs * tiles // PROGRAMS))
@@ -173,7 +172,7 @@ def _bwd(grad_y, x, scale, gain, sample, seed, step, layer, threshold):
     grad_scale = torch.empty(scale.shape, dtype=scale.dtype, device=scale.device)
     torch.mul(grad_factor, gain, out=grad_scale)
     # One number out of the whole batch: few products, and what is left of many that cancel.
-    grad_gain = (grad_factor * scale).sum(dtype=torch.float64)
+    grad_gain = (grad_factor.double() * scale).sum()
     return grad_x, grad_scale, grad_gain.to(gain.dtype)
 
 
@@ -182,26 +181,24 @@ def specialisations(capability: int) -> list[Variant]:
     16 pixels and below."""
     variants = []
     scalars = {"scale_row": "i32", "layer": "i32", "threshold": "i32", "keep_scale": "fp32"}
-    for size, widths in EDM2_SITES.items():
-        for c in widths:
-            for dtype in DTYPES.values():
-                threshold = 26214 if size <= 16 else 0
-                constants, grid = _constants((64, c, size, size), threshold, True, True)
-                key = dict.fromkeys(("sample", "seed", "step"), "i64" if threshold else dtype)
-                pointers = dict.fromkeys(("x", "scale"), dtype) | {"gain": "fp32"} | key
-                for kernel, more in (
-                    (_modulate_mp_silu_fwd_kernel, {"y": dtype}),
-                    (
-                        _modulate_mp_silu_bwd_kernel,
-                        {"grad_y": dtype, "grad_x": dtype, "grad_factor": "fp32"},
-                    ),
-                ):
-                    variants.append(
-                        variant(
-                            f"{size}x{size}x{c} {dtype}", kernel, pointers | more, scalars, constants,
-                            programs=math.prod(grid), aligned=("scale_row",),
-                        )
-                    )  # fmt: skip
+    for size, c, dtype in edm2_sites():
+        threshold = 26214 if size <= 16 else 0
+        constants, grid = _constants((64, c, size, size), threshold, True, True)
+        key = dict.fromkeys(("sample", "seed", "step"), "i64" if threshold else dtype)
+        pointers = dict.fromkeys(("x", "scale"), dtype) | {"gain": "fp32"} | key
+        for kernel, more in (
+            (_modulate_mp_silu_fwd_kernel, {"y": dtype}),
+            (
+                _modulate_mp_silu_bwd_kernel,
+                {"grad_y": dtype, "grad_x": dtype, "grad_factor": "fp32"},
+            ),
+        ):
+            variants.append(
+                variant(
+                    f"{size}x{size}x{c} {dtype}", kernel, pointers | more, scalars, constants,
+                    programs=math.prod(grid), aligned=("scale_row",),
+                )
+            )  # fmt: skip
     return variants
 
 

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from tcm_fast.kernels._pointwise import (
-    DTYPES,
-    EDM2_SITES,
     MP_SILU,
     address,
+    edm2_sites,
     empty,
     given,
     has_asm,
@@ -143,26 +142,24 @@ def specialisations(capability: int) -> list[Variant]:
     """Forms in which the decoders of EDM2-S and -XL use the kernels at 64 x 64, in channels_last."""
     variants = []
     scalars = {"pixels": "i32", "weight_a": "fp32", "weight_b": "fp32"}
-    for size, widths in EDM2_SITES.items():
-        for c in widths:
-            for dtype in DTYPES.values():
-                pixels = 64 * size**2
-                constants, grid = _constants(pixels, c, c, size**2, True, True)
-                for kernel, pointers, more in (
-                    (_mp_cat_mp_silu_fwd_kernel, ("a", "b", "z", "h"), {}),
-                    (
-                        _mp_cat_mp_silu_bwd_kernel,
-                        ("grad_z", "grad_h", "z", "grad_a", "grad_b"),
-                        {"HAS_PAST": True, "HAS_ACT": True},
-                    ),
-                ):
-                    variants.append(
-                        variant(
-                            f"{size}x{size}x{c}+{c} {dtype}", kernel, dict.fromkeys(pointers, dtype),
-                            scalars, constants | more, programs=math.prod(grid),
-                            aligned=("pixels",),
-                        )
-                    )  # fmt: skip
+    for size, c, dtype in edm2_sites():
+        pixels = 64 * size**2
+        constants, grid = _constants(pixels, c, c, size**2, True, True)
+        for kernel, pointers, more in (
+            (_mp_cat_mp_silu_fwd_kernel, ("a", "b", "z", "h"), {}),
+            (
+                _mp_cat_mp_silu_bwd_kernel,
+                ("grad_z", "grad_h", "z", "grad_a", "grad_b"),
+                {"HAS_PAST": True, "HAS_ACT": True},
+            ),
+        ):
+            variants.append(
+                variant(
+                    f"{size}x{size}x{c}+{c} {dtype}", kernel, dict.fromkeys(pointers, dtype),
+                    scalars, constants | more, programs=math.prod(grid),
+                    aligned=("pixels",),
+                )
+            )  # fmt: skip
     return variants
 
 

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from tcm_fast.kernels._pointwise import (
-    DTYPES,
-    EDM2_SITES,
     MP_SILU,
     address,
+    edm2_sites,
     given,
     has_asm,
     layout_of,
@@ -84,9 +83,11 @@ def _pixel_norm_mp_silu_bwd_kernel(
 # -- launchers ------------------------------------------------------------------------------------
 
 
-def _constants(shape, is_channels_last, asm):
+def _constants(shape, is_channels_last, asm, backward=False):
     n, c, h, w = shape
     pixels, width = tile_for(c, n * h * w, widest=1 << 30)
+    if backward:  # three tiles are in the registers at once
+        pixels = max(1, pixels // 2)
     return dict(
         CHANNELS=c, HW=h * w, PIXELS=pixels, WIDTH=width, CHANNELS_LAST=is_channels_last,
         GAIN=1 / MP_SILU, ASM=asm, num_warps=4,
@@ -108,7 +109,7 @@ def _bwd(grad_u, grad_h, x):
     x = x.contiguous(memory_format=layout)
     grads = [None if g is None else g.contiguous(memory_format=layout) for g in (grad_u, grad_h)]
     grad_x = torch.empty_like(x)
-    constants = _constants(x.shape, layout == torch.channels_last, has_asm(x))
+    constants = _constants(x.shape, layout == torch.channels_last, has_asm(x), backward=True)
     pixels = x.numel() // x.shape[1]
     grid = (-(-pixels // constants["PIXELS"]),)
     launch(
@@ -121,26 +122,24 @@ def _bwd(grad_u, grad_h, x):
 def specialisations(capability: int) -> list[Variant]:
     """The forms in which EDM2-S and -XL use the kernels at 64 x 64, in channels_last."""
     variants = []
-    for size, widths in EDM2_SITES.items():
-        for c in widths:
-            for dtype in DTYPES.values():
-                constants = _constants((64, c, size, size), True, True)
-                scalars = {"pixels": "i32", "eps": "fp32"}
-                programs = 64 * size**2 // constants["PIXELS"]
-                variants += [
-                    variant(
-                        f"{size}x{size}x{c} {dtype}", kernel, dict.fromkeys(pointers, dtype), scalars,
-                        constants | more, programs=programs, aligned=("pixels",),
-                    )
-                    for kernel, pointers, more in (
-                        (_pixel_norm_mp_silu_fwd_kernel, ("x", "u", "h"), {}),
-                        (
-                            _pixel_norm_mp_silu_bwd_kernel,
-                            ("grad_u", "grad_h", "x", "grad_x"),
-                            {"HAS_PAST": True, "HAS_ACT": True},
-                        ),
-                    )
-                ]  # fmt: skip
+    scalars = {"pixels": "i32", "eps": "fp32"}
+    for size, c, dtype in edm2_sites():
+        for kernel, pointers, more in (
+            (_pixel_norm_mp_silu_fwd_kernel, ("x", "u", "h"), {}),
+            (
+                _pixel_norm_mp_silu_bwd_kernel,
+                ("grad_u", "grad_h", "x", "grad_x"),
+                {"HAS_PAST": True, "HAS_ACT": True},
+            ),
+        ):
+            constants = _constants((64, c, size, size), True, True, bool(more))
+            variants.append(
+                variant(
+                    f"{size}x{size}x{c} {dtype}", kernel, dict.fromkeys(pointers, dtype), scalars,
+                    constants | more, programs=64 * size**2 // constants["PIXELS"],
+                    aligned=("pixels",),
+                )
+            )  # fmt: skip
     return variants
 
 

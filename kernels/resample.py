@@ -189,6 +189,8 @@ def specialisations(capability: int) -> list[Variant]:
     for c, size in ((192, 32), (1152, 8)):
         for mode in MODES:
             for dtype in DTYPES.values():
+                if dtype == "fp32" and c > 192:
+                    continue
                 low = (64, c, size, size)
                 constants, grid = _constants(low, mode, True, True)
                 activates = mode == "up"

@@ -142,7 +142,7 @@ def _bias_grad(grad_out):
     return sums.sum(0)
 
 
-_SITES = ((32, 256, 0.7071), (16, 256, 0.7071), (64, 192, 1.0), (8, 768, 1.0))
+_SITES = ((32, 256, 0.7071), (64, 192, 1.0), (8, 768, 1.0))
 
 
 def specialisations(capability: int) -> list[Variant]:

@@ -1,4 +1,5 @@
-"""The command line: `tcm-fast train | sample | eval | data | ema | bench | doctor`: arguments and words.
+"""The command line: `tcm-fast train | plan | sample | eval | data | ema | convert | bench | doctor`:
+arguments and words.
 
 torch is imported when a command runs, not before: `--help` has to come up at once.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -96,11 +97,12 @@ class Eval:
 
 @dataclass
 class Pack:
-    """Pack images into a zip that both this program and EDM's can read."""
+    """Pack images: into a .zip that both this program and EDM's can read, or into a folder whose images are
+    mapped into memory, for sets that do not fit there."""
 
     source: Positional[str]
     destination: Positional[Path]
-    resolution: int | None = None
+    resolution: Annotated[int | None, arg(aliases=["--size"])] = None
     """Centre-crop and resize to this many pixels."""
     skip_corrupt: bool = False
     overwrite: bool = False
@@ -137,6 +139,30 @@ class Ema:
     phase: PhaseName | None = None
     images: int | None = None
     """End at this stand of the training, where there is a snapshot, instead of at the last."""
+    overwrite: bool = False
+
+
+@dataclass
+class Convert:
+    """Other projects' checkpoints (EDM, EDM2, ECT, TCM, FastGen: .pkl, .pt, .pth) into a network file of
+    ours, without running anything in them; or our networks into other projects' forms."""
+
+    source: Positional[Path]
+    """Their file; or a run or network file of ours."""
+    destination: Positional[Path]
+    """A .safetensors; with --to edm or edm2 a .pth or .safetensors, with --to diffusers a folder, with
+    --to program a .pt2 (torch.export) or .onnx."""
+    to: Literal["tcm-fast", "edm", "edm2", "diffusers", "program"] = "tcm-fast"
+    """edm, edm2: a state dict that their own networks load; diffusers: a pipeline's folder; program:
+    the sampler as one graph, noise [n,steps,C,H,W] -> uint8 [n,H,W,C]."""
+    weights: str | None = None
+    """Which of a file's networks: ema (usual), net, ..."""
+    phase: PhaseName | None = None
+    """What the network was trained for, where the file does not say it: edm, ect or tcm."""
+    t_prime: float | None = None
+    """Lowest noise level that a tcm network was trained for."""
+    steps: int = 1
+    """Network evaluations per image of a program."""
     overwrite: bool = False
 
 
@@ -194,7 +220,7 @@ def parse(argv: Sequence[str]) -> Any:
     """The command that the arguments ask for. Presets and files are the defaults that flags override."""
     command = Annotated[Train, subcommand("train", default=_train_defaults(argv))]
     command |= Annotated[Plan, subcommand("plan", default=_plan_defaults(argv))]  # type: ignore[assignment]
-    for kind in (Sample, Eval, Data, Ema, Bench, Doctor):
+    for kind in (Sample, Eval, Data, Ema, Convert, Bench, Doctor):
         command |= Annotated[kind, subcommand(kind.__name__.lower())]  # type: ignore[assignment]
     epilog = f"Presets: {', '.join(preset_names())}."
     return tyro.cli(command, prog="tcm-fast", args=list(argv), description=f"{SUMMARY} {epilog}")  # type: ignore[call-overload]
@@ -270,7 +296,7 @@ def train(args: Train) -> int:
     trainer = Trainer(settings, args.out, init=args.init, resume=resume)
     is_main = trainer.workers.is_main
     try:
-        results = trainer.run()
+        results = recorded(trainer.run)() if trainer.workers.world > 1 else trainer.run()
     except (TrainingError, Interrupted) as stop:
         is_failure = isinstance(stop, TrainingError)
         advice = "" if is_failure else f"; to go on: {resume_command(args)}"
@@ -280,6 +306,13 @@ def train(args: Train) -> int:
     if is_main:
         summary(trainer.out, results)
     return 0
+
+
+def recorded(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The function; torchrun's last words will hold its traceback."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(run)  # type: ignore[return-value]
 
 
 def train_within(args: Train, settings: Config) -> int:
@@ -316,29 +349,36 @@ def resume_command(args: Train) -> str:
 def sample(args: Sample) -> int:
     from tcm_fast import pictures, sampler
     from tcm_fast.checkpoint import load_network
-    from tcm_fast.distributed import pick_device
+    from tcm_fast.distributed import join
 
-    device = pick_device(args.device)
-    net = load_network(args.source, device=device)
+    workers = join(args.device)
+    net = load_network(args.source, device=workers.device)
     labels = list(args.classes) if args.classes else None
-    batches = sampler.sample_batches(
-        net,
-        args.num,
-        steps=args.steps,
-        seed=args.seed,
-        labels=labels,
-        times=args.times,
-        batch_size=args.batch_size,
-        allow_below_t_prime=args.allow_below_t_prime,
-        start=args.start,
-        precision=args.precision,
-        progress=sys.stderr.isatty(),
-    )
+    options: dict[str, Any] = {
+        "steps": args.steps,
+        "seed": args.seed,
+        "labels": labels,
+        "times": args.times,
+        "batch_size": args.batch_size,
+        "allow_below_t_prime": args.allow_below_t_prime,
+        "start": args.start,
+        "precision": args.precision,
+        "progress": sys.stderr.isatty() and workers.is_main,
+    }
+    batches: Iterable[tuple[int, Any]]
+    if workers.world > 1:
+        batches = [(args.start, sampler.sample_shared(net, args.num, workers, **options))]
+    else:
+        batches = sampler.sample_batches(net, args.num, **options)
     numbers = sampler.class_numbers(net, args.num, labels, args.start)
     columns = len(labels) if labels and 1 < len(labels) <= MOST_COLUMNS else None
-    pictures.write_samples(
-        batches, args.out, overwrite=args.overwrite, labels=numbers, columns=columns
+    workers.on_main(
+        lambda: pictures.write_samples(
+            batches, args.out, overwrite=args.overwrite, labels=numbers, columns=columns
+        )
     )
+    if not workers.is_main:
+        return 0
     print(f"{args.num} images of seed {args.seed} in {args.out}")
     if labels and columns and args.out.suffix.lower() == ".png":
         names = getattr(net, "info", {}).get("class_names") or ()
@@ -356,7 +396,7 @@ def evaluate(args: Eval) -> int:
     from tcm_fast import metrics
     from tcm_fast.checkpoint import load_network
     from tcm_fast.data import load_images
-    from tcm_fast.distributed import pick_device
+    from tcm_fast.distributed import join
     from tcm_fast.features import feature_space
 
     config = run_config(args.source)
@@ -370,17 +410,22 @@ def evaluate(args: Eval) -> int:
         raise ValueError(
             "eval: no feature space, give --features digits, random, inception:WEIGHTS or a TorchScript file"
         )
-    device = pick_device(args.device)
-    net = load_network(args.source, device=device)
+    workers = join(args.device)
+    net = load_network(args.source, device=workers.device)
     images = load_images(
         source, skip_corrupt=config.data.skip_corrupt, resolution=config.data.resolution
     )
-    space = feature_space(features, device=device)
+    space = feature_space(features, device=workers.device)
     steps = (None,) if net.info["phase"] == "edm" else args.steps
+    shared = workers if workers.world > 1 else None
     reports = {
-        n: metrics.evaluate_network(net, images, space, steps=n, num=args.num, seed=args.seed)
+        n: metrics.evaluate_network(
+            net, images, space, steps=n, num=args.num, seed=args.seed, workers=shared
+        )
         for n in steps
     }
+    if not workers.is_main:
+        return 0
     table = Table(title=f"{args.source}: {next(iter(reports.values())).num} samples, {space.name}")
     table.add_column("")
     for n in reports:
@@ -493,6 +538,49 @@ def compare_results(args: Bench) -> int:
     return FAILED if comparison.failures else 0
 
 
+def convert(args: Convert) -> int:
+    from tcm_fast.checkpoint import load_network
+    from tcm_fast.convert import convert as import_network
+    from tcm_fast.convert import load_foreign, training_info
+
+    is_ours = args.source.is_dir() or args.source.suffix == ".safetensors"
+    if args.to == "tcm-fast":
+        if is_ours:
+            raise ValueError(
+                f"convert: {args.source} is ours already; give --to edm, diffusers, ..."
+            )
+        summary = import_network(
+            args.source, args.destination, weights=args.weights, phase=args.phase,
+            t_prime=args.t_prime, overwrite=args.overwrite,
+        )  # fmt: skip
+        print(summary)
+        print(f"{'written to:':12}{args.destination}")
+        return 0
+    if args.to != "diffusers" and args.destination.exists() and not args.overwrite:
+        raise FileExistsError(f"convert: {args.destination} is there already; add --overwrite")
+    if is_ours:
+        net = load_network(args.source)
+    else:
+        net, found = load_foreign(args.source, weights=args.weights)
+        net.info = training_info(args.source, found, args.phase, args.t_prime)
+    if args.to == "diffusers":
+        from tcm_fast.diffusers_folder import save_folder
+
+        kind = save_folder(net, args.destination)
+        print(f"a pipeline with a {kind} in {args.destination}")
+    elif args.to == "program":
+        from tcm_fast.export import export_program
+
+        export_program(net, args.destination, steps=args.steps)
+        print(f"{args.steps}-step sampling as a program in {args.destination}")
+    else:
+        from tcm_fast.export import export_state
+
+        names = export_state(net, args.destination, args.to)
+        print(f"{len(names)} tensors in the names of {args.to} in {args.destination}")
+    return 0
+
+
 def doctor(args: Doctor) -> int:
     if args.precision is not None:
         return check_precision(args, args.precision)
@@ -575,6 +663,8 @@ DEPENDENCIES = {
     "safetensors": "checkpoints",
     "tensorboard": "curves, optional: the [log] extra",
     "pyarrow": "image parquet, optional: the [hf] extra",
+    "diffusers": "convert --to diffusers, optional: the [diffusers] extra",
+    "onnx": "convert to .onnx, optional: the [onnx] extra",
     "matplotlib": "plots, optional: the [plot] extra",
     "torch-fidelity": "Inception features, optional: the [eval] extra",
 }
@@ -588,6 +678,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Data: data,
     Ema: ema,
     Bench: bench,
+    Convert: convert,
     Doctor: doctor,
 }
 
@@ -599,7 +690,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         command = parse(arguments or ["--help"])
         status = COMMANDS[type(command)](command)
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, OSError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         if not is_users_mistake(error):
             raise
         print(f"tcm-fast: {error}", file=sys.stderr)

@@ -28,7 +28,7 @@ from tcm_fast.networks import Precond
 from tcm_fast.networks.precision import in_precision
 
 T = 80.0  # the largest noise level, where sampling starts
-SHARED_BATCH = 256  # images of a batch that processes share out
+SHARED_BATCH = 256  # images of a batch that processes with GPUs share out
 LOWEST_TIME = 0.821  # where two-step sampling returns to, unless t' is above it
 NOISE_LAYER = 0x80000001  # Philox key of sampling noise; training noise has 0x80000000
 SIGMA_MIN, RHO, HEUN_STEPS = 0.002, 7.0, 18  # Karras et al. 2022, table 1
@@ -104,7 +104,8 @@ def sample_shared(net: Precond, num: int, workers: Workers, **options: Any) -> t
 
     The images are drawn in batches that do not depend on the number of processes, and so do not the
     images. `options` are those of `sample`."""
-    default = min(SHARED_BATCH, _default_batch_size(net.img_resolution, torch.device("cpu")))
+    is_cuda = workers.device.type == "cuda"
+    default = SHARED_BATCH if is_cuda else _default_batch_size(net.img_resolution, workers.device)
     options["batch_size"] = options.get("batch_size") or default
     own = list(sample_batches(net, num, share=(workers.rank, workers.world), **options))
     drawn = dict(batch for some in workers.gather(own) for batch in some)

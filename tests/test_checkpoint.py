@@ -311,6 +311,31 @@ def test_any_flipped_byte_is_refused(tmp_path_factory, data):
         load_checkpoint(path)
 
 
+def test_any_file_cut_anywhere_is_refused(tmp_path):
+    path = save(tmp_path)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        end = len(whole.rstrip())  # the last line's end says nothing
+        for kept in {0, 1, 7, 8, 9, 100, *range(0, end, end // 9), end - 1}:
+            if kept >= end:
+                continue
+            file.write_bytes(whole[:kept])
+            with pytest.raises(ValueError, match=file.name):
+                load_checkpoint(path)
+            with pytest.raises(ValueError, match=file.name):
+                open_run(tmp_path, "auto")
+            with pytest.raises((ValueError, FileNotFoundError), match=file.name):
+                load_network(tmp_path)
+        file.write_bytes(whole)
+    assert load_checkpoint(path).path == open_run(tmp_path, "auto").path
+
+
+def test_another_networks_checkpoint_is_refused(tmp_path):
+    saved = load_checkpoint(save(tmp_path, net=tiny_net(channels=3)))
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit the network: .* instead"):
+        saved.restore_network(tiny_net(), "model")
+
+
 def test_flipped_weight_is_refused_for_sampling_too(tmp_path):
     path = save(tmp_path)
     flip_byte(path / "ema-0.safetensors", -1)

@@ -2,20 +2,24 @@
 
 import dataclasses
 import errno
+import gc
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_runs import assert_equal, events, tiny, train, weights, write_images
+from tiny_runs import assert_equal, assert_same_run, events, tiny, train, weights, write_images
 
-from tcm_fast import assembly, optim, saving
+from tcm_fast import assembly, metrics, optim, saving
 from tcm_fast import trainer as trainer_module
 from tcm_fast.checkpoint import load_checkpoint, load_network
 from tcm_fast.config import Config, from_dict, load_config
 from tcm_fast.data import load_images
+from tcm_fast.gallery import Gallery
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension
 from tcm_fast.phase import TrainingError
@@ -28,6 +32,12 @@ from tcm_fast.trainer import Interrupted, Trainer
 @pytest.fixture
 def images(tmp_path):
     return write_images(tmp_path)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They would take most of the time."""
+    monkeypatch.setattr(Gallery, "draw", lambda *_: None)
 
 
 def test_three_phases_leave_everything_behind(images, tmp_path):
@@ -279,18 +289,18 @@ def test_numbers_that_are_not_finite_stop_the_run(images, tmp_path):
 def test_collapse_is_noticed(images, tmp_path):
     run = Trainer(tiny(images), tmp_path / "run")
     phase = run.assembly.begin("edm", None)
-    data = trainer_module.metrics.spread(run.data.images)
+    data = metrics.spread(run.data.images)
     log = tmp_path / "run" / "log.jsonl"
 
     def warnings():
         return sum(json.loads(line)["event"] == "collapse" for line in log.open())
 
     for share in (0.1, 1.0, 0.5):  # samples differ little at first: that is no collapse
-        run._watch_spread(phase, share * data)
+        run.gallery.watch_spread(phase, share * data)
     assert warnings() == 0
-    run._watch_spread(phase, 0.2 * data)
+    run.gallery.watch_spread(phase, 0.2 * data)
     assert warnings() == 1
-    run._watch_spread(phase, 1.2 * data)
+    run.gallery.watch_spread(phase, 1.2 * data)
     assert warnings() == 2
 
 
@@ -401,7 +411,9 @@ def full(*_args, **_kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(images, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(
+    images, no_pictures, tmp_path, monkeypatch, capsys
+):
     config = tiny(images, phases=["edm"], edm={"images": 16 * 12})
     train(config, tmp_path / "whole")
     write, calls = saving.write_checkpoint, []
@@ -421,7 +433,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(images, tmp_path, mo
 
 
 @pytest.mark.parametrize("fails", ["in a row", "at the end"])
-def test_a_disk_that_stays_full_ends_the_run(fails, images, tmp_path, monkeypatch):
+def test_a_disk_that_stays_full_ends_the_run(fails, images, no_pictures, tmp_path, monkeypatch):
     """The last good checkpoint is there, and the run goes on from it."""
     config = tiny(images, phases=["edm"], edm={"images": 16 * 18}, save_every=3)
     write, calls = saving.write_checkpoint, []
@@ -440,3 +452,193 @@ def test_a_disk_that_stays_full_ends_the_run(fails, images, tmp_path, monkeypatc
     good = 96 if fails == "in a row" else 240
     assert load_checkpoint(newest_checkpoint(tmp_path / "run")).state["images"] == good
     assert train(config, tmp_path / "run", resume=True)[0].images == 288
+
+
+def test_a_folder_that_is_read_only_for_a_while(images, no_pictures, tmp_path, monkeypatch, capsys):
+    """Any write into the run fails: training goes on, and the last save is a good one."""
+    config = tiny(images, phases=["edm"], edm={"images": 16 * 9})
+    train(config, tmp_path / "whole")
+    step, mkdir = Trainer._step, Path.mkdir
+    read_only = []
+
+    def during(self, phase, batches):
+        read_only[:] = [1] if 4 <= phase.step < 8 else []
+        step(self, phase, batches)
+
+    def refused(self, *args, **kwargs):
+        if read_only and tmp_path / "run" in self.parents:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_step", during)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    train(config, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "Read-only file system; the previous one at" in said
+    assert "training goes on" in said
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_folder_that_vanishes_is_made_anew(images, no_pictures, tmp_path, monkeypatch):
+    config = tiny(images, phases=["edm", "ect"], edm={"images": 16 * 9})
+    train(config, tmp_path / "whole")
+    step = Trainer._step
+
+    def vanishing(self, phase, batches):
+        if (phase.name, phase.step) == ("edm", 4):
+            self.keeper.settle(waits=True)
+            shutil.rmtree(tmp_path / "run")
+        step(self, phase, batches)
+
+    monkeypatch.setattr(Trainer, "_step", vanishing)
+    train(config, tmp_path / "run")
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert load_config(tmp_path / "run" / "config.json") == config
+    images_seen = [e["images"] for e in events(tmp_path / "run") if e["event"] == "train"]
+    assert images_seen[-1] == 96
+    assert images_seen[0] > 64  # what was logged before is gone
+
+
+def test_images_that_vanish_do_not_stop_a_run(images, no_pictures, tmp_path, monkeypatch):
+    """They are in memory; a run that is resumed without them says what is missing."""
+    config = tiny(images, phases=["edm"])
+    step = Trainer._step
+
+    def vanishing(self, phase, batches):
+        images.unlink(missing_ok=True)
+        step(self, phase, batches)
+
+    monkeypatch.setattr(Trainer, "_step", vanishing)
+    train(dataclasses.replace(config, max_steps=3), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"data: .*images.npz does not exist"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_milestones_and_the_best_are_kept(images, no_pictures, tmp_path):
+    config = tiny(
+        images, phases=["edm"], save_every=1, keep=1, milestone_every=4, best="loss",
+        edm={"images": 16 * 10},
+    )  # fmt: skip
+    train(config, tmp_path / "run")
+    found = [load_checkpoint(f.path).state for f in find_checkpoints(tmp_path / "run")]
+    kept = {state["images"] // 16: state for state in found}
+    assert {4, 8, 9, 10} <= kept.keys()
+    losses = {
+        e["images"] // 16: e["loss"] for e in events(tmp_path / "run") if e["event"] == "train"
+    }
+    assert len(kept) <= 5
+    best = min(kept, key=lambda step: kept[step]["metrics"]["loss"])
+    assert all(kept[best]["metrics"]["loss"] <= state["metrics"]["loss"] for state in found)
+    assert losses.keys() == {2, 4, 6, 8, 10}
+    with pytest.raises(ValueError, match="best: frechet needs a feature space"):
+        Trainer(tiny(images, best="frechet"), tmp_path / "other")
+
+
+def test_the_best_by_distance(images, no_pictures, tmp_path):
+    changes = {"best": "frechet", "eval": {"features": "random", "num": 64}, "keep": 1}
+    train(tiny(images, phases=["edm"], save_every=2, **changes), tmp_path / "run")
+    found = [load_checkpoint(f.path).state for f in find_checkpoints(tmp_path / "run")]
+    assert all(state["metrics"]["frechet"] > 0 for state in found)
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend"),
+    [
+        ("fp16", "fused"),
+        pytest.param("fp16", "torch", marks=pytest.mark.slow),
+        pytest.param("fp32", "fused", marks=pytest.mark.slow),
+        pytest.param("fp32", "torch", marks=pytest.mark.slow),
+    ],
+)
+def test_exact_resume_of_all_state(precision, backend, images, no_pictures, tmp_path, monkeypatch):
+    """Both optimizers, 16-bit moments, loss scale, several averages, snapshots, labels, counters."""
+    if backend == "fused" and extension() is None:
+        pytest.skip("needs the extension: not built")
+    if backend == "torch":
+        for module in (trainer_module, assembly):
+            monkeypatch.setattr(module, "extension_gap", lambda device: "not here")
+        monkeypatch.setattr(optim, "extension_for", lambda name, device: None)
+    moments = {"moments": "bf16"} if backend == "fused" else {}
+    phase = {
+        "ema": ["power:16.97", "halflife:1000", "power:6.94"], "grad_clip": 0.5, "decay_start": 2,
+        "warmup_images": 64, **moments,
+    }  # fmt: skip
+    config = tiny(
+        images, ect=phase, tcm=phase, phases=["ect", "tcm"], precision=precision,
+        network={"class_conditional": True}, data={"source": str(images), "flip": True},
+        snapshot_every=2, grid_every=1000,
+    )  # fmt: skip
+    train(config, tmp_path / "whole")
+    for steps in (2, 4):
+        train(
+            dataclasses.replace(config, max_steps=steps, phases=("ect",)),
+            tmp_path / "cut",
+            resume=True,
+        )
+    train(dataclasses.replace(config, phases=("ect",)), tmp_path / "cut", resume=True)
+    for steps in (2, 4, None):
+        train(dataclasses.replace(config, max_steps=steps), tmp_path / "cut", resume=True)
+    files = ("model", "ema-0", "ema-1", "ema-2", "stage1", "optimizer")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", files)
+    states = [load_checkpoint(newest_checkpoint(tmp_path / n)).state for n in ("whole", "cut")]
+    for key in (
+        "step",
+        "first_iteration",
+        "skips",
+        "scaler",
+        "rate_factor",
+        "images",
+        "iterations",
+    ):
+        assert states[0][key] == states[1][key], key
+    snapshots = [sorted((tmp_path / n / "snapshots").iterdir()) for n in ("whole", "cut")]
+    assert [p.name for p in snapshots[0]] == [p.name for p in snapshots[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*snapshots, strict=True))
+
+
+def test_deterministic_training(images, no_pictures, tmp_path):
+    config = tiny(images, deterministic=True)
+    train(config, tmp_path / "run")
+    assert torch.are_deterministic_algorithms_enabled()
+    train(dataclasses.replace(config, deterministic=False), tmp_path / "plain")
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "plain"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_exact_resume_on_a_gpu(precision, images, tmp_path):
+    """With --deterministic; graphs included."""
+    config = tiny(images, deterministic=True, device="cuda", precision=precision)
+    train(config, tmp_path / "whole")
+    train(dataclasses.replace(config, max_steps=3, phases=("edm",)), tmp_path / "cut")
+    train(config, tmp_path / "cut", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resuming_needs_no_more_memory_than_running(images, no_pictures, tmp_path, monkeypatch):
+    """Networks that are alive when a phase is put together: those of the phase, and nothing else."""
+    config = tiny(images, phases=["ect", "tcm"], max_steps=2)
+    counts = []
+    assemble = assembly.Assembly.assemble
+
+    def counting(self, *args):
+        phase = assemble(self, *args)
+        gc.collect()
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in gc.get_objects()
+            if type(t) in (torch.Tensor, torch.nn.Parameter) and t.ndim and not t.is_meta
+        }
+        counts.append((phase.name, sum(storages.values())))
+        return phase
+
+    monkeypatch.setattr(assembly.Assembly, "assemble", counting)
+    train(dataclasses.replace(config, phases=("ect",)), tmp_path / "run")
+    train(dataclasses.replace(config, phases=("tcm",)), tmp_path / "run", resume=True)
+    counts.clear()
+    train(dataclasses.replace(config, max_steps=4), tmp_path / "run", resume=True)
+    resumed = dict(counts)
+    counts.clear()
+    train(dataclasses.replace(config, max_steps=4), tmp_path / "whole")
+    assert resumed["tcm"] <= dict(counts)["tcm"] + 4096

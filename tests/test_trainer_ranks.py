@@ -1,7 +1,11 @@
 """Several processes: the run of one, whatever their number, the micro-batches and the engine."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -116,6 +120,33 @@ def test_weights_in_parts_train_alike(ranks, micro_batches, start, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_normalised_rows_and_a_learned_variance(engine, start, tmp_path):
+    """EDM2: rows are forced by each process for its own; gains are single numbers, which are not cut."""
+    network = {
+        "name": "edm2", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
+        "attn_resolutions": [4], "channels_per_head": 8, "class_conditional": True,
+    }  # fmt: skip
+    phase = {"images": 16 * 5, "optimizer": "adam", "lr": 1e-3, "dropout": 0.0}
+    pairs = phase | {"c": 0.06, "limit": 0.9375, "q": 16.0}
+    config = config_of(
+        start, network=network, edm=phase | {"learned_variance": True}, ect=pairs, tcm=pairs,
+        phases=["edm", "ect", "tcm"], save_every=5,
+    )  # fmt: skip
+    train(config, tmp_path / "one")
+    run_ranks(2, dataclasses.replace(config, engine=engine), tmp_path / "two")
+    for name in ("edm", "ect", "tcm"):
+        saved = [
+            load_checkpoint(tmp_path / out / "checkpoints" / f"{name}-000000080")
+            for out in ("one", "two")
+        ]
+        for file in ("model", "ema-0"):
+            one, two = (checkpoint.network_tensors(file) for checkpoint in saved)
+            assert one.keys() == two.keys()
+            assert relative_difference(one, two) <= 1e-5
+
+
+@pytest.mark.slow
 def test_gradients_can_be_exchanged_in_16_bits(start, single, tmp_path):
     config = config_of(start, gradient_dtype="fp16", micro_batches=2)
     run_ranks(2, config, tmp_path / "run", start[1])
@@ -179,3 +210,32 @@ def test_memory_that_does_not_suffice_on_one_process(start, single, tmp_path):
     assert "rank 1 ran out of memory after 128 images" in said
     run_ranks(2, config, tmp_path / "later", start[1], fault="memory 5 from 14")
     assert_same_training(single, tmp_path / "later")
+
+
+@pytest.mark.slow
+def test_commands_share_their_work(start, tmp_path):
+    """`sample` and `eval` under torchrun give what they give alone."""
+    tables = []
+    for ranks in (1, 2):
+        many = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(ranks), "-m", "--", "tcm_fast",  # torchrun would take --num for its own
+        ]  # fmt: skip
+        alone = [sys.executable, "-m", "tcm_fast"]
+        command = many if ranks > 1 else alone
+        out = tmp_path / f"{ranks}.npz"
+        for arguments in (
+            ["sample", str(start[1]), "--num", "1100", "--out", str(out), "--device", "cpu"],
+            ["eval", str(start[1]), "--features", "random", "--num", "600", "--device", "cpu"],
+        ):
+            done = subprocess.run(
+                command + arguments, capture_output=True, text=True, timeout=200,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-2000:]
+        tables.append(done.stdout)
+    images = [np.load(tmp_path / f"{ranks}.npz")["images"] for ranks in (1, 2)]
+    assert images[0].shape == (1100, 8, 8, 1)
+    np.testing.assert_array_equal(*images)
+    assert "Fréchet" in tables[0]
+    assert tables[0] == tables[1]

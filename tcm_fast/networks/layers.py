@@ -278,7 +278,7 @@ class UNetBlock(nn.Module):
         fused: dict[str, Any]
         if self.adaptive_scale:
             scale, shift = modulation.chunk(2, 1)
-            fused = {"add": bias.expand(len(x), -1), "scale": scale, "shift": shift}
+            fused = {"add": bias.expand(x.shape[0], -1), "scale": scale, "shift": shift}
         else:
             fused = {"add": modulation + bias}
         p = self.dropout if self.training else 0.0

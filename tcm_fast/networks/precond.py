@@ -99,7 +99,7 @@ class Precond(nn.Module):
         inputs: tuple[Any, ...] = (x_in, c_noise, labels)
         options: dict[str, Any] = {"dropout_key": dropout_key}
         if augment_labels is not None:
-            self._check_augmentation(augment_labels, len(x_in))
+            self._check_augmentation(augment_labels, x_in.shape[0])
             options["augment_labels"] = augment_labels
         if weights is None:
             return self.model(*inputs, **options)
@@ -124,7 +124,7 @@ class Precond(nn.Module):
             raise ValueError(
                 f"x: must be [N,{','.join(map(str, size))}] for this network, got {list(x.shape)}"
             )
-        n = len(x)
+        n = x.shape[0]  # not len(x), which fixes the batch in a traced program
         if t.shape != (n,):
             raise ValueError(f"t: must hold one noise level per image, [{n}], got {list(t.shape)}")
         expected = f"one-hot [{n},{self.label_dim}]"

@@ -276,8 +276,9 @@ def compare(x, groups, affine, modulation, check, monkeypatch, **options):
     plain = run(*arguments, backend="reference", **options)
     oracle = run(*arguments, backend="reference", dtype=torch.float64, **options)
     names = ("y", "x", "weight", "bias", *modulation)
+    over_pixels = grad.double().abs().sum((2, 3)).max().item()  # the other factors are about 1
     for name, *results in zip(names, ours, plain, oracle, strict=True):
-        check(*results, name)
+        check(*results, name, terms=0.0 if name in ("y", "x") else over_pixels)
     assert ours[0].stride() == ours[1].stride() == x.stride()
 
 
