@@ -5,6 +5,7 @@ from tcm_fast.kernels.dropout import DropoutKey, dropout, dropout_mask
 from tcm_fast.kernels.fused_step import StepControl, StepOptions, StepTable, StepTensors, fused_step
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.noise_pair import noise_pair
+from tcm_fast.kernels.normalized_copy import normalized_copy
 from tcm_fast.kernels.philox import philox_bits, philox_normal
 from tcm_fast.kernels.precondition import preconditioning
 from tcm_fast.kernels.qkv_attention import qkv_attention
@@ -21,6 +22,7 @@ __all__ = [
     "fused_step",
     "group_norm_silu",
     "noise_pair",
+    "normalized_copy",
     "philox_bits",
     "philox_normal",
     "preconditioning",

@@ -40,7 +40,9 @@ _backend
 _triton
 philox
 dropout precondition _philox_triton
-group_norm_silu qkv_attention consistency_loss noise_pair denoise_to_uint8 fused_step
+group_norm_silu qkv_attention consistency_loss noise_pair denoise_to_uint8
+normalized_copy
+fused_step
 __init__
 """
 KERNELS_RANK = {
