@@ -1,4 +1,4 @@
-"""The baseline of every benchmark: a stage-2 step written plainly, the way the published code does it.
+"""The baseline of every benchmark: a training step written plainly, the way the published code does it.
 
 NCHW, one PyTorch operation after another, both networks on the whole batch, images in float64 where
 the noise levels are, the generator's state saved and restored to share dropout masks, `.item()` and
@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -225,10 +226,16 @@ def draw(
     boundary = torch.zeros(n, dtype=torch.bool, device=device)
     boundary[torch.randperm(n)[: int(n * rho)]] = True
     t = boundary * (t_prime + 1e-8) + ~boundary * t
-    r = t - t * (1 - ratio) * (1 + 8 * torch.sigmoid(-t))
-    r[r < 1e-6] = 1e-6
+    r = inner(t, ratio)
     shape = (-1, 1, 1, 1)
     return t.reshape(shape), r.reshape(shape), boundary, torch.randn_like(images)
+
+
+def inner(t: torch.Tensor, ratio: float) -> torch.Tensor:
+    """r at t, as published."""
+    r = t - t * (1 - ratio) * (1 + 8 * torch.sigmoid(-t))
+    r[r < 1e-6] = 1e-6
+    return r
 
 
 def truncated(
@@ -279,34 +286,89 @@ def consistency_losses(
     return consistency + boundary_weight * on_boundary, consistency, on_boundary
 
 
+def stage1_losses(
+    student: nn.Module, images: torch.Tensor, t: torch.Tensor, r: torch.Tensor, noise: torch.Tensor,
+    *, c: float, weighting: str, dropout: Dropout = torch_dropout,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Stage 1's loss (ECT): one network at both noise levels, no boundary. Shapes as above."""
+    state = torch.get_rng_state()
+    out_t = denoise(student, images + noise * t, t, dropout)
+    torch.set_rng_state(state)
+    with torch.no_grad():
+        out_r = torch.nan_to_num(denoise(student, images + noise * r, r, dropout))
+    norm = torch.linalg.vector_norm((out_t - out_r).flatten(1), dim=1)
+    distance = (norm.double() ** 2 + c**2).sqrt() - c
+    weight = (
+        1 / (t - r) if weighting == "inv_dt" else (t**2 + SIGMA_DATA**2) / (t * SIGMA_DATA) ** 2
+    )
+    loss = (weight.flatten() * distance).mean()
+    return loss, loss.detach(), torch.zeros_like(loss)
+
+
+def denoising_losses(
+    student: nn.Module, images: torch.Tensor, t: torch.Tensor, noise: torch.Tensor,
+    dropout: Dropout = torch_dropout,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Pre-training's loss (EDM): weighted squared error, summed over an image, its mean over images.
+    images fp32 in [-1,1]; t fp32 [N,1,1,1]."""
+    weight = (t**2 + SIGMA_DATA**2) / (t * SIGMA_DATA) ** 2
+    loss = weight * (denoise(student, images + noise * t, t, dropout) - images) ** 2
+    total = loss.sum() / len(images)
+    return total, total.detach(), torch.zeros_like(total)
+
+
 class OfficialStyleStep:
-    """One stage-2 optimizer step after another, with RAdam, a gradient norm that never clips and an
-    average updated tensor by tensor.
+    """One optimizer step after another, with RAdam (pre-training: Adam), a gradient norm that never clips
+    and an average updated tensor by tensor.
 
     Args:
         student, stage1: networks of the same shape; the average starts from the student.
+        phase: tcm, or ect and edm, for which `stage1` is None.
         t_prime, ratio, rho, boundary_weight, c, weighting, lr, beta: the recipe.
+        log_normal: mean and deviation of ln t in edm and ect.
     """
 
     def __init__(
-        self, student: nn.Module, stage1: nn.Module, *, t_prime: float = 1.0, ratio: float = 0.999,
-        rho: float = 0.25, boundary_weight: float = 0.1, c: float = 1e-8, weighting: str = "inv_dt",
-        lr: float = 5e-5, beta: float = 0.9999,
+        self, student: nn.Module, stage1: nn.Module | None, *, phase: str = "tcm",
+        t_prime: float = 1.0, ratio: float = 0.999, rho: float = 0.25, boundary_weight: float = 0.1,
+        c: float = 1e-8, weighting: str = "inv_dt", lr: float = 5e-5, beta: float = 0.9999,
+        log_normal: tuple[float, float] = (-1.1, 2.0),
     ) -> None:  # fmt: skip
-        self.student, self.stage1 = student, stage1
+        self.student, self.stage1, self.phase, self.log_normal = student, stage1, phase, log_normal
         self.t_prime, self.ratio, self.rho, self.beta = t_prime, ratio, rho, beta
-        self.loss = dict(t_prime=t_prime, c=c, weighting=weighting, boundary_weight=boundary_weight)
+        self.loss: dict[str, Any] = dict(
+            t_prime=t_prime, c=c, weighting=weighting, boundary_weight=boundary_weight
+        )
         self.average = copy.deepcopy(student).requires_grad_(False)
-        self.optimizer = torch.optim.RAdam(student.parameters(), lr=lr)
+        kind = torch.optim.Adam if phase == "edm" else torch.optim.RAdam
+        self.optimizer = kind(student.parameters(), lr=lr)
+
+    def losses(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Noise levels and noise drawn, then the phase's loss and its two means. images fp32 [N,C,H,W]."""
+        if self.phase == "tcm":
+            assert self.stage1 is not None
+            t, r, boundary, noise = draw(images, self.t_prime, self.ratio, self.rho)
+            return consistency_losses(
+                self.student, self.stage1, images, t, r, boundary, noise, **self.loss
+            )
+        mean, std = self.log_normal
+        if self.phase == "edm":
+            t = (torch.randn(len(images), 1, 1, 1, device=images.device) * std + mean).exp()
+            return denoising_losses(self.student, images, t, torch.randn_like(images))
+        low, high = ((math.log(v) - mean) / std for v in (0.002, 80.0))
+        log_t = stats.truncnorm.rvs(low, high, loc=mean, scale=std, size=len(images))
+        t = torch.tensor(log_t, device=images.device).exp().reshape(-1, 1, 1, 1)
+        r = inner(t, self.ratio)
+        c, weighting = float(self.loss["c"]), str(self.loss["weighting"])
+        return stage1_losses(
+            self.student, images, t, r, torch.randn_like(images), c=c, weighting=weighting
+        )
 
     def __call__(self, images: torch.Tensor) -> tuple[float, float, float]:
         """Train on uint8 images [N,C,H,W]; returns the three losses, read from the device."""
         images = images.to(torch.float32) / 127.5 - 1
-        t, r, boundary, noise = draw(images, self.t_prime, self.ratio, self.rho)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = consistency_losses(
-            self.student, self.stage1, images, t, r, boundary, noise, **self.loss
-        )
+        losses = self.losses(images)
         losses[0].backward()
         values = tuple(loss.item() for loss in losses)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1e6).item()

@@ -5,7 +5,7 @@ numbers that are not finite, clipping, the update, one average, a 16-bit copy of
     python -m tcm_fast.benchmarks.test_optimizer [--threads 1] [--rounds 40] [--out FILE]
 
 The second takes the providers in turn, round by round, so that a busy machine disturbs all alike, and
-writes medians and quartiles. Equality of the results is tested in tests/kernels/test_fused_step.py.
+writes medians and quartiles. Each is checked against float64 first.
 """
 
 import argparse
@@ -15,75 +15,50 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from tcm_fast.networks import build_network
-from tcm_fast.optim import FusedOptimizer
+from tcm_fast.benchmarks.optimizers import Tensors, check_step, make_step, network_shapes
+from tcm_fast.benchmarks.peers import TORCH_KINDS, optimizer_providers
 
-ARCHITECTURE = {"model_channels": 64, "channel_mult": [1, 2, 2], "num_blocks": 1}
-KINDS = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam}
-PROVIDERS = {
-    "radam": ("tcm_fast", "foreach", "loop"),
-    "adam": ("tcm_fast", "foreach", "loop", "fused"),
-}
-MAX_NORM = 1e9  # clipping is asked for and never bites
+ARCHITECTURE = {"model_channels": 64, "channel_mult": (1, 2, 2), "num_blocks": 1}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [
+    (kind, provider, gap)
+    for kind in TORCH_KINDS
+    for provider, gap in optimizer_providers(kind, DEVICE).items()
+]
 
 
-def shapes() -> list[torch.Size]:
+def shapes() -> tuple[torch.Size, ...]:
     """Of the parameters of a DDPM++ of 5 million."""
-    net = build_network("ddpmpp", img_resolution=32, img_channels=3, **ARCHITECTURE)
-    return [parameter.shape for parameter in net.parameters()]
+    return network_shapes("ddpmpp", 32, **ARCHITECTURE)
 
 
-def make_step(kind: str, provider: str, sizes: list[torch.Size]) -> Callable[[], object]:
-    """A step on weights and gradients of these shapes; provider: ours, or how torch is to do it."""
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.nn.Parameter(0.02 * torch.randn(s, generator=generator)) for s in sizes]
-    for weight in weights:
-        weight.grad = 1e-3 * torch.randn(weight.shape, generator=generator)
-    values = [weight.detach() for weight in weights]
-    average = [value.clone() for value in values]
-    copies = [value.half() for value in values]
-    if provider == "tcm_fast":
-        ours = FusedOptimizer(
-            weights, kind, lr=1e-4, max_norm=MAX_NORM, averages=[average], copies=copies, scale=1.0
-        )
-        ours.average_betas = [0.9999]
-        return ours.step
-    options = {"foreach": {"foreach": True}, "loop": {"foreach": False}, "fused": {"fused": True}}
-    optimizer = KINDS[kind](weights, lr=1e-4, **options[provider])  # type: ignore[arg-type]
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**9)
-    scaler.scale(torch.zeros(()))
+@pytest.mark.parametrize(("kind", "provider", "gap"), CASES, ids=lambda v: str(v).split(" ")[0])
+def test_optimizer_step(benchmark, kind, provider, gap):
+    if gap:
+        pytest.skip(f"{provider}: {gap}")
+    assert not check_step(kind, provider, DEVICE)
+    step, is_cuda = make_step(kind, provider, Tensors(shapes(), DEVICE)), DEVICE == "cuda"
 
-    def step() -> None:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
-        scaler.step(optimizer)
-        scaler.update()
-        torch._foreach_lerp_(average, values, 1e-4)
-        torch._foreach_copy_(copies, values)
+    def run() -> None:
+        step()
+        if is_cuda:
+            torch.cuda.synchronize()
 
-    return step
-
-
-@pytest.mark.parametrize(
-    ("kind", "provider"), [(kind, name) for kind in KINDS for name in PROVIDERS[kind]]
-)
-def test_optimizer_step(benchmark, kind, provider):
-    sizes = shapes()
-    parameters = sum(size.numel() for size in sizes)
-    benchmark.extra_info.update(parameters=parameters, threads=torch.get_num_threads())
-    benchmark.pedantic(make_step(kind, provider, sizes), rounds=15, iterations=1, warmup_rounds=3)
+    parameters = sum(size.numel() for size in shapes())
+    benchmark.extra_info.update(
+        parameters=parameters, threads=torch.get_num_threads(), device=DEVICE
+    )
+    benchmark.pedantic(run, rounds=15, iterations=1, warmup_rounds=3)
 
 
 def measure(rounds: int) -> list[dict[str, object]]:
     """Milliseconds of each provider's step, the providers in turn."""
-    sizes = shapes()
-    cases = [(kind, provider) for kind in KINDS for provider in PROVIDERS[kind]]
-    steps = {case: make_step(*case, sizes) for case in cases}
+    cases = [(kind, provider) for kind, provider, gap in CASES if not gap]
+    steps = {case: make_step(*case, Tensors(shapes(), "cpu")) for case in cases}
     times: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
     for turn in range(rounds + 3):
         for case, step in steps.items():
@@ -124,7 +99,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         rows = measure(arguments.rounds)
         report[f"threads_{threads}"] = rows
-        for kind in KINDS:
+        for kind in TORCH_KINDS:
             of = {row["provider"]: row["median"] for row in rows if row["kind"] == kind}
             ours = float(str(of.pop("tcm_fast")))
             name, best = min(of.items(), key=lambda item: float(str(item[1])))

@@ -40,6 +40,20 @@ def interpreting() -> bool:
     return AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_assumed = False
+
+
+@contextmanager
+def assuming_kernels(assumed: bool = True) -> Iterator[None]:
+    """Inside, operations on the meta device are a GPU's: what they allocate can be counted anywhere."""
+    global _assumed
+    before, _assumed = _assumed, assumed
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
 @torch.compiler.assume_constant_result
 def runs_triton(name: str, device_type: str) -> bool:
     """Whether operation `name` runs its Triton kernel on tensors of this device type.
@@ -50,6 +64,8 @@ def runs_triton(name: str, device_type: str) -> bool:
     choice = backend()
     if choice == "reference":
         return False
+    if device_type == "meta":
+        return _assumed
     if AVAILABLE and (device_type == "cuda" or (device_type == "cpu" and interpreting())):
         return True
     if choice == "kernel":

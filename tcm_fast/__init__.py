@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tcm_fast.accelerate import accelerate, restore
     from tcm_fast.checkpoint import load_network, save_network
     from tcm_fast.config import Config, load_config, load_preset
     from tcm_fast.networks import build_network
@@ -21,10 +22,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "config",
     "Trainer": "trainer",
+    "accelerate": "accelerate",
     "build_network": "networks",
     "load_config": "config",
     "load_network": "checkpoint",
     "load_preset": "config",
+    "restore": "accelerate",
     "sample": "sampler",
     "save_network": "checkpoint",
 }
@@ -32,10 +35,12 @@ _HOMES = {
 __all__ = [
     "Config",
     "Trainer",
+    "accelerate",
     "build_network",
     "load_config",
     "load_network",
     "load_preset",
+    "restore",
     "sample",
     "save_network",
 ]

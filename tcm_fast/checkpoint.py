@@ -16,28 +16,45 @@ complete.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from tcm_fast.networks import Precond, build_network
+from tcm_fast.optimizer_state import flatten_optimizer, kind_of, restore_optimizer
+from tcm_fast.run_folder import (
+    FOLDER,
+    LOOKS,
+    STATE,
+    check_sizes,
+    file_hash,
+    find_checkpoints,
+    newest,
+    read_state,
+    scan,
+    verify_files,
+    write_state,
+)
+from tcm_fast.tensor_files import (
+    FORMAT,
+    TEMPORARY,
+    Tensors,
+    check_fit,
+    read_tensors,
+    reason,
+    replacing,
+    sync,
+    write_tensors,
+)
 
-FORMAT = 1
-KEY = "tcm_fast"
-STATE = "state.json"
-FOLDER = "checkpoints"
-TEMPORARY = ".tmp-"
+OWN_KEYS = ("format", "sequence", "milestone", "optimizer", "versions", "files", "sha256")
 INFO: dict[str, Any] = {
     "phase": None,
     "t_prime": None,
@@ -45,49 +62,6 @@ INFO: dict[str, Any] = {
     "iterations": 0,
     "class_names": [],
 }
-
-Tensors = dict[str, torch.Tensor]
-
-
-# ---- files that are whole or absent -------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it becomes `path` once its bytes are on the disk.
-
-    Raises:
-        OSError: the file cannot be written; what was at `path` before is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path}: could not be written, {_reason(error)}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: BaseException) -> str:
-    """What the system says, as part of a sentence."""
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return " ".join(text.split())
-
 
 # ---- one network --------------------------------------------------------------------------------
 
@@ -130,15 +104,13 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> Precon
         FileNotFoundError: no such file, or a run without a complete checkpoint.
         ValueError: the file is damaged, is not ours, or does not fit the network it describes.
     """
-    file = _network_file(Path(path))
-    _verify_listed(file)
-    header, tensors = network_file(file)
+    file, header, tensors = _open_network(Path(path))
     try:
         with torch.random.fork_rng(devices=[]):  # loading must not move the caller's generator
             net = build_network(**header["network"])
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"network: {file} describes one that cannot be built, {_reason(error)}"
+            f"network: {file} describes one that cannot be built, {reason(error)}"
         ) from error
     _fill(net, header, tensors, file)
     net = net.to(device).eval()
@@ -153,77 +125,51 @@ def load_stage1(path: str | Path, device: str | torch.device = "cpu") -> Precond
     return load_network(file, device) if file.is_file() else None
 
 
+def _open_network(path: Path) -> tuple[Path, dict[str, Any], Tensors]:
+    """The network file that a path stands for, its header and its tensors. A run may be training: what
+    it deletes while we look is looked for anew."""
+    for look in range(LOOKS):
+        file = _network_file(path)
+        try:
+            _verify_listed(file)
+            return file, *network_file(file)
+        except (FileNotFoundError, ValueError):
+            if file.is_file() or not path.is_dir() or look == LOOKS - 1:
+                raise
+    raise AssertionError
+
+
 def _network_file(path: Path) -> Path:
     """The network file that a path stands for."""
     if not path.is_dir():
         return path
     if not (path / STATE).exists():
         found = find_checkpoints(path)
-        path = _newest(found, f"network: {path} is neither a network file nor")
-    files = _read_state(path)["files"]
+        path = newest(found, f"network: {path} is neither a network file nor")
+    files = read_state(path)["files"]
     return path / ("ema-0.safetensors" if "ema-0.safetensors" in files else "model.safetensors")
 
 
 def _write_network(
     path: Path, net: Precond, metadata: Mapping[str, Any], state: Mapping[str, torch.Tensor] | None
 ) -> None:
+    write_tensors(path, *_contents_of(net, metadata, state))
+
+
+def _contents_of(
+    net: Precond, metadata: Mapping[str, Any], state: Mapping[str, torch.Tensor] | None
+) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors and header of a network's file."""
     tensors = net.state_dict()
     if state is not None:
-        _check_fit("network: the state to save", tensors, tensors | dict(state))
+        check_fit("network: the state to save", tensors, tensors | dict(state))
         tensors = tensors | dict(state)
-    _write(path, tensors, {"format": FORMAT, "network": net.spec, **INFO, **metadata})
-
-
-def _write(path: Path, tensors: Mapping[str, torch.Tensor], header: dict[str, Any]) -> None:
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(tensors, path, metadata={KEY: json.dumps(header)})
-
-
-def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
-    """Header and tensors of one of our safetensors files."""
-    if not path.is_file():
-        raise FileNotFoundError(f"network: no such file: {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = None if text is None else json.loads(text)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"network: {path} is truncated, damaged or not a safetensors file ({_reason(error)})"
-        ) from error
-    if not isinstance(header, dict):
-        raise ValueError(
-            f"network: {path} was not written by tcm_fast (it has no {KEY!r} metadata); "
-            "tcm-fast convert reads other projects' weights"
-        )
-    if header.get("format") != FORMAT:
-        raise ValueError(
-            f"network: {path} has to be of format {FORMAT}, got {header.get('format')!r} (from "
-            "another version of tcm_fast?)"
-        )
-    return header, tensors
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """What one of our files says of itself, without its tensors. ValueError where it is not ours."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "null"))
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"network: {path} is truncated, damaged or not a safetensors file ({_reason(error)})"
-        ) from error
-    if not isinstance(header, dict):
-        raise ValueError(
-            f"network: {path} was not written by tcm_fast (it has no {KEY!r} metadata)"
-        )
-    return header
+    return tensors, {"format": FORMAT, "network": net.spec, **INFO, **metadata}
 
 
 def network_file(path: Path) -> tuple[dict[str, Any], Tensors]:
     """Header and tensors of a network's file. ValueError where it is damaged or something else."""
-    header, tensors = _read(path)
+    header, tensors = read_tensors(path)
     if "network" not in header:
         raise ValueError(f"network: {path} holds something else (not a network)")
     return header, tensors
@@ -231,104 +177,13 @@ def network_file(path: Path) -> tuple[dict[str, Any], Tensors]:
 
 def _fill(net: Precond, header: dict[str, Any], tensors: Tensors, source: Path) -> None:
     """Put a file's tensors into a network, and what the file says of them beside it."""
-    _check_fit(f"network: {source}", net.state_dict(), tensors)
+    check_fit(f"network: {source}", net.state_dict(), tensors)
     net.load_state_dict(tensors)
     info = {key: value for key, value in header.items() if key not in ("format", "network")}
     net.info, net.source = info, source  # type: ignore[assignment]
 
 
-def _check_fit(what: str, expected: Tensors, given: Tensors) -> None:
-    """ValueError unless names and shapes agree; it names the first few that do not."""
-    wrong = [f"{name} is missing" for name in expected if name not in given]
-    wrong += [f"{name} is unknown" for name in given if name not in expected]
-    wrong += [
-        f"{name} is {list(given[name].shape)} instead of {list(value.shape)}"
-        for name, value in expected.items()
-        if name in given and given[name].shape != value.shape
-    ]
-    if wrong:
-        rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{what} does not fit the network: {', '.join(wrong[:3])}{rest}")
-
-
-# ---- the optimizer ------------------------------------------------------------------------------
-
-
-def _kind(optimizer: torch.optim.Optimizer) -> str:
-    """The torch optimizer whose state it has: its own name, or what it stands for."""
-    return str(getattr(optimizer, "stands_for", type(optimizer).__name__))
-
-
-def flatten_optimizer(
-    optimizer: torch.optim.Optimizer,
-    named_parameters: Iterable[tuple[str, torch.Tensor]],
-) -> Tensors:
-    """An optimizer's state as 'PARAMETER/KEY' -> tensor, e.g. 'model.enc.8x8_conv.weight/exp_avg'.
-
-    Learning rate and other options are not in it: they follow from the configuration.
-
-    Raises:
-        ValueError: the optimizer holds state of an unnamed parameter, or that is no tensor.
-    """
-    names = {parameter: name for name, parameter in named_parameters}
-    tensors = {}
-    for parameter, values in optimizer.state.items():
-        if parameter not in names:
-            raise ValueError(
-                f"optimizer: holds state of a parameter {list(parameter.shape)} that has no name"
-            )
-        for key, value in values.items():
-            if not isinstance(value, torch.Tensor):
-                raise ValueError(
-                    f"optimizer: {key} of {names[parameter]} must be a tensor, got {value!r}"
-                )
-            tensors[f"{names[parameter]}/{key}"] = value
-    return tensors
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    named_parameters: Iterable[tuple[str, torch.Tensor]],
-    tensors: Mapping[str, torch.Tensor],
-) -> None:
-    """Give an optimizer the state that `flatten_optimizer` took, bit for bit (torch's own
-    `load_state_dict` would cast it to the parameters' dtype).
-
-    Raises:
-        ValueError: state of a parameter that the optimizer does not have, or of another shape.
-    """
-    named = dict(named_parameters)
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    optimizer.state.clear()
-    for path, value in tensors.items():
-        name, _, key = path.rpartition("/")
-        parameter = named.get(name)
-        if parameter is None or parameter not in groups:
-            raise ValueError(f"optimizer: has no parameter for the saved state {path!r}")
-        group = groups[parameter]
-        if key == "step":  # torch keeps the count on the host unless a graph has to see it
-            on_device = group.get("capturable") or group.get("fused")
-            restored = value.to(parameter.device if on_device else "cpu", copy=True)
-        elif value.shape == parameter.shape:
-            restored = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-            restored.copy_(value)
-        else:
-            raise ValueError(
-                f"optimizer: saved state {path!r} must be {list(parameter.shape)}, "
-                f"got {list(value.shape)}"
-            )
-        optimizer.state[parameter][key] = restored
-
-
 # ---- checkpoints --------------------------------------------------------------------------------
-
-
-class Found(NamedTuple):
-    """A checkpoint's folder, whether it is complete, and if not, why."""
-
-    path: Path
-    ok: bool
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -347,40 +202,105 @@ class Checkpoint:
         file = self.path / f"{name}.safetensors"
         _fill(net, *network_file(file), file)
 
-    def restore_optimizer(self, optimizer: torch.optim.Optimizer, net: Precond) -> None:
-        """Load the optimizer's state, for the parameters of `net`. ValueError unless it fits."""
-        kind = _kind(optimizer)
+    def optimizer_tensors(self, optimizer: torch.optim.Optimizer) -> Tensors:
+        """The optimizer's state, for `restore_optimizer`. ValueError for one of another kind."""
+        kind = kind_of(optimizer)
         if kind != self.state["optimizer"]:
             raise ValueError(
                 f"optimizer: the checkpoint {self.path} was written by {self.state['optimizer']}, "
                 f"got {kind}"
             )
-        _, tensors = _read(self.path / "optimizer.safetensors")
+        return read_tensors(self.path / "optimizer.safetensors")[1]
+
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer, net: Precond) -> None:
+        """Load the optimizer's state, for the parameters of `net`. ValueError unless it fits."""
+        tensors = self.optimizer_tensors(optimizer)
         restore_optimizer(optimizer, net.named_parameters(), tensors)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint will hold.
+
+    files: tensors and header of each, by name without suffix; state: further entries of state.json.
+    """
+
+    files: dict[str, tuple[Tensors, dict[str, Any]]]
+    info: dict[str, Any]
+    optimizer: str
+    state: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        taken = sorted(self.state.keys() & ({*OWN_KEYS, *self.info}))
+        if taken:
+            raise ValueError(f"checkpoint: state must not use the names {', '.join(taken)}")
+
+
+def collect(
+    networks: Mapping[str, Precond | tuple[Precond, Mapping[str, torch.Tensor]]],
+    optimizer: torch.optim.Optimizer | tuple[str, Tensors],
+    info: Mapping[str, Any],
+    state: Mapping[str, Any],
+) -> Contents:
+    """What `write_checkpoint` will write; the tensors are the networks' and the optimizer's own.
+
+    Args:
+        networks: "model" (whose parameters the optimizer holds), "ema-0", ..., "stage1"; a pair is
+            a network with state-dict values that take the place of its own.
+        optimizer: its state is stored by the names of the model's parameters; or its kind and what
+            `flatten_optimizer` gave.
+        info: phase, t_prime, images, iterations, class_names of model and averages. Other networks
+            keep their own `info`.
+        state: what else a resumed run has to know, as JSON.
+
+    Raises:
+        ValueError: `state` uses a name that is taken.
+    """
+    info = {**INFO, **info}
+    files = {}
+    model = None
+    for name, entry in networks.items():
+        net, values = entry if isinstance(entry, tuple) else (entry, None)
+        model = net if name == "model" else model
+        is_student = name == "model" or name.startswith("ema-")
+        own = {"class_names": info["class_names"], **getattr(net, "info", {})}
+        files[name] = _contents_of(net, info if is_student else own, values)
+    assert model is not None, "a checkpoint needs its model"
+    if isinstance(optimizer, tuple):
+        kind, moments = optimizer
+    else:
+        kind, moments = kind_of(optimizer), flatten_optimizer(optimizer, model.named_parameters())
+    files["optimizer"] = moments, {"format": FORMAT, "optimizer": kind}
+    return Contents(files, info, kind, dict(state))
 
 
 def save_checkpoint(
     run: str | Path,
     *,
     networks: Mapping[str, Precond | tuple[Precond, Mapping[str, torch.Tensor]]],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | tuple[str, Tensors],
     info: Mapping[str, Any],
     state: Mapping[str, Any],
     keep: int = 2,
     milestone: bool = False,
+    best: str = "",
+) -> Path:
+    """`collect` and `write_checkpoint`, one after the other."""
+    contents = collect(networks, optimizer, info, state)
+    return write_checkpoint(run, contents, keep=keep, milestone=milestone, best=best)
+
+
+def write_checkpoint(
+    run: str | Path, contents: Contents, *, keep: int = 2, milestone: bool = False, best: str = ""
 ) -> Path:
     """Write a checkpoint of a run and then delete what has become too old.
 
     Args:
         run: the run's folder.
-        networks: "model" (whose parameters the optimizer holds), "ema-0", ..., "stage1"; a pair is
-            a network with state-dict values that take the place of its own.
-        optimizer: its state is stored by the names of the model's parameters.
-        info: phase, t_prime, images, iterations, class_names of model and averages. Other networks
-            keep their own `info`.
-        state: what else a resumed run has to know, as JSON.
+        contents: of the checkpoint.
         keep: how many of the phase's newest checkpoints stay, besides milestones.
         milestone: keep this one for good (the end of a phase).
+        best: the phase's checkpoint with the smallest state["metrics"][best] stays as well.
 
     Returns:
         The checkpoint's folder.
@@ -388,52 +308,49 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full or the like; the previous checkpoint is intact and nothing is left
             of the new one.
-        ValueError: `state` uses a name that is taken, or `keep` is less than 1.
+        ValueError: `keep` is less than 1.
     """
     if keep < 1:
         raise ValueError(f"checkpoint: keep must be at least 1, got {keep}")
-    run = Path(run)
+    run, info = Path(run), contents.info
     folder = run / FOLDER
-    info = {**INFO, **info}
-    earlier = _scan(run)
+    earlier = scan(run)
     previous = next((found.path for found, _ in reversed(earlier) if found.ok), None)
     final = _unused(folder / f"{info['phase']}-{info['images']:09d}")
     temporary = folder / f"{TEMPORARY}{final.name}"
     try:
         _remove_leftovers(folder)
         temporary.mkdir(parents=True)
-        files = _write_tensors(temporary, networks, optimizer, info)
+        files = _write_files(temporary, contents.files)
         own = {
             "format": FORMAT,
             "sequence": 1 + max((saved.get("sequence", 0) for _, saved in earlier), default=0),
             "milestone": milestone,
             **info,
-            "optimizer": _kind(optimizer),
+            "optimizer": contents.optimizer,
             "versions": {"torch": torch.__version__, "tcm_fast": version("tcm-fast")},
             "files": files,
         }
-        taken = sorted(state.keys() & (own.keys() | {"sha256"}))
-        if taken:
-            raise ValueError(f"checkpoint: state must not use the names {', '.join(taken)}")
-        _write_state(temporary / STATE, {**own, **state})
-        _sync(temporary)
+        write_state(temporary / STATE, {**own, **contents.state})
+        sync(temporary)
         os.rename(temporary, final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         rest = (
             f"the previous one at {previous} is intact" if previous else "there is no earlier one"
         )
         raise OSError(
-            f"checkpoint: could not be saved to {final}, {_reason(error)}; {rest}"
+            f"checkpoint: could not be saved to {final}, {reason(error)}; {rest}"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _prune(run, str(info["phase"]), keep)
+    _prune(run, str(info["phase"]), keep, best)
     return final
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint's folder (or a run's newest one) after verifying the SHA-256 of every file.
+def load_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
+    """Open a checkpoint's folder (or a run's newest one) after verifying the SHA-256 of every file
+    (where that was done a moment ago, `verify=False` looks at their sizes alone).
 
     Raises:
         FileNotFoundError: no such folder, or a run without a complete checkpoint.
@@ -443,187 +360,33 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_dir():
         raise FileNotFoundError(f"checkpoint: no such folder: {path}")
     if not (path / STATE).exists() and (path / FOLDER).is_dir():
-        path = _newest(find_checkpoints(path), f"checkpoint: {path} is neither a checkpoint nor")
-    state = _read_state(path)
-    _verify(path, state["files"])
+        path = newest(find_checkpoints(path), f"checkpoint: {path} is neither a checkpoint nor")
+    state = read_state(path)
+    (verify_files if verify else check_sizes)(path, state["files"])
     return Checkpoint(path, state)
 
 
-def find_checkpoints(run: str | Path) -> list[Found]:
-    """All checkpoints of a run: first the incomplete ones, then the complete ones, oldest first.
-
-    Complete means that state.json is readable and every file that it lists has its size; contents
-    are verified when one is loaded."""
-    return [found for found, _ in _scan(Path(run))]
-
-
-def newest_checkpoint(run: str | Path) -> Path | None:
-    """The complete checkpoint of a run that was written last, or None."""
-    return next((found.path for found in reversed(find_checkpoints(run)) if found.ok), None)
-
-
-def open_run(out: str | Path, resume: bool | str | Path = False) -> Path | None:
-    """The checkpoint from which a run in `out` goes on, or None for a run that begins.
-
-    Args:
-        out: the run's folder.
-        resume: False begins; True or "auto" takes the newest complete checkpoint in `out`, if there
-            is one; a path names a checkpoint, or a run whose newest one is taken.
-
-    Raises:
-        FileExistsError: `out` is a file, or holds another run.
-        FileNotFoundError: the checkpoint to resume does not exist.
-        ValueError: the checkpoint to resume is incomplete.
-    """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out: must be a folder, got the file {out}")
-    holds_run = any((out / name).exists() for name in ("config.json", "log.jsonl", FOLDER))
-    if resume is True or resume == "auto":
-        return newest_checkpoint(out)
-    if not resume:
-        if holds_run:
-            raise FileExistsError(
-                f"out: {out} already holds a run; continue it with --resume auto, or choose "
-                "another folder with --out"
-            )
-        return None
-    path = Path(resume)
-    if not path.is_dir():
-        raise FileNotFoundError(f"resume: no such folder: {path}")
-    if (path / FOLDER).is_dir():
-        path = _newest(find_checkpoints(path), f"resume: {path} is neither a checkpoint nor")
-    _check_sizes(path, _read_state(path)["files"])
-    if holds_run and path.resolve().parent.parent != out.resolve():
-        raise FileExistsError(
-            f"out: {out} holds another run than the checkpoint to resume, {path}; choose another "
-            "folder with --out"
-        )
-    return path
-
-
-def _write_tensors(
-    folder: Path,
-    networks: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
-    info: dict[str, Any],
+def _write_files(
+    folder: Path, files: Mapping[str, tuple[Tensors, dict[str, Any]]]
 ) -> dict[str, dict[str, Any]]:
-    """Write networks and optimizer; returns size and SHA-256 of each file."""
-    model = None
-    for name, entry in networks.items():
-        net, values = entry if isinstance(entry, tuple) else (entry, None)
-        model = net if name == "model" else model
-        is_student = name == "model" or name.startswith("ema-")
-        own = {"class_names": info["class_names"], **getattr(net, "info", {})}
-        _write_network(folder / f"{name}.safetensors", net, info if is_student else own, values)
-    assert model is not None, "a checkpoint needs its model"
-    moments = flatten_optimizer(optimizer, model.named_parameters())
-    header = {"format": FORMAT, "optimizer": _kind(optimizer)}
-    _write(folder / "optimizer.safetensors", moments, header)
-    files = {}
-    for file in sorted(folder.iterdir()):
-        _sync(file)
-        files[file.name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
-    return files
-
-
-def _write_state(path: Path, state: dict[str, Any]) -> None:
-    """state.json, with its own SHA-256."""
-    text = json.dumps({**state, "sha256": _digest(state)}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state.json. ValueError where it is missing, damaged or of another format."""
-    file = path / STATE
-    try:
-        state = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"checkpoint: {path} is incomplete, {STATE} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint: {file} is damaged ({_reason(error)})") from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise ValueError(f"checkpoint: {file} is not the state of a checkpoint")
-    if state["format"] != FORMAT:
-        raise ValueError(
-            f"checkpoint: {file} has to be of format {FORMAT}, got {state['format']!r} (from "
-            "another version of tcm_fast?)"
-        )
-    if state.pop("sha256", None) != _digest(state):
-        raise ValueError(f"checkpoint: {file} is damaged (its SHA-256 differs)")
-    return state
-
-
-def _digest(state: dict[str, Any]) -> str:
-    """SHA-256 of a JSON object, however it is laid out."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_sizes(path: Path, files: Mapping[str, Any]) -> None:
-    """ValueError for a file that is missing or has another size than state.json says."""
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"checkpoint: {path} is incomplete, {name} is missing")
-        size = file.stat().st_size
-        if size != entry["size"]:
-            raise ValueError(
-                f"checkpoint: {file} must have {entry['size']} bytes, got {size} (truncated?)"
-            )
-
-
-def _verify(path: Path, files: Mapping[str, Any]) -> None:
-    """ValueError for a file that is not what was written."""
-    _check_sizes(path, files)
-    for name, entry in files.items():
-        if _sha256(path / name) != entry["sha256"]:
-            raise ValueError(
-                f"checkpoint: {path / name} is damaged, its SHA-256 differs from the one in {STATE}"
-            )
+    """Write tensors; returns size and SHA-256 of each file."""
+    written = {}
+    for name, (tensors, header) in files.items():
+        file = folder / f"{name}.safetensors"
+        write_tensors(file, tensors, header)
+        sync(file)
+        written[file.name] = {"size": file.stat().st_size, "sha256": file_hash(file)}
+    return written
 
 
 def _verify_listed(file: Path) -> None:
     """Verify a file that lies in a checkpoint; any other folder says nothing about its files."""
     try:
-        entry = _read_state(file.parent)["files"].get(file.name)
+        entry = read_state(file.parent)["files"].get(file.name)
     except ValueError:
         return
     if entry is not None:
-        _verify(file.parent, {file.name: entry})
-
-
-def _scan(run: Path) -> list[tuple[Found, dict[str, Any]]]:
-    """`find_checkpoints` with the state of each (empty where it cannot be read)."""
-    folder = run / FOLDER
-    entries = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not path.is_dir():
-            continue
-        state: dict[str, Any] = {}
-        reason = ""
-        try:
-            if path.name.startswith(TEMPORARY):
-                raise ValueError(f"checkpoint: {path} was never completed")
-            state = _read_state(path)
-            _check_sizes(path, state["files"])
-        except ValueError as error:
-            reason = str(error)
-        entries.append((Found(path, not reason, reason), state))
-    return sorted(entries, key=lambda e: (e[0].ok, e[1].get("sequence", 0)))
-
-
-def _newest(found: list[Found], complaint: str) -> Path:
-    """The newest complete one. FileNotFoundError with the reasons where there is none."""
-    if found and found[-1].ok:
-        return found[-1].path
-    reasons = f" ({'; '.join(f.reason for f in found)})" if found else ""
-    raise FileNotFoundError(f"{complaint} a run with a complete checkpoint{reasons}")
+        verify_files(file.parent, {file.name: entry})
 
 
 def _unused(path: Path) -> Path:
@@ -640,14 +403,20 @@ def _remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _prune(run: Path, phase: str, keep: int) -> None:
-    """Delete a phase's checkpoints beyond the `keep` newest and the milestones, and those that a
-    newer one of the same number of images replaces. What cannot be deleted stays."""
-    complete = [(f.path, s) for f, s in _scan(run) if f.ok and s["phase"] == phase]
+def _prune(run: Path, phase: str, keep: int, best: str) -> None:
+    """Delete a phase's checkpoints beyond the `keep` newest, the best and the milestones, and those
+    that a newer one of the same number of images replaces. What cannot be deleted stays."""
+    complete = [(f.path, s) for f, s in scan(run) if f.ok and s["phase"] == phase]
     latest = {state["images"]: path for path, state in complete}
     rolling = [path for path, state in complete if not state["milestone"]]
+    judged = [
+        (state["metrics"][best], -state["sequence"], path)
+        for path, state in complete
+        if latest[state["images"]] == path and state.get("metrics", {}).get(best) is not None
+    ]
+    old = {*rolling[:-keep]} - {path for *_, path in sorted(judged)[:1]}
     for path, state in complete:
-        if path in rolling[:-keep] or latest[state["images"]] != path:
+        if path in old or latest[state["images"]] != path:
             # Renamed first: a half-deleted folder must not bear a checkpoint's name.
             doomed = path.with_name(f"{TEMPORARY}{path.name}")
             try:

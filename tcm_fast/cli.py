@@ -1,4 +1,5 @@
-"""The command line: `tcm-fast train | sample | eval | data | ema | doctor`, nothing but arguments and words.
+"""The command line: `tcm-fast train | plan | sample | eval | data | ema | convert | bench | doctor`:
+arguments and words.
 
 torch is imported when a command runs, not before: `--help` has to come up at once.
 """
@@ -8,17 +9,21 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
+from tcm_fast import plan_command
 from tcm_fast.config import Config, PhaseName, Precision, load_config, load_preset, preset_names
+from tcm_fast.plan_command import Plan
 
 FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
+STOPPED = 75  # asked to stop and saved: --resume auto goes on (sysexits' EX_TEMPFAIL)
+MOST_COLUMNS = 32  # of a grid with one for each class
 
 
 @dataclass
@@ -39,6 +44,8 @@ class Train:
     """auto: continue the newest complete checkpoint of the run, or begin; or a checkpoint's folder."""
     config: Path | None = None
     """Start from this TOML file, or from the config.json of another run."""
+    hours: float | None = None
+    """Scale the recipe so that it ends after so many hours on this device: see `tcm-fast plan`."""
     settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
     """Every field of the configuration."""
 
@@ -57,7 +64,7 @@ class Sample:
     out: Path = Path("samples.png")
     """A .png (grid), an .npz, or a folder of PNGs."""
     classes: tuple[int, ...] | None = None
-    """Class numbers, repeated in turn (class-conditional networks)."""
+    """Class numbers, repeated in turn (class-conditional networks): a column of the grid for each."""
     times: tuple[float, ...] | None = None
     """Noise levels to return to after the first step, in falling order."""
     start: int = 0
@@ -135,6 +142,30 @@ class Ema:
 
 
 @dataclass
+class Convert:
+    """Other projects' checkpoints (EDM, EDM2, ECT, TCM, FastGen: .pkl, .pt, .pth) into a network file of
+    ours, without running anything in them; or our networks into other projects' forms."""
+
+    source: Positional[Path]
+    """Their file; or a run or network file of ours."""
+    destination: Positional[Path]
+    """A .safetensors; with --to edm or edm2 a .pth or .safetensors, with --to diffusers a folder, with
+    --to program a .pt2 (torch.export) or .onnx."""
+    to: Literal["tcm-fast", "edm", "edm2", "diffusers", "program"] = "tcm-fast"
+    """edm, edm2: a state dict that their own networks load; diffusers: a pipeline's folder; program:
+    the sampler as one graph, noise [n,steps,C,H,W] -> uint8 [n,H,W,C]."""
+    weights: str | None = None
+    """Which of a file's networks: ema (usual), net, ..."""
+    phase: PhaseName | None = None
+    """What the network was trained for, where the file does not say it: edm, ect or tcm."""
+    t_prime: float | None = None
+    """Lowest noise level that a tcm network was trained for."""
+    steps: int = 1
+    """Network evaluations per image of a program."""
+    overwrite: bool = False
+
+
+@dataclass
 class Doctor:
     """Say what this machine offers: versions, GPU, which backends are active and why not; or what each
     precision does to a trained network."""
@@ -153,10 +184,42 @@ class Doctor:
     device: str = "auto"
 
 
+BenchGroup = Literal["ops", "step", "sample", "memory", "all", "profile", "compare"]
+
+
+@dataclass
+class Bench:
+    """Measure this machine: operations, training steps, sampling and memory beside plainly written
+    baselines, and a report of it. `compare A.json B.json` tells two results apart and ends with status 1
+    where ours got slower or wrong; `profile` writes a trace of one step."""
+
+    what: Positional[BenchGroup] = "all"
+    files: Positional[tuple[Path, ...]] = ()
+    """For compare: two results.json."""
+    quick: bool = False
+    """A few minutes: fewer cases and samples."""
+    out: Path = Path("bench")
+    """Folder of results.json, report.md and report.html."""
+    only: str = ""
+    """Cases whose name contains this."""
+    official: Path | None = None
+    """A checkout of NVlabs/TCM, to be timed beside."""
+    fastgen: Path | None = None
+    """A checkout of NVlabs/FastGen, to be timed beside."""
+    compiled: bool | None = None
+    """Time torch.compile among the operations too; by default on a GPU only."""
+    tolerance: float = 0.05
+    """compare: share of the median below which no difference counts."""
+    relative: bool = False
+    """compare: against the baselines of the same run, where the machine itself was slower or faster."""
+    device: str = "auto"
+
+
 def parse(argv: Sequence[str]) -> Any:
     """The command that the arguments ask for. Presets and files are the defaults that flags override."""
     command = Annotated[Train, subcommand("train", default=_train_defaults(argv))]
-    for kind in (Sample, Eval, Data, Ema, Doctor):
+    command |= Annotated[Plan, subcommand("plan", default=_plan_defaults(argv))]  # type: ignore[assignment]
+    for kind in (Sample, Eval, Data, Ema, Convert, Bench, Doctor):
         command |= Annotated[kind, subcommand(kind.__name__.lower())]  # type: ignore[assignment]
     epilog = f"Presets: {', '.join(preset_names())}."
     return tyro.cli(command, prog="tcm-fast", args=list(argv), description=f"{SUMMARY} {epilog}")  # type: ignore[call-overload]
@@ -192,6 +255,14 @@ def _train_defaults(argv: Sequence[str]) -> Train:
     return Train(out=out, settings=settings)
 
 
+def _plan_defaults(argv: Sequence[str]) -> Plan:
+    """What --preset or --config give before any other flag is read."""
+    if argv[:1] != ["plan"]:
+        return Plan()
+    given = [a for a in argv[1:] if a not in ("--out", "--resume")]
+    return Plan(settings=_train_defaults(["train", *given]).settings)
+
+
 def with_images(settings: Config, source: str) -> Config:
     """The settings for other images: the digits classifier judges digits only."""
     settings = replace(settings, data=replace(settings.data, source=source))
@@ -215,20 +286,56 @@ def train(args: Train) -> int:
     resume: bool | Path = (
         False if args.resume is None else args.resume == "auto" or Path(args.resume)
     )
-    from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
+    if args.hours is not None:
+        return train_within(args, settings)
+    from tcm_fast.phase import TrainingError
+    from tcm_fast.summary import summary
+    from tcm_fast.trainer import Interrupted, Trainer
 
     trainer = Trainer(settings, args.out, init=args.init, resume=resume)
     is_main = trainer.workers.is_main
     try:
-        results = trainer.run()
+        results = recorded(trainer.run)() if trainer.workers.world > 1 else trainer.run()
     except (TrainingError, Interrupted) as stop:
         is_failure = isinstance(stop, TrainingError)
         advice = "" if is_failure else f"; to go on: {resume_command(args)}"
         if is_main:
             print(f"tcm-fast: {stop}{advice}", file=sys.stderr)
-        return FAILED if is_failure else INTERRUPTED
+        return FAILED if is_failure else STOPPED
     if is_main:
-        summary(trainer, results)
+        summary(trainer.out, results)
+    return 0
+
+
+def recorded(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The function; torchrun's last words will hold its traceback."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(run)  # type: ignore[return-value]
+
+
+def train_within(args: Train, settings: Config) -> int:
+    from tcm_fast import timebox
+    from tcm_fast.cards import this_device
+    from tcm_fast.distributed import pick_device
+    from tcm_fast.phase import TrainingError
+    from tcm_fast.summary import summary
+    from tcm_fast.trainer import Interrupted
+
+    assert args.out is not None
+    if args.resume is not None:
+        raise ValueError("hours: a run within a box of time begins anew; leave out --resume")
+    shape = plan_command.image_shape(settings, args.preset, None)
+    card = this_device(pick_device(settings.device))
+    try:
+        results = timebox.train_within(
+            settings, args.out, args.hours or 0.0, shape, card, init=args.init,
+            say=lambda text: print(text, file=sys.stderr),
+        )  # fmt: skip
+    except (TrainingError, Interrupted) as stop:
+        print(f"tcm-fast: {stop}", file=sys.stderr)
+        return FAILED if isinstance(stop, TrainingError) else STOPPED
+    summary(args.out, results)
     return 0
 
 
@@ -241,27 +348,43 @@ def resume_command(args: Train) -> str:
 def sample(args: Sample) -> int:
     from tcm_fast import pictures, sampler
     from tcm_fast.checkpoint import load_network
-    from tcm_fast.distributed import pick_device
+    from tcm_fast.distributed import join
 
-    device = pick_device(args.device)
-    net = load_network(args.source, device=device)
+    workers = join(args.device)
+    net = load_network(args.source, device=workers.device)
     labels = list(args.classes) if args.classes else None
-    batches = sampler.sample_batches(
-        net,
-        args.num,
-        steps=args.steps,
-        seed=args.seed,
-        labels=labels,
-        times=args.times,
-        batch_size=args.batch_size,
-        allow_below_t_prime=args.allow_below_t_prime,
-        start=args.start,
-        precision=args.precision,
-        progress=sys.stderr.isatty(),
-    )
+    options: dict[str, Any] = {
+        "steps": args.steps,
+        "seed": args.seed,
+        "labels": labels,
+        "times": args.times,
+        "batch_size": args.batch_size,
+        "allow_below_t_prime": args.allow_below_t_prime,
+        "start": args.start,
+        "precision": args.precision,
+        "progress": sys.stderr.isatty() and workers.is_main,
+    }
+    batches: Iterable[tuple[int, Any]]
+    if workers.world > 1:
+        batches = [(args.start, sampler.sample_shared(net, args.num, workers, **options))]
+    else:
+        batches = sampler.sample_batches(net, args.num, **options)
     numbers = sampler.class_numbers(net, args.num, labels, args.start)
-    pictures.write_samples(batches, args.out, overwrite=args.overwrite, labels=numbers)
+    columns = len(labels) if labels and 1 < len(labels) <= MOST_COLUMNS else None
+    workers.on_main(
+        lambda: pictures.write_samples(
+            batches, args.out, overwrite=args.overwrite, labels=numbers, columns=columns
+        )
+    )
+    if not workers.is_main:
+        return 0
     print(f"{args.num} images of seed {args.seed} in {args.out}")
+    if labels and columns and args.out.suffix.lower() == ".png":
+        names = getattr(net, "info", {}).get("class_names") or ()
+        known = len(names) == net.label_dim
+        # An image's class goes by its number: the first column is that of the first image.
+        turn = [labels[(args.start + i) % len(labels)] for i in range(len(labels))]
+        print(f"columns: {', '.join(str(names[k]) if known else f'class {k}' for k in turn)}")
     return 0
 
 
@@ -272,7 +395,7 @@ def evaluate(args: Eval) -> int:
     from tcm_fast import metrics
     from tcm_fast.checkpoint import load_network
     from tcm_fast.data import load_images
-    from tcm_fast.distributed import pick_device
+    from tcm_fast.distributed import join
     from tcm_fast.features import feature_space
 
     config = run_config(args.source)
@@ -286,17 +409,22 @@ def evaluate(args: Eval) -> int:
         raise ValueError(
             "eval: no feature space, give --features digits, random, inception:WEIGHTS or a TorchScript file"
         )
-    device = pick_device(args.device)
-    net = load_network(args.source, device=device)
+    workers = join(args.device)
+    net = load_network(args.source, device=workers.device)
     images = load_images(
         source, skip_corrupt=config.data.skip_corrupt, resolution=config.data.resolution
     )
-    space = feature_space(features, device=device)
+    space = feature_space(features, device=workers.device)
     steps = (None,) if net.info["phase"] == "edm" else args.steps
+    shared = workers if workers.world > 1 else None
     reports = {
-        n: metrics.evaluate_network(net, images, space, steps=n, num=args.num, seed=args.seed)
+        n: metrics.evaluate_network(
+            net, images, space, steps=n, num=args.num, seed=args.seed, workers=shared
+        )
         for n in steps
     }
+    if not workers.is_main:
+        return 0
     table = Table(title=f"{args.source}: {next(iter(reports.values())).num} samples, {space.name}")
     table.add_column("")
     for n in reports:
@@ -365,6 +493,90 @@ def ema(args: Ema) -> int:
     save_network(out, net, metadata=net.info)
     print(f"the average of width {args.width:g} after {net.info['images']:,} images in {out}")
     print(f"its profile is off by {100 * error:.2g} %")
+    return 0
+
+
+def bench(args: Bench) -> int:
+    if args.what == "compare":
+        return compare_results(args)
+    if args.files:
+        raise ValueError(f"bench: only compare takes files, got {args.files[0]}")
+    from tcm_fast.benchmarks import report, suite
+    from tcm_fast.distributed import pick_device
+
+    groups = {
+        "ops": ("ops", "host", "optimizer"), "step": ("step", "roofline"), "sample": ("sample",),
+        "memory": ("memory",),
+    }  # fmt: skip
+    settings = suite.Settings(
+        quick=args.quick, device=pick_device(args.device).type, compiled=args.compiled, only=args.only,
+        official=args.official, fastgen=args.fastgen,
+    )  # fmt: skip
+    if args.what == "profile":
+        trace = suite.profile(settings, args.out)
+        print(f"trace for chrome://tracing or ui.perfetto.dev in {trace}")
+        return 0
+    if args.what in groups:
+        settings = replace(settings, groups=groups[args.what])
+    results = suite.run(settings, say=lambda line: print(line, file=sys.stderr))
+    page = report.write(results, args.out)
+    print(report.terminal(results))
+    print(f"report in {page}")
+    return FAILED if results.wrong else 0
+
+
+def compare_results(args: Bench) -> int:
+    from tcm_fast.benchmarks import results
+    from tcm_fast.benchmarks.compare import compare, text
+
+    if len(args.files) != 2:
+        raise ValueError(f"bench compare: needs A.json and B.json, got {len(args.files)} files")
+    before, after = map(results.load, args.files)
+    comparison = compare(before, after, tolerance=args.tolerance, relative=args.relative)
+    print(text(comparison))
+    return FAILED if comparison.failures else 0
+
+
+def convert(args: Convert) -> int:
+    from tcm_fast.checkpoint import load_network
+    from tcm_fast.convert import convert as import_network
+    from tcm_fast.convert import load_foreign, training_info
+
+    is_ours = args.source.is_dir() or args.source.suffix == ".safetensors"
+    if args.to == "tcm-fast":
+        if is_ours:
+            raise ValueError(
+                f"convert: {args.source} is ours already; give --to edm, diffusers, ..."
+            )
+        summary = import_network(
+            args.source, args.destination, weights=args.weights, phase=args.phase,
+            t_prime=args.t_prime, overwrite=args.overwrite,
+        )  # fmt: skip
+        print(summary)
+        print(f"{'written to:':12}{args.destination}")
+        return 0
+    if args.to != "diffusers" and args.destination.exists() and not args.overwrite:
+        raise FileExistsError(f"convert: {args.destination} is there already; add --overwrite")
+    if is_ours:
+        net = load_network(args.source)
+    else:
+        net, found = load_foreign(args.source, weights=args.weights)
+        net.info = training_info(args.source, found, args.phase, args.t_prime)
+    if args.to == "diffusers":
+        from tcm_fast.diffusers_folder import save_folder
+
+        kind = save_folder(net, args.destination)
+        print(f"a pipeline with a {kind} in {args.destination}")
+    elif args.to == "program":
+        from tcm_fast.export import export_program
+
+        export_program(net, args.destination, steps=args.steps)
+        print(f"{args.steps}-step sampling as a program in {args.destination}")
+    else:
+        from tcm_fast.export import export_state
+
+        names = export_state(net, args.destination, args.to)
+        print(f"{len(names)} tensors in the names of {args.to} in {args.destination}")
     return 0
 
 
@@ -450,16 +662,20 @@ DEPENDENCIES = {
     "safetensors": "checkpoints",
     "tensorboard": "curves, optional: the [log] extra",
     "pyarrow": "image parquet, optional: the [hf] extra",
+    "matplotlib": "plots, optional: the [plot] extra",
     "torch-fidelity": "Inception features, optional: the [eval] extra",
 }
 
 
 COMMANDS: dict[type, Callable[[Any], int]] = {
     Train: train,
+    Plan: plan_command.run,
     Sample: sample,
     Eval: evaluate,
     Data: data,
     Ema: ema,
+    Bench: bench,
+    Convert: convert,
     Doctor: doctor,
 }
 
@@ -471,7 +687,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         command = parse(arguments or ["--help"])
         status = COMMANDS[type(command)](command)
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, OSError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         if not is_users_mistake(error):
             raise
         print(f"tcm-fast: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -30,6 +31,30 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "K": 2**10,
+    "M": 2**20,
+    "G": 2**30,
+}
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """'8GiB', '7.25 GiB', '24GB' or '500M' (MiB) in bytes. ValueError, naming the argument, for anything
+    else."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
+    known = found is not None and found[2].upper() in UNITS
+    require(known, f"{name}: must be an amount of memory such as 8GiB, got {text!r}")
+    assert found is not None
+    size = int(float(found[1]) * UNITS[found[2].upper()])
+    require(size > 0, f"{name}: must be positive, got {text!r}")
+    return size
 
 
 @dataclass(frozen=True)
@@ -56,6 +81,14 @@ class NetworkConfig:
     num_blocks: int | None = None
     attn_resolutions: tuple[int, ...] | None = None
     label_dropout: float | None = None
+    dropout_resolutions: tuple[int, ...] | None = None
+    """Drop in the blocks of these resolutions only."""
+    fourier_scale: float | None = None
+    """Spread of the noise embedding's frequencies (ncsnpp)."""
+    augment_dim: int | None = None
+    """Inputs for the parameters of augmentations (ddpmpp, ncsnpp, adm); 9 with --edm.augment."""
+    channels_per_head: int | None = None
+    """Width of an attention head (edm2)."""
     class_conditional: bool = False
     """Train with the data's class labels."""
 
@@ -114,6 +147,14 @@ class EdmConfig(PhaseConfig):
     """Mean of ln t."""
     t_std: float = 1.2
     """Standard deviation of ln t."""
+    learned_variance: bool = False
+    """Weight the noise levels by a learned log-variance of the error (EDM2)."""
+    augment: float = 0.0
+    """Probability of each of EDM's augmentations (small sets: 0.12); needs network.augment_dim = 9."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.augment <= 1, f"edm.augment: must lie in [0, 1], got {self.augment}")
 
 
 @dataclass(frozen=True)
@@ -238,6 +279,31 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What happens when numbers go bad. A step whose loss or gradient is not finite changes nothing."""
+
+    bad_steps: int = 20
+    """After this many such steps in a row the last good checkpoint is loaded, or the phase begins again
+    where there is none yet."""
+    rollbacks: int = 3
+    """How often that is tried in a phase before the run stops with a diagnosis."""
+    lower: Literal["rate", "scale"] = "rate"
+    """What is multiplied by `factor` then: the learning rate, or the loss scale (fp16)."""
+    factor: float = 0.5
+    spike: float = 10.0
+    """A gradient whose norm is this many times the median of the last 200 is reported; 0 for none."""
+
+    def __post_init__(self) -> None:
+        require(self.bad_steps >= 1, f"guard.bad_steps: must be at least 1, got {self.bad_steps}")
+        require(self.rollbacks >= 0, f"guard.rollbacks: must not be negative, got {self.rollbacks}")
+        require(0 < self.factor <= 1, f"guard.factor: must lie in (0, 1], got {self.factor}")
+        require(
+            self.spike == 0 or self.spike > 1,
+            f"guard.spike: must be greater than 1, or 0, got {self.spike}",
+        )
+
+
+@dataclass(frozen=True)
 class Config:
     """A run: data, network, phases and how they are carried out."""
 
@@ -249,18 +315,37 @@ class Config:
     ict: IctConfig = field(default_factory=IctConfig)
     cd: CdConfig = field(default_factory=CdConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     phases: tuple[PhaseName, ...] = ("edm", "ect", "tcm")
     """Phases to run, in order; each starts from the previous one's first average."""
     seed: int = 0
     precision: Precision = "fp32"
     micro_batches: int = 1
-    """Cut each rank's share of the batch into this many passes; the result is the same."""
+    """Cut each rank's share of the batch into this many passes; the result is the same. Doubled where
+    memory does not suffice."""
+    memory: Literal["given", "auto"] = "given"
+    """auto: choose micro_batches and the four fields below so that the run fits, the cheapest first."""
+    memory_limit: str = ""
+    """What auto has to fit into, such as 8GiB; by default the device's memory."""
+    recompute_norms: bool = False
+    """Compute normalisations and activations again in the backward pass instead of keeping them."""
+    recompute_blocks: int | None = None
+    """Compute whole blocks again, those at this resolution or above."""
+    offload: bool = False
+    """Keep moments and averages in the host's memory; they visit the device piece by piece."""
+    gradients: Literal["fp32", "16bit"] = "fp32"
+    """16bit: keep gradients as the 16-bit backward pass makes them, instead of widening them all at once;
+    exact where each is made in one pass, so with micro_batches 1 and one process."""
     max_steps: int | None = None
     """Stop each phase after this many optimizer steps."""
+    max_hours: float | None = None
+    """Save and stop after this time; --resume auto goes on."""
     log_every: int = 50
     """Steps between log lines."""
     save_every: int = 5000
     """Steps between checkpoints."""
+    save_minutes: float = 5.0
+    """Minutes between checkpoints, where steps are slow; 0 counts steps alone."""
     grid_every: int = 2000
     """Steps between sample grids."""
     snapshot_every: int = 0
@@ -268,10 +353,21 @@ class Config:
     of other widths; 0 for none."""
     keep: int = 2
     """Checkpoints kept besides the last of each phase."""
+    milestone_every: int = 0
+    """Steps between checkpoints that are kept for good; 0 for none."""
+    best: Literal["", "loss", "frechet"] = ""
+    """Keep the checkpoint with the smallest loss since the one before, or with the smallest Fréchet
+    distance (measured whenever one is saved), too."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU where there is one."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Replay a step as one CUDA graph: on is an error where it cannot be, auto then goes without."""
+    deterministic: bool = False
+    """On a GPU, use algorithms alone that give equal bits in every run, as a CPU does."""
+    engine: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes hold the weights each (ddp) or in parts (fsdp, for networks too large)."""
+    gradient_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """In which processes exchange gradients (ddp)."""
     compile: bool = False
     """Compile the networks with torch.compile around the fused operations: a minute or more before the
     first step."""
@@ -281,15 +377,46 @@ class Config:
             require(
                 getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}"
             )
+        for name in ("snapshot_every", "milestone_every", "save_minutes"):
+            require(
+                getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}"
+            )
         require(
-            self.snapshot_every >= 0,
-            f"snapshot_every: must not be negative, got {self.snapshot_every}",
+            self.max_hours is None or self.max_hours > 0,
+            f"max_hours: must be positive, got {self.max_hours}",
+        )
+        require(
+            self.recompute_blocks is None or self.recompute_blocks >= 1,
+            f"recompute_blocks: must be a resolution, got {self.recompute_blocks}",
+        )
+        if self.memory_limit:
+            parse_bytes("memory_limit", self.memory_limit)
+        require(
+            self.gradients == "fp32" or self.precision in ("fp16", "bf16"),
+            f"gradients: 16bit needs precision fp16 or bf16, got {self.precision}",
+        )
+        require(
+            self.gradients == "fp32" or self.micro_batches == 1,
+            "gradients: 16bit needs micro_batches 1 (a sum of several would be rounded), "
+            f"got {self.micro_batches}",
         )
         require(
             self.max_steps is None or self.max_steps >= 1,
             f"max_steps: must be at least 1, got {self.max_steps}",
         )
         require(0 <= self.seed < 2**63, f"seed: must lie in [0, 2**63), got {self.seed}")
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether any lever trades time for memory."""
+        recomputes = self.recompute_norms or self.recompute_blocks is not None
+        return recomputes or self.offload or self.micro_batches > 1 or self.gradients != "fp32"
+
+    @property
+    def folds_rows(self) -> bool:
+        """Whether the optimizer may take the gradients of normalised rows as they are: all at once, and
+        in fp32."""
+        return not self.offload and self.gradients == "fp32"
 
     def phase(self, name: str) -> PhaseConfig:
         """The section of a phase."""
@@ -300,6 +427,12 @@ class Config:
         phase = self.phase(name)
         steps = math.ceil(phase.images / phase.batch_size)
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+def phase_name(name: str) -> PhaseName:
+    """A phase's name as one. ValueError for anything else."""
+    require(name in PHASES, f"phase: {suggest(name, list(PHASES))}")
+    return typing.cast(PhaseName, name)
 
 
 # ---- files ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,9 @@ ASSETS = Path(__file__).parent / "assets"
 HALVES = (":train", ":test")
 SLICE = 32  # images per task: less and threads spend their time on the queue
 SHOW_PROGRESS_FROM = 10_000  # images; fewer are there before one would read the bar
+PAUSES = (0.1, 1.0, 3.0)  # seconds before a read that has failed is tried again
+RETRIES = 30  # of all reads of a set
+SLOW = 30.0  # seconds of a read that is worth a warning
 NAMED = 3  # unreadable images that an error names
 
 
@@ -152,11 +156,12 @@ def _decode_all(
     files: ImageFiles, source: str, skip_corrupt: bool, resolution: int | None
 ) -> ImageArrays:
     """Decode encoded files in parallel, straight into one array."""
+    patience = _Patience()
 
     def decode(item: tuple[str, Callable[[], bytes]]) -> tuple[str, np.ndarray | Exception]:
         name, read = item
         try:
-            return name, image_files.decode(read(), resolution)
+            return name, image_files.decode(patience.read(name, read), resolution)
         except Exception as error:  # damaged files raise nearly anything in Pillow's decoders
             return name, error
 
@@ -189,6 +194,32 @@ def _decode_all(
     assert images is not None
     labels = None if files.labels is None else files.labels[kept]
     return ImageArrays(images[:filled], labels, files.class_names)
+
+
+class _Patience:
+    """Reads files. A disk or a network that fails is asked again, `RETRIES` times in all, and a read that
+    takes its time is named; what is not there, or not for us, is not asked for again."""
+
+    def __init__(self) -> None:
+        self.left = RETRIES
+
+    def read(self, name: str, read: Callable[[], bytes]) -> bytes:
+        begun = time.monotonic()
+        for pause in (*PAUSES, None):
+            try:
+                content = read()
+                break
+            except (FileNotFoundError, PermissionError, IsADirectoryError):
+                raise
+            except OSError:
+                if pause is None or self.left <= 0:
+                    raise
+                self.left -= 1
+                time.sleep(pause)
+        seconds = time.monotonic() - begun
+        if seconds > SLOW:
+            warnings.warn(f"data: reading {name} took {seconds:.0f} s", stacklevel=2)
+        return content
 
 
 def _allocate(count: int, shape: tuple[int, ...], source: str) -> np.ndarray:

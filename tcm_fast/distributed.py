@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Workers:
-    """This process's place among its peers."""
+    """This process's place among its peers.
+
+    What the processes tell one another about the run goes between the hosts, by gloo: the devices'
+    queues of work do not take part, and nothing waits for them."""
 
     rank: int
     world: int
     device: torch.device
+    group: Any = field(default=None, repr=False)
+    """Of the hosts; None where there is one process."""
 
     @property
     def is_main(self) -> bool:
@@ -30,19 +36,43 @@ class Workers:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What a function returns or raises on the main process, on every process."""
         if self.world == 1:
-            return flag
-        value = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+            return function()
+        result: T | None = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                result = function()
+            except Exception as caught:
+                error = caught
+        result, error = self.share((result, error))
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, on every process."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each flag is set on any process."""
+        if self.world == 1:
+            return flags
+        values = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+        return tuple(bool(value) for value in values.tolist())
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes."""
+        """The sum over all processes, by the devices."""
         if self.world > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
@@ -50,7 +80,7 @@ class Workers:
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 def pick_device(name: str) -> torch.device:
@@ -67,7 +97,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def join(device: str = "auto") -> Workers:
-    """Join the process group that torchrun announces in the environment (nccl on GPUs, gloo on CPUs)."""
+    """Join the process group that torchrun announces in the environment (nccl between GPUs, gloo between
+    CPUs)."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = pick_device(device)
     if world == 1:
@@ -77,4 +108,15 @@ def join(device: str = "auto") -> Workers:
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Workers(dist.get_rank(), dist.get_world_size(), chosen)
+    return Workers(dist.get_rank(), dist.get_world_size(), chosen, _host_group())
+
+
+_host_groups: dict[int, Any] = {}
+
+
+def _host_group() -> Any:
+    """The gloo group beside the devices' one, made once."""
+    key = id(dist.group.WORLD)
+    if key not in _host_groups:
+        _host_groups[key] = dist.new_group(backend="gloo")
+    return _host_groups[key]

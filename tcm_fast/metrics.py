@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from tcm_fast.data import ImageData, load_images, split_halves
+from tcm_fast.distributed import Workers
 from tcm_fast.features import FeatureSpace, Images, as_tensor, to_float
 from tcm_fast.networks.precond import Precond
-from tcm_fast.sampler import sample
+from tcm_fast.sampler import sample, sample_shared
 
 CONFIDENT = 0.9  # calibrated probability from which a sample counts as recognised
 COPY_RATIO = 1 / 3  # nearest over second-nearest distance below which a sample counts as a copy
@@ -234,11 +235,16 @@ def evaluate_network(
     num: int = 0,
     seed: int = 0,
     held_out: ImageData | None = None,
+    workers: Workers | None = None,
 ) -> Report:
     """`evaluate` of `num` samples of a network in `steps` steps; 0 is as many as there are images
-    to compare them with."""
+    to compare them with. Several processes (`workers`) share the drawing, the main one judges, and all
+    get its report, which does not depend on their number."""
     num = num or len((held_out or _held_out_digits(train) or train).images)
-    return evaluate(sample(net, num, steps=steps, seed=seed), train, space, held_out=held_out)
+    if workers is None:
+        return evaluate(sample(net, num, steps=steps, seed=seed), train, space, held_out=held_out)
+    samples = sample_shared(net, num, workers, steps=steps, seed=seed)
+    return workers.on_main(lambda: evaluate(samples, train, space, held_out=held_out))
 
 
 def spread(images: Images) -> float:

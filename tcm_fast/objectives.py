@@ -14,12 +14,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from tcm_fast.augment import AUGMENT_DIM, augment
 from tcm_fast.config import ConsistencyConfig, EdmConfig, IctConfig, PhaseConfig
 from tcm_fast.kernels.consistency_loss import consistency_loss
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.noise_pair import network_input, noise_pair
 from tcm_fast.kernels.precondition import denoise
-from tcm_fast.networks.precision import cast_weights, in_precision
+from tcm_fast.networks.precision import (
+    cast_weights,
+    in_precision,
+    is_derived,
+    leaf_copies,
+)
 from tcm_fast.networks.precond import Precond
 from tcm_fast.times import IMAGE, STAGE1, STUDENT, TimePlan
 
@@ -148,12 +154,25 @@ def row_granule(batch_size: int, device: torch.device) -> int:
     return max(8, int(0.06 * batch_size) // 8 * 8)
 
 
+def check_augmentation(config: PhaseConfig, net: Precond) -> None:
+    """ValueError where a phase augments its images and the network cannot be told how."""
+    if not getattr(config, "augment", 0.0):
+        return
+    layer = getattr(net.model, "map_augment", None)
+    found = 0 if layer is None else layer.in_features
+    if found != AUGMENT_DIM:
+        raise ValueError(
+            f"edm.augment: needs network.augment_dim {AUGMENT_DIM} (ddpmpp, ncsnpp, adm), got {found}"
+        )
+
+
 class Objective(nn.Module):
     """A phase's loss, with the student as its only trainable sub-module.
 
     `frozen` is the stage-1 network of `tcm` (train mode: its dropout shares the student's masks) or
-    the teacher of `cd` (eval mode); below fp32 a copy in `dtype` is kept of it. It is kept out of the
-    module tree, so that neither the optimizer nor DistributedDataParallel nor a state dict sees it.
+    the teacher of `cd` (eval mode); below fp32, and where its rows are normalised, a copy of it is kept
+    that is ready to compute with. It is kept out of the module tree, so that neither the optimizer nor
+    DistributedDataParallel nor a state dict sees it.
     """
 
     def __init__(
@@ -177,9 +196,17 @@ class Objective(nn.Module):
             frozen = in_precision(frozen, dtype).requires_grad_(False).train(name == "tcm")
         self._frozen = (frozen,)
         self.copies: list[torch.Tensor | None] | None = None
-        """The student's weights in `dtype`, where the optimizer keeps them (`make_copies`)."""
+        """The weights that the student computes with, where the optimizer keeps them (`make_copies`)."""
+        self.folded = False
+        """Whether the optimizer takes the gradients of normalised rows as they are (`cast_weights`)."""
+        self._derives = is_derived(student, dtype)
+        self.apart = False
+        """Gradients go to the weights one by one, where memory is short (`cast_weights`)."""
+        self.narrow_gradients = False
+        """Gradients stay in `dtype` at these copies, instead of going to the weights in fp32."""
         self._cast: tuple[tuple[int, bool], dict[str, torch.Tensor]] | None = None
         image_size = student.img_channels * student.img_resolution**2
+        check_augmentation(config, student)
         self.c = getattr(config, "c", 0.0)
         if isinstance(config, IctConfig) and self.c == 0:
             self.c = 0.00054 * math.sqrt(image_size)
@@ -191,17 +218,26 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's part of the step's loss (a scalar with a gradient), and of the mean loss off and
         on the boundary (two numbers for the log, [2])."""
-        is_edm = isinstance(self.config, EdmConfig)
-        losses = self._denoising(batch) if is_edm else self._consistency(batch)
+        losses = self.losses(batch)
         return torch.dot(losses, batch.weights[0]), batch.weights[1:] @ losses.detach()
 
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """The loss of each row, weighted for its noise level: [n]."""
+        is_edm = isinstance(self.config, EdmConfig)
+        return self._denoising(batch) if is_edm else self._consistency(batch)
+
     def _weights(self) -> dict[str, torch.Tensor] | None:
-        """The student's weights in the compute dtype, cast when an optimizer has changed them."""
-        if self.dtype == torch.float32:
+        """The weights that the student computes with, derived when an optimizer has changed its own."""
+        if not self._derives:
             return None
         state = (sum(p._version for p in self.student.parameters()), torch.is_grad_enabled())
         if self._cast is None or self._cast[0] != state:
-            self._cast = (state, cast_weights(self.student, self.dtype, self.copies))
+            ready = cast_weights(
+                self.student, self.dtype, self.copies, folded=self.folded, apart=self.apart
+            )
+            if self.narrow_gradients and self.copies is not None:
+                ready |= leaf_copies(self.student, self.copies)
+            self._cast = (state, ready)
         return self._cast[1]
 
     def _raw(
@@ -212,21 +248,33 @@ class Objective(nn.Module):
         t: torch.Tensor,
         rows: slice,
         weights: dict[str, torch.Tensor] | None,
+        augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Raw output of a network on some rows, with the rows' labels and dropout masks."""
         labels = None if batch.labels is None else batch.labels[rows]
         return net.raw(
-            x[rows], t[rows], labels, dropout_key=batch.key.select(rows), weights=weights
-        )
+            x[rows], t[rows], labels, augment_labels=augment_labels,
+            dropout_key=batch.key.select(rows), weights=weights,
+        )  # fmt: skip
 
     def _denoising(self, batch: Batch) -> torch.Tensor:
-        """w(t) ‖D(y + t eps, t) - y‖², w = (t²+sd²)/(t sd)², summed over the image: [n]."""
+        """w(t) ‖D(y + t eps, t) - y‖², w = (t²+sd²)/(t sd)², summed over the image: [n]. With a learned
+        log-variance u(t), e^-u times that, and u for every element."""
         net, sd = self.student, self.student.sigma_data
-        noisy = noise_pair(batch.images, batch.t, None, batch.key, sigma_data=sd, dtype=self.dtype)
-        output = self._raw(net, noisy.input_t, batch, batch.t, slice(None), self._weights())
+        images, how = batch.images, None
+        p = getattr(self.config, "augment", 0.0)
+        if p > 0:
+            images, how = augment(images.to(torch.float32) / 127.5 - 1, batch.key, p)
+        noisy = noise_pair(images, batch.t, None, batch.key, sigma_data=sd, dtype=self.dtype)
+        rows, weights = slice(None), self._weights()
+        output = self._raw(net, noisy.input_t, batch, batch.t, rows, weights, how)
         error = denoise(output, noisy.x_t, batch.t, sd) - noisy.y
         weight = (batch.t.square() + sd**2) / (batch.t * sd).square()
-        return weight * error.square().sum((1, 2, 3))
+        loss = weight * error.square().sum((1, 2, 3))
+        variance = net.log_variance(batch.t)
+        if variance is None:
+            return loss
+        return loss * (-variance).exp() + variance * error[0].numel()
 
     def _consistency(self, batch: Batch) -> torch.Tensor:
         """w(t,r) d(D(x_t,t), sg D(x_r,r)) for each sample: [n]."""

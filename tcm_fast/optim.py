@@ -404,6 +404,7 @@ def build_optimizer(
     scale: float | None = None,
     growth_interval: int = 2000,
     capturable: bool = False,
+    fused: Callable[..., FusedOptimizer] = FusedOptimizer,
 ) -> torch.optim.Optimizer:
     """The phase's optimizer with its constants: a `FusedOptimizer`, which clips, scales and moves the
     averages too, where the extension serves the parameters' device; else torch's, which leaves that to
@@ -416,6 +417,7 @@ def build_optimizer(
         scale, growth_interval: the loss scale, None without one.
         capturable: torch's keeps the step count and the learning rate on the device, for CUDA graphs
             (the fused one always can be captured).
+        fused: makes the fused optimizer.
     """
     weights = list(parameters)
     constants: dict[str, Any] = {
@@ -427,12 +429,14 @@ def build_optimizer(
     if extension_for("fused_step", device) is None:
         assert copies is None
         assert not any(normalized or ())
+        if fused is not FusedOptimizer:
+            raise ValueError("offload, gradients: need the extension, see tcm-fast doctor")
         if config.moments != "fp32":
             raise ValueError(f"moments: {config.moments} needs the extension, see tcm-fast doctor")
         rate = torch.tensor(config.lr, device=device) if capturable else config.lr
         kind = TORCH_KINDS[config.optimizer]
         return kind(weights, lr=rate, capturable=capturable, foreach=True, **constants)
-    return FusedOptimizer(
+    return fused(
         weights,
         config.optimizer,
         lr=config.lr,

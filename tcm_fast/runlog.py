@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ class RunLog:
     def __init__(self, directory: Path, *, active: bool = True) -> None:
         self.active = active
         self.console = Console(stderr=True, quiet=not active)
-        self._file = (directory / "log.jsonl").open("a", encoding="utf-8") if active else None
+        self._path = directory / "log.jsonl"
+        self._file = self._path.open("a", encoding="utf-8") if active else None
+        self._lost = 0
         self._board = _tensorboard(directory) if active else None
         self._progress: Progress | None = None
         self._last_line = 0.0
@@ -37,9 +42,28 @@ class RunLog:
         """One line of log.jsonl."""
         if self._file is None:
             return
-        record = {"event": event, "time": round(time.time(), 3), **fields}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        record: dict[str, Any] = {"event": event, "time": round(time.time(), 3), **fields}
+        if self._lost:
+            record["lines_lost_before"] = self._lost
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            self._lost = 0
+        except OSError as error:  # a line is not worth a run
+            if not self._lost:
+                self.say(f"warning: {self._path}: {error.strerror}, lines are lost")
+            self._lost += 1
+            self.reopen(anyway=True)
+
+    def reopen(self, *, anyway: bool = False) -> None:
+        """Go on in a new file where the old one was deleted (or did not take a line)."""
+        if self._file is None or (self._path.exists() and not anyway):
+            return
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
 
     def start_phase(self, name: str, steps: int, done: int) -> None:
         """Open the progress bar of a phase."""
@@ -84,13 +108,24 @@ class RunLog:
     def close(self) -> None:
         self.end_phase()
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
         if self._board is not None:
             self._board.close()
 
     @property
     def _is_live(self) -> bool:
         return self.console.is_terminal and self.active
+
+
+@contextmanager
+def timed(spent: Counter[str], what: str) -> Iterator[None]:
+    """Add the seconds that something takes to its account."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        spent[what] += time.perf_counter() - begun  # type: ignore[assignment]
 
 
 def _tensorboard(directory: Path) -> Any | None:

@@ -10,12 +10,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from tcm_fast.checkpoint import load_stage1
+from tcm_fast.distributed import Workers
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels.denoise_to_uint8 import denoise_to_uint8, to_uint8
 from tcm_fast.kernels.dropout import DropoutKey
@@ -26,6 +28,7 @@ from tcm_fast.networks import Precond
 from tcm_fast.networks.precision import in_precision
 
 T = 80.0  # the largest noise level, where sampling starts
+SHARED_BATCH = 256  # images of a batch that processes with GPUs share out
 LOWEST_TIME = 0.821  # where two-step sampling returns to, unless t' is above it
 NOISE_LAYER = 0x80000001  # Philox key of sampling noise; training noise has 0x80000000
 SIGMA_MIN, RHO, HEUN_STEPS = 0.002, 7.0, 18  # Karras et al. 2022, table 1
@@ -96,6 +99,20 @@ def sample(
     return torch.cat([images for _, images in batches])
 
 
+def sample_shared(net: Precond, num: int, workers: Workers, **options: Any) -> torch.Tensor:
+    """`sample` by several processes: uint8 [num,H,W,C] on the main one, of length 0 on the others.
+
+    The images are drawn in batches that do not depend on the number of processes, and so do not the
+    images. `options` are those of `sample`."""
+    is_cuda = workers.device.type == "cuda"
+    default = SHARED_BATCH if is_cuda else _default_batch_size(net.img_resolution, workers.device)
+    options["batch_size"] = options.get("batch_size") or default
+    own = list(sample_batches(net, num, share=(workers.rank, workers.world), **options))
+    drawn = dict(batch for some in workers.gather(own) for batch in some)
+    images = torch.cat([drawn[first] for first in sorted(drawn)])
+    return images if workers.is_main else images[:0]
+
+
 def sample_batches(
     net: Precond,
     num: int,
@@ -111,8 +128,10 @@ def sample_batches(
     device: str | torch.device | None = None,
     precision: str | None = None,
     progress: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """`sample`, batch by batch: yields the number of the first image and uint8 [n,H,W,C].
+    """`sample`, batch by batch: yields the number of the first image and uint8 [n,H,W,C]. A share (k, n)
+    leaves out all but batches k, k+n, k+2n, ...
 
     Arguments are checked when it is called, images are computed when they are asked for."""
     nets = [net]
@@ -129,7 +148,7 @@ def sample_batches(
         nets = _networks_at(net, levels, stage1, allow_below_t_prime)
     return _batches(
         nets, num, solve, levels, seed=seed, labels=labels, batch_size=batch_size, start=start,
-        device=device, precision=precision, progress=progress,
+        device=device, precision=precision, progress=progress, share=share,
     )  # fmt: skip
 
 
@@ -431,6 +450,7 @@ def _batches(
     device: str | torch.device | None,
     precision: str | None,
     progress: bool,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Check what all solvers share, then go through the images. nets: the network of each level."""
     if num < 1:
@@ -458,11 +478,12 @@ def _batches(
         with Progress(console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task("sampling", total=num)
             drawn: deque[tuple[int, Fetched]] = deque()
-            for first in range(0, num, size):
+            own = range(share[0] * size, num, share[1] * size)
+            for first in own:
                 n = min(size, num - first)
                 numbers = torch.arange(start + first, start + first + n, device=sampler.device)
                 drawn.append((start + first, Fetched(sampler.draw(numbers, given(first, n)))))
-                while len(drawn) > (ahead if first + n < num else 0):
+                while len(drawn) > (ahead if first != own[-1] else 0):
                     number, fetched = drawn.popleft()
                     yield number, fetched.images()
                     bar.advance(task, len(fetched.host))

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tcm_fast.checkpoint import network_file, read_header, save_network
+from tcm_fast.checkpoint import network_file, save_network
 from tcm_fast.networks import Precond, build_network
+from tcm_fast.tensor_files import read_header
 
 FOLDER = "snapshots"
 WIDEST = math.sqrt(1 / 12)  # γ = 0: every iteration alike

@@ -8,131 +8,49 @@ nothing else; so a resumed run repeats an unbroken one.
 
 from __future__ import annotations
 
-import copy
-import math
-import signal
-import threading
+import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
-from tcm_fast import checkpoint, distributed, metrics
-from tcm_fast.config import PHASES, Config, ConsistencyConfig, PhaseConfig, save_config, to_dict
+from tcm_fast import checkpoint, distributed, metrics, run_folder
+from tcm_fast.assembly import Assembly
+from tcm_fast.budget import choose_levers
+from tcm_fast.cards import this_device, with_memory
+from tcm_fast.config import Config, ConsistencyConfig
 from tcm_fast.data import ImageStream, load_images
+from tcm_fast.diagnosis import diagnose
 from tcm_fast.features import feature_space
-from tcm_fast.graphs import GraphCache
+from tcm_fast.footprint import ImageShape
+from tcm_fast.keeping import Keeper
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.kernels._triton import compiling_together, runs_triton
-from tcm_fast.networks import Precond, build_network
-from tcm_fast.networks.precision import make_copies
-from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
-from tcm_fast.optim import (
-    Ema,
-    EmaRule,
-    FusedOptimizer,
-    LossScale,
-    build_optimizer,
-    learning_rate,
-    set_rate,
-)
+from tcm_fast.memory import MicroBatches
+from tcm_fast.networks import Precond, force_rows
+from tcm_fast.objectives import Batch, make_batch, row_granule
+from tcm_fast.optim import FusedOptimizer, learning_rate, set_rate
+from tcm_fast.phase import CONSISTENCY, Phase, PhaseResult, TrainingError
 from tcm_fast.pictures import save_grid
-from tcm_fast.runlog import RunLog
-from tcm_fast.sampler import HEUN_STEPS, sample
-from tcm_fast.snapshots import save_snapshot
+from tcm_fast.runlog import timed
+from tcm_fast.sampler import sample
+from tcm_fast.stopping import StopRequest
 from tcm_fast.times import plan_times, ratio
+from tcm_fast.watch import Reading, poison, summarise
 
-CONSISTENCY = ("ect", "tcm", "ict", "cd")
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-FROZEN_FILE = {"tcm": "stage1", "cd": "teacher"}
-LOSS_SCALE, SCALE_GROWTH_INTERVAL = 16.0, 20_000  # of fp16, as EDM2 and TCM have it
 COLLAPSED = 0.25  # share of their widest spread below which one-step samples are nearly alike
 INFLATED = 1.1  # multiple of the data's spread above which they have left the data
 GRID = 64  # images of a sample grid, at most: its rows are full
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to do."""
+TALK_EVERY = 10  # steps after which several processes ask one another whether to stop or save
+LAST_STREAK = 5  # bad steps in a row at which a phase does not end well
 
 
 class Interrupted(Exception):
-    """The run was stopped by a signal, after a checkpoint."""
-
-
-@dataclass
-class Phase:
-    """Everything that one phase changes or needs while it runs."""
-
-    name: str
-    config: PhaseConfig
-    seed: int
-    steps: int
-    student: Precond
-    frozen: Precond | None
-    objective: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | LossScale
-    emas: list[Ema]
-    graphs: GraphCache | None = None
-    """Captured steps; None where every step is started operation by operation."""
-    step: int = 0
-    """Optimizer steps of this phase."""
-    first_iteration: int = 0
-    """Iterations before this phase: stage 2 counts on from stage 1."""
-    seconds: float = 0.0
-    skips: int = 0
-    """Steps skipped so far, as of the last line of the log."""
-    widest_spread: float = 0.0
-    """Largest variation among one-step samples so far."""
-
-    @property
-    def images(self) -> int:
-        return self.step * self.config.batch_size
-
-    @property
-    def iteration(self) -> int:
-        return self.first_iteration + self.step
-
-    def average(self, index: int = 0) -> Precond:
-        """A copy of the student with the weights of one of its averages, in eval mode."""
-        net = copy.deepcopy(self.student).eval().requires_grad_(False)
-        for parameter, value in zip(net.parameters(), self.emas[index].average, strict=True):
-            parameter.copy_(value)
-        net.info = self.info()
-        return net
-
-    def info(self) -> dict[str, Any]:
-        """What a network file says of its training."""
-        return {
-            "phase": self.name,
-            "t_prime": getattr(self.config, "t_prime", None),
-            "images": self.images,
-            "iterations": self.iteration,
-        }
-
-
-@dataclass
-class PhaseResult:
-    """One row of the summary."""
-
-    phase: str
-    images: int
-    seconds: float
-    reports: dict[int | None, metrics.Report] = field(default_factory=dict)
-    """Quality by number of sampling steps; None is a pre-trained network's Heun solver."""
+    """The run was stopped by a signal or its time limit, after a checkpoint."""
 
 
 class Trainer:
@@ -142,10 +60,14 @@ class Trainer:
         config: the resolved configuration.
         out: the run's folder.
         init: a network file (or run) that the first phase starts from, instead of the phase before.
-        resume: continue the newest complete checkpoint in `out`, if there is one.
+        resume: continue the newest sound checkpoint in `out`, if there is one.
+
+    Attributes:
+        spent: seconds spent in "checks", "logging", "saving" and "pictures" so far.
 
     Raises:
         ValueError, FileNotFoundError: what the user has to change.
+        FileExistsError: `out` holds another run, or one that is still going on.
     """
 
     def __init__(
@@ -159,36 +81,79 @@ class Trainer:
         self.config, self.out = config, Path(out)
         self.workers = distributed.join(config.device)
         self.device = self.workers.device
-        torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
-
+        self.stop = StopRequest(config.max_hours, has_peers=self.workers.world > 1)
+        self._choose_arithmetic()
         data = config.data
         self.data = load_images(
             data.source, skip_corrupt=data.skip_corrupt, resolution=data.resolution
         )
-        if config.network.class_conditional and self.data.labels is None:
-            raise ValueError(
-                f"network.class_conditional: needs labels, but {data.source} has none (put each class "
-                "in a sub-folder, or add --network.no-class-conditional)"
-            )
-        for name in config.phases:
-            self._check_phase(name)
-        self._graphs()
-        # Every process looks, so that all of them fail where one does, before any of them writes.
-        self.resumed = self.workers.share(checkpoint.open_run(self.out, resume))
+        if config.memory == "auto":
+            self.config = config = self._with_levers(config)
+        self.micro = MicroBatches(self.out, config.micro_batches, self.workers)
+        self.assembly = Assembly(config, self.workers, self.data, self.micro)
+        opened = self.workers.on_main(lambda: run_folder.open_run(self.out, resume))
+        self.resumed = opened.path
         self.init = checkpoint.load_network(init, device=self.device) if init else None
-        self._build(dropout=0.0)  # the network's own errors come before anything is written
-        if self.workers.is_main:
-            (self.out / "grids").mkdir(parents=True, exist_ok=True)
-            save_config(config, self.out / "config.json")
-        self.log = RunLog(self.out, active=self.workers.is_main)
         features = config.eval.features
         self.space = feature_space(features, device=self.device) if features else None
-        self._stop = False
+
+        self.keeper = Keeper(
+            self.out, config, self.workers, self.data.class_names, self._frechet_distance
+        )
+        self.log, self.spent = self.keeper.log, self.keeper.spent
+        for found in opened.passed_over:
+            self.log.warn("passed_over", f"resume: passed over {found.path.name}: {found.reason}")
         if gap := extension_gap(self.device):
             self.log.say(
                 f"optimizer: torch's, in many passes over the weights instead of one ({gap})"
             )
+        if self.micro.count > config.micro_batches:
+            self.log.say(f"memory: {self.micro.count} micro-batches, as this run has found out")
+
+    def _choose_arithmetic(self) -> None:
+        """Settings that torch keeps for the whole program."""
+        torch.backends.cuda.matmul.allow_tf32 = self.config.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = self.config.precision == "tf32"
+        if self.config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.backends.cudnn.benchmark = False
+            # Our kernels write all that they are given to write.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(self.config.deterministic)
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """Of the training set."""
+        data = self.data
+        return ImageShape(data.resolution, data.channels, data.num_classes, len(data))
+
+    def _with_levers(self, config: Config) -> Config:
+        """`memory = "auto"`: the levers with which the run fits the device, for every rank the same."""
+        card = this_device(self.device, measure=False)
+        if config.memory_limit:
+            card = with_memory(card, config.memory_limit)
+        world = self.workers.world
+        chosen = self.workers.on_main(
+            lambda: choose_levers(config, self.image_shape, card, gpus=world)
+        )
+        return replace(chosen, memory="given")
+
+    def measure(self, name: str, *, seconds: float = 3.0) -> float:
+        """Images per second at the end of a phase's schedule, by steps on weights that are thrown away."""
+        phase = self.assembly.begin(name, self.assembly.build(self.config.phase(name)))
+        phase.step = max(phase.steps - 1, 0)
+        stream = ImageStream(self.data, seed=0, device=self.device, flip=self.config.data.flip)
+        batches = self._prepare(phase, stream)
+        self._compile_kernels(phase, batches)
+        steps, begun = -3, time.monotonic()  # three to warm up, or to capture a graph
+        while steps < 1 or time.monotonic() - begun < seconds:
+            if steps == 0:
+                begun = time.monotonic()
+            self._step(phase, batches)
+            batches = self._prepare(phase, stream)
+            phase.gauge.read(1, self.workers.sum)
+            steps += 1
+        return steps * phase.config.batch_size / (time.monotonic() - begun)
 
     # ---- the run --------------------------------------------------------------------------------
 
@@ -196,27 +161,26 @@ class Trainer:
         """Train every phase that is not done yet.
 
         Raises:
-            Interrupted: a signal came; the run has been saved.
-            TrainingError: the numbers went bad.
+            Interrupted: a signal came, or the time was up; the run has been saved.
+            TrainingError: the numbers went bad, or memory does not suffice.
+            OSError: the run cannot be saved.
         """
         previous, names = self.init, list(self.config.phases)
         results = []
-        handlers = self._listen()
         try:
-            restored = None if self.resumed is None else self._restore(self.resumed)
-            if restored is not None and restored.name in names:
-                names = names[names.index(restored.name) :]
-            elif restored is not None:  # another phase: what it has learnt is where these begin
-                previous, restored = self._handed_on(restored, previous), None
-            for name in names:
-                phase = restored or self._begin(name, previous)
-                restored = None
-                results.append(self._train(phase))
-                previous = phase.average()
+            with self.stop:
+                restored = None if self.resumed is None else self._resume(self.resumed)
+                if restored is not None and restored.name in names:
+                    names = names[names.index(restored.name) :]
+                elif restored is not None:  # another phase: these begin with what it has learnt
+                    previous, restored = self._handed_on(restored, previous), None
+                for name in names:
+                    phase = self._train(restored or self.assembly.begin(name, previous), previous)
+                    restored = None
+                    results.append(self._finish(phase))
+                    previous = phase.average()
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            self.log.close()
+            self.keeper.close()
         return results
 
     def _handed_on(self, phase: Phase, init: Precond | None) -> Precond:
@@ -228,351 +192,290 @@ class Trainer:
             )
         return init or phase.average()
 
-    def _train(self, phase: Phase) -> PhaseResult:
-        """One phase, from where it stands to its end."""
+    def _train(self, phase: Phase, previous: Precond | None) -> Phase:
+        """One phase, from where it stands to its end; `previous` is what it began with."""
         config, log = self.config, self.log
         stream = ImageStream(self.data, seed=phase.seed, device=self.device, flip=config.data.flip)
+        self.keeper.start_phase(phase)
         self._grid(phase)
         log.start_phase(phase.name, phase.steps, phase.step)
-        stats = torch.zeros(2, device=self.device)
-        begun = logged = phase.step
-        mark = time.monotonic()
-        stopped = False
+        read = logged = phase.step
+        rows: list[np.ndarray] = []  # the steps' numbers since the last line of the log
+        unsaved: list[np.ndarray] = []  # and since the last checkpoint
+        is_new = phase.steps == 0
+        mark = saved = time.monotonic()
+        stopped = owes_save = False
         batches = self._prepare(phase, stream) if phase.step < phase.steps else []
         self._compile_kernels(phase, batches)
+        batches = self._fit_in_memory(phase, stream, batches)
         while phase.step < phase.steps and not stopped:
-            stats += self._step(phase, batches)
+            self._step_within_memory(phase, stream, batches, row=phase.step - read)
             phase.step += 1
+            self.stop.step_ended()
             if phase.step < phase.steps:  # while the device is busy
                 batches = self._prepare(phase, stream)
-            stopped = self._agreed_to_stop(phase.step)
+            is_late = 0 < config.save_minutes * 60 < time.monotonic() - saved
+            stopped, is_late = self._agreed(phase.step, bool(self.stop.reason), is_late)
             is_last = phase.step == phase.steps or stopped
-            if phase.step % config.log_every == 0 or is_last:
+            owes_save |= is_late or phase.step % config.save_every == 0
+            logs = phase.step % config.log_every == 0 or is_last
+            may_save = owes_save and (phase.watch.streak == 0 or logs)
+            if logs or may_save or phase.step - read == phase.gauge.size:
+                reading = self._read(phase, stream, read)
+                rows.append(reading.rows)
+                unsaved.append(reading.rows)
+                read, is_new = phase.step, True
+                if self._is_lost(phase, reading, stopped):
+                    phase = self._roll_back(phase, previous)
+                    read = logged = phase.step
+                    rows, unsaved, mark = [], [], time.monotonic()
+                    stopped = owes_save = False
+                    batches = self._prepare(phase, stream)
+                    continue
+            if logs:
                 elapsed = time.monotonic() - mark
-                self._log_step(phase, stats / (phase.step - logged), logged, elapsed)
+                self._log_step(phase, np.concatenate(rows), logged, elapsed)
                 phase.seconds += elapsed
-                stats.zero_()
-                logged, mark = phase.step, time.monotonic()
+                rows, logged, mark = [], phase.step, time.monotonic()
             log.step(phase.step)
             pause = time.monotonic()
             if phase.step % config.grid_every == 0 and not is_last:
                 self._grid(phase)
-            if phase.step % config.save_every == 0 and not is_last:
-                self._save(phase)
+            if may_save and phase.watch.streak == 0 and not is_last:
+                self.keeper.save(phase, unsaved, micro_batches=self.micro.count)
+                unsaved, saved, owes_save = [], time.monotonic(), False
+            self.keeper.settle()
             every = config.snapshot_every
             if every and (phase.step % every == 0 or phase.step == phase.steps):
-                self._snapshot(phase)
+                self.keeper.snapshot(phase)
             mark += time.monotonic() - pause  # pictures and checkpoints are not training speed
         log.end_phase()
-        if logged > begun or phase.steps == 0:
-            self._save(phase, milestone=phase.step == phase.steps)
+        if is_new:
+            self.keeper.save(phase, unsaved, micro_batches=self.micro.count, is_last=True)
         if stopped:
-            raise Interrupted(f"{phase.name}: stopped after {phase.images:,} images, saved")
-        return self._finish(phase)
+            raise Interrupted(
+                f"{phase.name}: stopped after {phase.images:,} images, saved "
+                f"({self.stop.reason or 'another process was asked to'})"
+            )
+        return phase
 
-    def _prepare(self, phase: Phase, stream: ImageStream) -> list[Batch]:
-        """This rank's micro-batches of the next step: what the host has to do for it."""
+    def _resume(self, path: Path) -> Phase:
+        """The phase as its checkpoint left it."""
+        phase = self.assembly.restore(path)
+        self.log.say(f"resumed {phase.name} after {phase.images:,} images from {path}")
+        return phase
+
+    def _prepare(self, phase: Phase, stream: ImageStream, step: int | None = None) -> list[Batch]:
+        """This rank's micro-batches of a step, by default the next: what the host has to do for it."""
+        step = phase.step if step is None else step
+        seen, iteration = step * phase.config.batch_size, phase.first_iteration + step
         plan = plan_times(
             phase.config,
             seed=phase.seed,
-            images_seen=phase.images,
-            iteration=phase.iteration,
+            images_seen=seen,
+            iteration=iteration,
             iterations=phase.first_iteration + phase.steps,
         )
-        micro = self.config.micro_batches
+        micro = self.micro.of(phase.config.batch_size)
         batches = []
         for part in plan.parts(self.workers.world * micro)[self.workers.rank * micro :][:micro]:
-            images, labels = stream.batch(phase.images + part)
+            images, labels = stream.batch(seen + part)
             if not self.config.network.class_conditional:
                 labels = None
             batch = make_batch(
-                plan, part, images, labels, seed=phase.seed, step=phase.iteration,
+                plan, part, images, labels, seed=phase.seed, step=iteration,
                 boundary_weight=getattr(phase.config, "boundary_weight", 0.0),
                 granule=row_granule(len(part), self.device),
             )  # fmt: skip
             batches.append(batch)
         return batches
 
-    def _step(self, phase: Phase, batches: list[Batch]) -> torch.Tensor:
-        """One optimizer step; returns the mean losses off and on the boundary, [2], on the device."""
+    def _step(self, phase: Phase, batches: list[Batch]) -> None:
+        """One optimizer step; its numbers go to the phase's gauge."""
+        rate = phase.rate_factor * learning_rate(phase.config, phase.images, phase.iteration)
         for group in phase.optimizer.param_groups:
-            set_rate(group, learning_rate(phase.config, phase.images, phase.iteration))
-        size = phase.config.batch_size
+            set_rate(group, rate)
         if isinstance(phase.optimizer, FusedOptimizer):
+            size = phase.config.batch_size
             after = (phase.iteration + 1, phase.images + size, size)
             phase.optimizer.average_betas = [ema.rule.beta(*after) for ema in phase.emas]
             phase.optimizer.store_options()
         if phase.graphs is None:
-            stats = self._work(phase, batches)
-        else:
-            (batch,) = batches
-            tensors = [batch.packed, batch.images]
-            tensors += [] if batch.labels is None else [batch.labels]
+            self._work(phase, batches)
+            return
+        (batch,) = batches
+        tensors = [batch.packed, batch.images]
+        tensors += [] if batch.labels is None else [batch.labels]
 
-            def work(
-                packed: torch.Tensor, images: torch.Tensor, labels: torch.Tensor | None = None
-            ) -> torch.Tensor:
-                return self._work(phase, [batch.at(packed, images, labels)])
+        def work(
+            packed: torch.Tensor, images: torch.Tensor, labels: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            return self._work(phase, [batch.at(packed, images, labels)])
 
-            stats = phase.graphs(batch.kind, work, *tensors)
+        phase.graphs(batch.kind, work, *tensors)
         if not isinstance(phase.optimizer, FusedOptimizer):
-            for ema in phase.emas:
-                ema.update(phase.iteration + 1, phase.images + size, size)
-        return stats
+            phase.move_averages()
 
     def _compile_kernels(self, phase: Phase, batches: list[Batch]) -> None:
         """Compile the Triton kernels of a step in parallel, by one that only notes them."""
         if not batches or self.config.compile or not runs_triton("step", self.device.type):
             return
+        if phase.shards is not None:  # a step that only notes would exchange weights all the same
+            return
         begun = time.monotonic()
-        inner = getattr(phase.objective, "module", phase.objective)  # no talk with other processes
         with compiling_together() as noted:
-            inner(batches[0])[0].backward()
+            phase.inner(batches[0])[0].backward()
             names = {kernel.__name__ for kernel, *_ in noted}
             self.log.say(f"{phase.name}: compiling {len(names)} kernels for this GPU")
         phase.optimizer.zero_grad(set_to_none=True)
         self.log.say(f"{phase.name}: kernels ready after {time.monotonic() - begun:.0f} s")
 
     def _work(self, phase: Phase, batches: list[Batch]) -> torch.Tensor:
-        """What the device does in a step: losses, gradients, the optimizer."""
-        stats = torch.zeros(2, device=self.device)
+        """What the device does in a step: losses, gradients, the optimizer. Returns the mean losses off
+        and on the boundary, [2]."""
+        losses = torch.zeros(2, device=self.device)
         phase.optimizer.zero_grad(set_to_none=True)
+        if phase.shards is not None:
+            phase.shards.drop_gradients()
+        for name, part in phase.student.named_children():
+            if (
+                name != "model" or not phase.inner.folded
+            ):  # else the optimizer leaves them normalised
+                force_rows(part)
         for batch in batches:
             module, is_last = phase.objective, batch is batches[-1]
             waits = isinstance(module, DistributedDataParallel) and not is_last
             with module.no_sync() if waits else nullcontext():  # type: ignore[operator]
                 loss, share = module(batch)
-                # DistributedDataParallel divides by the world size; the loss is a sum over ranks.
-                phase.scaler.scale(loss * self.workers.world).backward()
-            stats += share
-        if isinstance(phase.scaler, LossScale):
-            phase.optimizer.step()
-            return stats
-        if phase.config.grad_clip is not None:
-            phase.scaler.unscale_(phase.optimizer)
-            torch.nn.utils.clip_grad_norm_(phase.student.parameters(), phase.config.grad_clip)
-        phase.scaler.step(phase.optimizer)
-        phase.scaler.update()
-        return stats
+                # Gradients are means over the processes; the loss is a sum over them.
+                phase.scaler.scale(loss * (self.workers.world * poison(loss))).backward()
+            losses += share
+        phase.gauge.write(losses, phase.take_step())
+        return losses
+
+    # ---- memory that does not suffice -----------------------------------------------------------
+
+    def _step_within_memory(
+        self, phase: Phase, stream: ImageStream, batches: list[Batch], *, row: int
+    ) -> None:
+        """A step, again in smaller pieces where memory does not suffice: the result is the same."""
+        while True:
+            try:
+                self._step(phase, batches)
+                return
+            except torch.OutOfMemoryError:
+                pass  # what the failed attempt holds is free from here on
+            self._cut_smaller(phase)
+            if self.workers.world > 1:
+                raise TrainingError(
+                    f"{phase.name}: rank {self.workers.rank} ran out of memory after {phase.images:,} "
+                    f"images; with --resume auto the run goes on in {self.micro.count} micro-batches"
+                )
+            phase.gauge.set_back(row)
+            batches = self._prepare(phase, stream)
+
+    def _fit_in_memory(
+        self, phase: Phase, stream: ImageStream, batches: list[Batch]
+    ) -> list[Batch]:
+        """Several processes cannot repeat a step that one of them failed in, while the others wait for
+        its gradients: so each tries the first one alone."""
+        if self.workers.world == 1 or phase.shards is not None or not batches:
+            return batches
+        while True:
+            is_short = False
+            try:
+                weights = [p for p in phase.student.parameters() if p.requires_grad]
+                loss, _ = phase.inner(batches[0])
+                torch.autograd.grad(loss, weights, allow_unused=True)
+            except torch.OutOfMemoryError:
+                is_short = True
+            loss = None
+            if not self.workers.any(is_short)[0]:
+                break
+            self._cut_smaller(phase)
+            batches = self._prepare(phase, stream)
+        if len(batches) > 1:
+            # A static graph is learnt in a pass that exchanges gradients; in a step, not all do.
+            loss, _ = phase.objective(batches[0])
+            loss.backward()
+            phase.optimizer.zero_grad(set_to_none=True)
+        return batches
+
+    def _cut_smaller(self, phase: Phase) -> None:
+        """Free what a step holds and cut the batch into more pieces. TrainingError where it has one
+        image in each."""
+        phase.optimizer.zero_grad(set_to_none=True)
+        if phase.shards is not None:
+            phase.shards.drop_gradients()
+        phase.graphs = None  # a graph cannot cut a batch
+        phase.inner.narrow_gradients = False  # 16 bits would round the sum of several
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        before = self.micro.of(phase.config.batch_size)
+        if not self.micro.halve(phase.config.batch_size):
+            raise TrainingError(
+                f"{phase.name}: memory does not suffice for a single image at a time; take a smaller "
+                "network or --precision bf16"
+            )
+        self.log.warn(
+            "out_of_memory",
+            f"{phase.name}: memory does not suffice for {before} micro-batch{'es' * (before > 1)} a "
+            f"step: {self.micro.count} from here on, with the same result",
+            images=phase.images,
+            micro_batches=self.micro.count,
+        )
 
     # ---- beginning, saving, finishing a phase ---------------------------------------------------
-
-    def _begin(self, name: str, previous: Precond | None) -> Phase:
-        """A fresh phase: student, average and frozen network all start from `previous`."""
-        config = self.config.phase(name)
-        student = self._build(config.dropout)
-        if previous is not None:
-            load_weights(student, previous, name)
-        elif name in ("tcm", "cd"):
-            needed = (
-                "a stage-1 network: train ect first"
-                if name == "tcm"
-                else "a teacher: train edm first"
-            )
-            raise ValueError(f"phase {name}: needs {needed}, or give one with --init FILE")
-        info = getattr(previous, "info", {}) if previous is not None else {}
-        continues = name in CONSISTENCY and info.get("phase") in CONSISTENCY
-        frozen = copy.deepcopy(student) if name in FROZEN_FILE else None
-        if frozen is not None:
-            frozen.info = info
-        phase = self._assemble(name, student, frozen)
-        phase.first_iteration = int(info.get("iterations", 0)) if continues else 0
-        return phase
-
-    def _assemble(self, name: str, student: Precond, frozen: Precond | None) -> Phase:
-        config = self.config.phase(name)
-        student.train()
-        dtype = DTYPES[self.config.precision]
-        loss = Objective(name, config, student, frozen, dtype=dtype)
-        objective: torch.nn.Module = loss
-        if frozen is not None and dtype != torch.float32:
-            frozen.to("cpu")  # for checkpoints; the device holds the objective's copy alone
-        if self.workers.world > 1:
-            devices = [self.device] if self.device.type == "cuda" else None
-            objective = DistributedDataParallel(
-                objective, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-        if self.config.compile:
-            student.model.compile()
-            if loss.frozen is not None:
-                loss.frozen.model.compile()
-        index = PHASES.index(name)
-        graphs = self._graphs()
-        emas = [Ema(rule, student.parameters()) for rule in config.ema]
-        scaled = self.config.precision == "fp16"
-        if dtype != torch.float32 and not extension_gap(self.device):
-            loss.copies = make_copies(student, dtype)
-        optimizer = build_optimizer(
-            student.parameters(),
-            config,
-            emas=emas,
-            copies=loss.copies,
-            scale=LOSS_SCALE if scaled else None,
-            growth_interval=SCALE_GROWTH_INTERVAL,
-            capturable=graphs is not None,
-        )
-        return Phase(
-            name=name,
-            config=config,
-            seed=int(np.random.SeedSequence([self.config.seed, index]).generate_state(1)[0]),
-            steps=self.config.steps(name),
-            student=student,
-            frozen=frozen,
-            objective=objective,
-            optimizer=optimizer,
-            graphs=graphs,
-            scaler=optimizer.loss_scale
-            if isinstance(optimizer, FusedOptimizer)
-            else torch.amp.GradScaler(
-                self.device.type,
-                init_scale=LOSS_SCALE,
-                growth_interval=SCALE_GROWTH_INTERVAL,
-                enabled=scaled,
-            ),
-            emas=emas,
-        )
-
-    def _graphs(self) -> GraphCache | None:
-        """Where steps are captured, None where they are not. ValueError where they have to be."""
-        obstacles = {
-            "needs a GPU": self.device.type != "cuda",
-            "cannot cut a batch (micro_batches 1)": self.config.micro_batches > 1,
-            "cannot talk to other processes": self.workers.world > 1,
-            "cannot choose a loss scale (fp16) without the extension": (
-                self.config.precision == "fp16" and extension_gap(self.device) != ""
-            ),
-        }
-        why = next((reason for reason, holds in obstacles.items() if holds), None)
-        if self.config.cuda_graph == "on" and why is not None:
-            raise ValueError(f"cuda_graph: a graph {why}; use auto or off")
-        return None if self.config.cuda_graph == "off" or why is not None else GraphCache()
-
-    def _build(self, dropout: float) -> Precond:
-        """The run's network, equal on every rank and for every seed of the global generator."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            net = build_network(
-                self.config.network.name,
-                img_resolution=self.data.resolution,
-                img_channels=self.data.channels,
-                label_dim=self.data.num_classes if self.config.network.class_conditional else 0,
-                dropout=dropout,
-                **self.config.network.architecture(),
-            )
-        on_gpu = self.device.type == "cuda"
-        layout = torch.channels_last if on_gpu else torch.preserve_format
-        return net.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-
-    def _check_phase(self, name: str) -> None:
-        """The batch of a phase must be cut evenly, tcm's must hold a boundary sample, and its averages
-        must have a rule."""
-        rules = [EmaRule.parse(rule) for rule in self.config.phase(name).ema]
-        if self.config.snapshot_every and all(rule.kind != "power" for rule in rules):
-            raise ValueError(f"snapshot_every: {name}.ema must have a power:GAMMA, got none")
-        pieces = self.workers.world * self.config.micro_batches
-        size = self.config.phase(name).batch_size
-        if size % pieces:
-            raise ValueError(
-                f"{name}.batch_size: must be divisible by ranks x micro-batches = "
-                f"{self.workers.world} x {self.config.micro_batches}, got {size}"
-            )
-        plan_times(self.config.phase(name), seed=0, images_seen=0)
-
-    def _restore(self, path: Path) -> Phase:
-        """The phase as its checkpoint left it."""
-        saved = checkpoint.load_checkpoint(path)
-        state = saved.state
-        name = state["phase"]
-        config = self.config.phase(name)
-        kept = {"seed": self.config.seed, "batch_size": config.batch_size}
-        for key, value in kept.items():  # the order of the images depends on both
-            if value != state[key]:
-                raise ValueError(f"resume: {key} must stay {state[key]} as in {path}, got {value}")
-        student = self._build(config.dropout)
-        saved.restore_network(student, "model")
-        frozen = None
-        if name in FROZEN_FILE:
-            frozen = copy.deepcopy(student)
-            saved.restore_network(frozen, FROZEN_FILE[name])
-        phase = self._assemble(name, student, frozen)
-        phase.step = state["step"]
-        phase.first_iteration = state["first_iteration"]
-        phase.seconds = state["seconds"]
-        saved.restore_optimizer(phase.optimizer, student)
-        for index, ema in enumerate(phase.emas):
-            tensors = saved.network_tensors(f"ema-{index}")
-            names = [n for n, _ in student.named_parameters()]
-            for average, parameter in zip(ema.average, names, strict=True):
-                average.copy_(tensors[parameter])
-        if state["scaler"]:
-            phase.scaler.load_state_dict(state["scaler"])
-        self.log.say(f"resumed {name} after {phase.images:,} images from {path}")
-        return phase
-
-    def _save(self, phase: Phase, *, milestone: bool = False) -> None:
-        """A checkpoint of everything, by the main process."""
-        if self.workers.is_main:
-            networks = {"model": phase.student}
-            networks |= {f"ema-{i}": phase.average(i) for i in range(len(phase.emas))}
-            if phase.frozen is not None:
-                networks[FROZEN_FILE[phase.name]] = phase.frozen
-            checkpoint.save_checkpoint(
-                self.out,
-                networks=networks,
-                optimizer=phase.optimizer,
-                info=phase.info() | {"class_names": list(self.data.class_names)},
-                state={
-                    "step": phase.step,
-                    "first_iteration": phase.first_iteration,
-                    "seconds": phase.seconds,
-                    "seed": self.config.seed,
-                    "batch_size": phase.config.batch_size,
-                    "scaler": phase.scaler.state_dict(),
-                    "config": to_dict(self.config),
-                },
-                keep=self.config.keep,
-                milestone=milestone,
-            )
-        self.workers.barrier()
-
-    def _snapshot(self, phase: Phase) -> None:
-        """Keep the power-function averages for good."""
-        if self.workers.is_main:
-            names = [name for name, _ in phase.student.named_parameters()]
-            phase.student.info = phase.info() | {"class_names": list(self.data.class_names)}
-            for index, ema in enumerate(phase.emas):
-                if ema.rule.kind == "power":
-                    average = dict(zip(names, ema.average, strict=True))
-                    save_snapshot(self.out, phase.student, average, index, ema.rule.value)
 
     def _finish(self, phase: Phase) -> PhaseResult:
         """The grid and the numbers at the end of a phase."""
         net = phase.average()
         self._grid(phase, net)
         result = PhaseResult(phase.name, phase.images, phase.seconds)
-        if self.space is not None and self.workers.is_main:
-            for steps in (1, 2) if phase.name in CONSISTENCY else (None,):
-                result.reports[steps] = metrics.evaluate_network(
-                    net, self.data, self.space, steps=steps, num=self.config.eval.num
-                )
+        if self.space is not None:
+            steps: tuple[int | None, ...] = (1, 2) if phase.name in CONSISTENCY else (None,)
+            result.reports = {k: self._evaluate(net, k) for k in steps}
             frechet = {str(k or "heun"): r.frechet for k, r in result.reports.items()}
             self.log.write("eval", phase=phase.name, images=phase.images, frechet=frechet)
         self.workers.barrier()
         return result
 
+    def _evaluate(self, net: Precond, steps: int | None) -> metrics.Report:
+        """Quality in so many steps, None for the Heun solver; all processes have to call it."""
+        assert self.space is not None
+        return metrics.evaluate_network(
+            net, self.data, self.space, steps=steps, num=self.config.eval.num, workers=self.workers
+        )
+
+    def _frechet_distance(self, phase: Phase) -> float:
+        """Of the first average's samples, for the choice of the best checkpoint."""
+        steps = 1 if phase.name in CONSISTENCY else None
+        with timed(self.spent, "pictures"):
+            distance = self._evaluate(phase.average(), steps).frechet
+        self.log.write(
+            "eval", phase=phase.name, images=phase.images, frechet={str(steps or "heun"): distance}
+        )
+        return distance
+
     def _grid(self, phase: Phase, net: Precond | None = None) -> None:
         """Samples of the first average as a picture; a warning where they are all alike."""
+        if phase.shards is not None:
+            net = net or phase.average()
         if not self.workers.is_main:
             return
-        steps = 1 if phase.name in CONSISTENCY else None
-        classes = phase.student.label_dim
-        columns = classes if 0 < classes <= 16 else 8  # a column for each of few classes
-        images = sample(net or phase.average(), GRID // columns * columns, steps=steps)
-        if phase.step:
-            name = f"{phase.name}-{phase.images:09d}.png"
-            save_grid(images, self.out / "grids" / name, columns, overwrite=True)
-        if phase.name in CONSISTENCY:
-            self._watch_spread(phase, metrics.spread(images.numpy()))
+        with timed(self.spent, "pictures"):
+            steps = 1 if phase.name in CONSISTENCY else None
+            classes = phase.student.label_dim
+            columns = classes if 0 < classes <= 16 else 8  # a column for each of few classes
+            images = sample(net or phase.average(), GRID // columns * columns, steps=steps)
+            if phase.step:
+                name = f"{phase.name}-{phase.images:09d}.png"
+                try:
+                    save_grid(images, self.out / "grids" / name, columns, overwrite=True)
+                except OSError as error:
+                    self.log.warn("grid_failed", f"{error}; training goes on")
+            if phase.name in CONSISTENCY:
+                self._watch_spread(phase, metrics.spread(images.numpy()))
 
     def _watch_spread(self, phase: Phase, spread: float) -> None:
         """Warn where one-step samples become nearly alike, or vary more than the data: a consistency
@@ -592,122 +495,120 @@ class Trainer:
 
     # ---- watching -------------------------------------------------------------------------------
 
-    def _log_step(self, phase: Phase, stats: torch.Tensor, since: int, seconds: float) -> None:
-        """Read the mean losses of the last steps from the device, log them, stop on bad numbers."""
-        consistency, boundary = self.workers.sum(stats).tolist()
-        loss = consistency + getattr(phase.config, "boundary_weight", 0.0) * boundary
-        values = {"loss": loss}
-        if phase.name == "tcm":
-            values |= {"consistency": consistency, "boundary": boundary}
-        if isinstance(phase.config, ConsistencyConfig) and phase.name != "ict":
-            values["ratio"] = ratio(phase.config, phase.iteration - 1)
-        values["lr"] = float(phase.optimizer.param_groups[0]["lr"])
+    def _read(self, phase: Phase, stream: ImageStream, first: int) -> Reading:
+        """The numbers of the steps since `first`, from the device; what is wrong with them is logged."""
+        with timed(self.spent, "checks"):
+            rows = phase.gauge.read(phase.step - first, self.workers.sum)
+            goes_on = phase.watch.streak > 0
+            reading = phase.watch.judge(rows, first)
+            phase.skips += len(reading.bad)
+            if reading.bad and not (goes_on and reading.bad[0] == first):
+                self._report_bad(phase, stream, reading)
+            if reading.spikes:
+                worst = max(reading.spikes, key=lambda spike: spike.norm / spike.usual)
+                self.log.warn(
+                    "spike",
+                    f"{phase.name}: the gradient's norm was {worst.norm:.3g} at image "
+                    f"{worst.step * phase.config.batch_size:,}, usually {worst.usual:.3g}; where such "
+                    f"spikes come often the phase is about to diverge: lower --{phase.name}.lr, clip with "
+                    f"--{phase.name}.grad-clip, or let the next phase begin from an earlier checkpoint "
+                    "(--init)",
+                    phase=phase.name,
+                    steps=[spike.step for spike in reading.spikes],
+                    norm=worst.norm,
+                )
+        return reading
+
+    def _report_bad(self, phase: Phase, stream: ImageStream, reading: Reading) -> None:
+        """Log steps that were skipped, and where the first one's numbers went bad."""
+        first = reading.bad[0]
+        scale = phase.scaler.get_scale() if phase.scaler.is_enabled() else 1.0
+        found: list[str] = []
+        try:
+            batches = self._prepare(phase, stream, first)
+            with_gradients = phase.shards is None
+            found = [
+                text
+                for batch in batches
+                if (text := diagnose(phase.inner, batch, scale, with_gradients=with_gradients))
+            ]
+        except torch.OutOfMemoryError:
+            found = ["memory did not suffice for running the batch again"]
+        if phase.shards is not None:
+            phase.shards.reshard()
+        told = [text for texts in self.workers.gather(found[:1]) for text in texts]
+        again = "finite when run again with the weights of now"
+        again += f" and a loss scale of {scale:g}" if phase.scaler.is_enabled() else ""
         size = phase.config.batch_size
-        values["images_per_second"] = (phase.step - since) * size / max(seconds, 1e-9)
-        skipped = self._skipped(phase)
-        if skipped:
-            values["skipped"] = skipped
-        self.log.metrics(phase.name, phase.images, values)
-        stuck = skipped == phase.step - since and not phase.scaler.is_enabled()
-        if stuck or not math.isfinite(loss):
-            what = "no gradient is" if math.isfinite(loss) else "the loss is not"
-            last = checkpoint.newest_checkpoint(self.out)
-            raise TrainingError(
-                f"{phase.name}: {what} finite between images {since * size:,} and "
-                f"{phase.images:,}; go on from {last or 'the beginning'} with a lower "
-                f"--{phase.name}.lr or a wider --precision"
-            )
-
-    def _skipped(self, phase: Phase) -> int:
-        """Steps skipped for their gradients since the last call."""
-        if not isinstance(phase.optimizer, FusedOptimizer):
-            return 0
-        before, phase.skips = phase.skips, phase.optimizer.skips
-        return phase.skips - before
-
-    def _listen(self) -> dict[signal.Signals, Any]:
-        """Take over the signals that end a program; returns who had them. Only a program's main thread
-        may."""
-        if threading.current_thread() is not threading.main_thread():
-            return {}
-        return {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self._stop:
-            raise KeyboardInterrupt  # asked twice: do not wait for the step
-        self._stop = True
-
-    def _agreed_to_stop(self, step: int) -> bool:
-        """Whether a signal has reached any process; several ask one another every ten steps."""
-        if self.workers.world == 1:
-            return self._stop
-        return step % 10 == 0 and self.workers.any(self._stop)
-
-
-def load_weights(student: Precond, previous: Precond, phase: str) -> None:
-    """Start a phase from another network's weights. ValueError where the networks differ."""
-    ours, theirs = student.state_dict(), previous.state_dict()
-    wrong = [
-        f"{name} is {list(theirs[name].shape) if name in theirs else 'missing'}, "
-        f"must be {list(value.shape)}"
-        for name, value in ours.items()
-        if name not in theirs or theirs[name].shape != value.shape
-    ]
-    wrong += [f"{name} is not known" for name in theirs if name not in ours]
-    if wrong:
-        raise ValueError(f"init: the network does not fit phase {phase}: {'; '.join(wrong[:3])}")
-    student.load_state_dict(theirs)
-
-
-# ---- the end ------------------------------------------------------------------------------------
-
-NEXT = """Next:
-  tcm-fast sample {out} --num 100 --steps 1 --out samples.png
-  tcm-fast eval {out}
-  tcm-fast train --preset digits --data YOUR_IMAGES --network.no-class-conditional --out runs/yours
-(YOUR_IMAGES: a folder, zip, npz or parquet; class sub-folders serve as labels with
---network.class-conditional; presets for real runs: cifar10, imagenet64-s, ...)"""
-
-
-def summary(trainer: Trainer, results: list[PhaseResult]) -> None:
-    """The table of a finished run, and what to do next."""
-    table = Table(title=str(trainer.out), title_justify="left", box=box.SIMPLE)
-    table.pad_edge, table.padding = False, (0, 1, 0, 0)  # fits 80 columns
-    for column in ("phase", "images", "time", "images/s"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    judged = [r for r in results if r.reports]
-    if judged:
-        for column in ("Fréchet\n1 step", "\n2 steps", "confident", "memorised"):
-            table.add_column(column, justify="right")
-    for result in results:
-        speed = result.images / max(result.seconds, 1e-9)
-        minutes, hours = result.seconds / 60, result.seconds / 3600
-        duration = f"{result.seconds:.0f} s" if minutes < 60 else f"{hours:.1f} h"
-        row = [result.phase, f"{result.images:,}", duration, f"{speed:,.0f}"]
-        table.add_row(*row, *_quality(result))
-    if judged:
-        real = next(iter(judged[-1].reports.values()))
-        table.add_section()
-        yardstick = [f"{real.frechet_real:.2f}", "", _share(real.confident_real), "0.010"]
-        table.add_row("real data", "", "", "", *yardstick)
-        table.add_row("noise", "", "", "", "", "", _share(real.confident_noise), "")
-        table.caption = (
-            f"* in {HEUN_STEPS} Heun steps" if "edm" in (r.phase for r in judged) else None
+        self.log.warn(
+            "bad_numbers",
+            f"{phase.name}: skipped {len(reading.bad)} of {len(reading.rows)} steps, whose loss or "
+            f"gradient was not finite, the first at images {first * size:,} to "
+            f"{(first + 1) * size:,}: {told[0] if told else again}",
+            phase=phase.name,
+            steps=reading.bad,
+            total=phase.skips,
         )
-    Console().print(table)
-    print(NEXT.format(out=trainer.out))
+        phase.cause = told[0] if told else again
 
+    def _is_lost(self, phase: Phase, reading: Reading, stopped: bool) -> bool:
+        """Whether bad numbers do not go away by themselves."""
+        limit = self.config.guard.bad_steps
+        if phase.step == phase.steps and not stopped:
+            limit = min(limit, LAST_STREAK, phase.steps)
+        return reading.streak >= limit
 
-def _quality(result: PhaseResult) -> list[str]:
-    """Cells of a phase: distances at one and two steps, shares at one step."""
-    if not result.reports:
-        return []
-    reports = list(result.reports.values())
-    distances = [f"{report.frechet:.2f}" for report in reports]
-    if None in result.reports:
-        distances = [f"{distances[0]} *", ""]
-    return [*distances, _share(reports[0].confident), f"{reports[0].memorised:.3f}"]
+    def _roll_back(self, phase: Phase, previous: Precond | None) -> Phase:
+        """The phase as it was before its numbers went bad, with a lower rate or loss scale."""
+        guard, name = self.config.guard, phase.name
+        size, streak = phase.config.batch_size, phase.watch.streak
+        begun = (phase.step - streak) * size
+        what = f"{name}: the last {streak} steps, from image {begun:,} on, were not finite"
+        self.keeper.settle(waits=True)
+        good = self.keeper.last_good(name)
+        if phase.rollbacks >= guard.rollbacks:
+            raise TrainingError(
+                f"{what} ({phase.cause}), after {phase.rollbacks} roll-backs; go on from "
+                f"{good or 'the beginning'} with a lower --{name}.lr, with --{name}.grad-clip, or with "
+                "a wider --precision"
+            )
+        count = phase.rollbacks + 1
+        fresh = self.assembly.begin(name, previous) if good is None else self.assembly.restore(good)
+        missing = count - fresh.rollbacks
+        fresh.rollbacks, fresh.skips = count, phase.skips
+        now = fresh.lower(guard.lower, guard.factor**missing)
+        self.log.warn(
+            "roll_back",
+            f"{what}: going on from image {fresh.images:,} with {now} (roll-back {count} of "
+            f"{guard.rollbacks})",
+            phase=name,
+            rollbacks=count,
+            images=fresh.images,
+        )
+        # So that a run that is resumed knows of it.
+        self.keeper.save(fresh, [], micro_batches=self.micro.count)
+        return fresh
 
+    def _log_step(self, phase: Phase, rows: np.ndarray, since: int, seconds: float) -> None:
+        """Log the mean losses of the last steps and what goes with them."""
+        with timed(self.spent, "logging"):
+            means = summarise(rows)
+            consistency, boundary = means.losses.tolist()
+            values = {"loss": phase.loss(means.losses)}
+            if phase.name == "tcm":
+                values |= {"consistency": consistency, "boundary": boundary}
+            if isinstance(phase.config, ConsistencyConfig) and phase.name != "ict":
+                values["ratio"] = ratio(phase.config, phase.iteration - 1)
+            values["lr"] = float(phase.optimizer.param_groups[0]["lr"])
+            values |= {"grad_norm": means.norm, "grad_norm_max": means.largest}
+            size = phase.config.batch_size
+            values["images_per_second"] = (phase.step - since) * size / max(seconds, 1e-9)
+            if means.skipped:
+                values |= {"skipped": means.skipped, "skipped_total": phase.skips}
+            self.log.metrics(phase.name, phase.images, values)
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    def _agreed(self, step: int, *flags: bool) -> tuple[bool, ...]:
+        """Flags that any process has set; several processes ask one another every few steps."""
+        if self.workers.world == 1:
+            return flags
+        return self.workers.any(*flags) if step % TALK_EVERY == 0 else (False,) * len(flags)

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import threading
 
 import pytest
 import torch
@@ -12,20 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tcm_fast import checkpoint
 from tcm_fast.checkpoint import (
-    find_checkpoints,
-    flatten_optimizer,
     load_checkpoint,
     load_network,
     load_stage1,
-    newest_checkpoint,
-    open_run,
-    restore_optimizer,
     save_checkpoint,
     save_network,
 )
 from tcm_fast.networks import build_network
+from tcm_fast.optimizer_state import flatten_optimizer, restore_optimizer
+from tcm_fast.run_folder import find_checkpoints, newest_checkpoint, open_run
+from tcm_fast.tensor_files import read_tensors
 
 INFO = {
     "phase": "tcm",
@@ -166,7 +164,7 @@ def rewrite(path, *, change_header=None, change_tensors=None):
 
 
 def read_header(path):
-    return checkpoint._read(path)[0]
+    return read_tensors(path)[0]
 
 
 def test_wrong_keys_and_shapes_are_named(tmp_path):
@@ -311,6 +309,31 @@ def test_any_flipped_byte_is_refused(tmp_path_factory, data):
     flip_byte(file, solid[data.draw(st.integers(0, len(solid) - 1))])
     with pytest.raises(ValueError, match=file.name):
         load_checkpoint(path)
+
+
+def test_any_file_cut_anywhere_is_refused(tmp_path):
+    path = save(tmp_path)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        end = len(whole.rstrip())  # the last line's end says nothing
+        for kept in {0, 1, 7, 8, 9, 100, *range(0, end, end // 9), end - 1}:
+            if kept >= end:
+                continue
+            file.write_bytes(whole[:kept])
+            with pytest.raises(ValueError, match=file.name):
+                load_checkpoint(path)
+            with pytest.raises(ValueError, match=file.name):
+                open_run(tmp_path, "auto")
+            with pytest.raises((ValueError, FileNotFoundError), match=file.name):
+                load_network(tmp_path)
+        file.write_bytes(whole)
+    assert load_checkpoint(path).path == open_run(tmp_path, "auto").path
+
+
+def test_another_networks_checkpoint_is_refused(tmp_path):
+    saved = load_checkpoint(save(tmp_path, net=tiny_net(channels=3)))
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit the network: .* instead"):
+        saved.restore_network(tiny_net(), "model")
 
 
 def test_flipped_weight_is_refused_for_sampling_too(tmp_path):
@@ -462,12 +485,12 @@ def test_state_of_another_format_is_refused(tmp_path):
 
 def test_open_run(tmp_path):
     run = tmp_path / "run"
-    assert open_run(run) is None
-    assert open_run(run, True) is None
+    assert open_run(run).path is None
+    assert open_run(run, True).path is None
     path = save(run)
-    assert open_run(run, True) == open_run(run, "auto") == path
-    assert open_run(run, path) == open_run(run, run) == path
-    assert open_run(tmp_path / "new", path) == path
+    assert open_run(run, True).path == open_run(run, "auto").path == path
+    assert open_run(run, path).path == open_run(run, run).path == path
+    assert open_run(tmp_path / "new", path).path == path
     with pytest.raises(FileExistsError, match=r"already holds a run; continue it with --resume"):
         open_run(run)
     save(tmp_path / "other")
@@ -478,9 +501,64 @@ def test_open_run(tmp_path):
     (path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"incomplete, model.safetensors is missing"):
         open_run(run, path)
-    assert open_run(run, True) is None
+    with pytest.raises(
+        ValueError, match=r"none of the checkpoints in .* is sound .*model.safetens"
+    ):
+        open_run(run, True)
     with pytest.raises(FileNotFoundError, match=r"nor a run with a complete checkpoint"):
         open_run(run, run)
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match=r"must be a folder"):
         open_run(tmp_path / "file")
+
+
+def test_damaged_and_unfinished_checkpoints_are_passed_over_and_named(tmp_path):
+    oldest, middle, newest = (save(tmp_path, images=64 * i, keep=9) for i in (1, 2, 3))
+    flip_byte(newest / "ema-0.safetensors", -1)
+    (middle / "state.json").unlink()
+    unfinished = tmp_path / "checkpoints" / ".tmp-ect-000000256"
+    unfinished.mkdir()
+    opened = open_run(tmp_path, "auto")
+    assert opened.path == oldest
+    why = {found.path: found.reason for found in opened.passed_over}
+    assert why.keys() == {middle, newest, unfinished}
+    assert "SHA-256 differs" in why[newest]
+    assert "state.json is missing" in why[middle]
+    assert "never completed" in why[unfinished]
+    with pytest.raises(ValueError, match=r"ema-0.safetensors is damaged"):
+        open_run(tmp_path, newest)
+
+
+def test_the_best_stays(tmp_path):
+    losses = {64: 3.0, 128: 1.0, 192: 2.0, 256: None, 320: 5.0}
+    for images, loss in losses.items():
+        metrics = {} if loss is None else {"loss": loss}
+        save(tmp_path, images=images, keep=1, best="loss", state={"metrics": metrics})
+    names = [p.name for p in sorted((tmp_path / "checkpoints").iterdir())]
+    assert names == ["ect-000000128", "ect-000000320"]
+
+
+def test_readers_and_the_writer_may_race(tmp_path):
+    """A reader finds a whole network at any time, although the writer deletes what it reads."""
+    save(tmp_path, images=64, keep=1)
+    over = threading.Event()
+    errors = []
+
+    def write():
+        try:
+            for i in range(2, 40):
+                save(tmp_path, images=64 * i, keep=1)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            over.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not over.is_set():
+        seen.add(load_network(tmp_path).info["images"])
+        find_checkpoints(tmp_path)
+    writer.join()
+    assert not errors
+    assert len(seen) > 1

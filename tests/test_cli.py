@@ -129,10 +129,17 @@ def test_flags_override_the_preset():
         (["train", "--config", "missing.toml"], "no such file: missing.toml"),
         (["train", "--preset", "digits", "--data", "nowhere"], "nowhere"),
         (["train", "--preset", "digits", "--tcm.rho", "1.5"], "tcm.rho"),
-        (["train", "--preset", "imagenet64-s", "--data", "digits"], "labels|edm2"),
+        (
+            ["train", "--preset", "imagenet64-s", "--data", "digits", "--data.resolution", "8"],
+            "attn_resolutions: .* got 16",
+        ),
         (["sample", "nowhere"], "nowhere"),
         (["eval", "nowhere"], "nowhere|no images"),
         (["data", "info", "nowhere"], "nowhere"),
+        (["bench", "compare", "a.json"], r"needs A\.json and B\.json, got 1"),
+        (["bench", "compare", "a.json", "b.json"], r"no such file: a\.json"),
+        (["bench", "ops", "a.json"], "only compare takes files"),
+        (["bench", "step", "--device", "cuda"], "cuda"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(argv, message, tmp_path, monkeypatch, capsys):
@@ -177,6 +184,61 @@ def test_data_info_and_pack(folder, tmp_path, capsys):
     assert run("data", "pack", folder, packed) == 2
 
 
+def recorded(path, seconds, wrong=""):
+    from tcm_fast.benchmarks.results import Results, Row
+
+    rows = [Row("ops", "case", "pytorch", [1.0, 1.01, 0.99, 1.02, 1.0] * 3)]
+    samples = [] if wrong else [seconds * f for f in (1.0, 1.01, 0.99, 1.02, 1.0)] * 3
+    rows.append(Row("ops", "case", "tcm_fast", samples, wrong=wrong))
+    environment = {"name": "machine", "device": "cpu", "threads": 1}
+    Results(environment, {}, rows=rows).save(path)
+    return path
+
+
+def test_bench_compare_is_a_gate(tmp_path, capsys):
+    a = recorded(tmp_path / "a.json", 0.5)
+    for seconds, status, word in (
+        (0.505, 0, "2 of 2 rows are equal"),
+        (1.0, 1, "slower  tcm_fast"),
+    ):
+        b = recorded(tmp_path / "b.json", seconds)
+        assert run("bench", "compare", a, b) == status
+        assert word in capsys.readouterr().out
+    assert run("bench", "compare", a, b, "--tolerance", 1.5) == 0
+    assert run("bench", "compare", a, recorded(tmp_path / "c.json", 0.5, "off by 3")) == 1
+
+
+def test_bench_writes_a_report_and_profile_a_trace(tmp_path, monkeypatch, capsys):
+    from tcm_fast.benchmarks import suite
+    from tcm_fast.benchmarks.results import Results, Row
+    from tcm_fast.benchmarks.steps import StepCase
+    from tcm_fast.benchmarks.validate import TINY
+
+    asked = []
+
+    def measured(settings, say):
+        asked.append(settings)
+        environment = {"name": "machine", "device": "cpu", "threads": 1}
+        wrong = "off by 3" if settings.only == "bad" else ""
+        row = Row("ops", "case", "tcm_fast", [] if wrong else [1.0], wrong=wrong)
+        return Results(environment, {}, rows=[row])
+
+    monkeypatch.setattr(suite, "run", measured)
+    assert run("bench", "step", "--quick", "--device", "cpu", "--out", tmp_path / "out") == 0
+    assert asked[-1].groups == ("step", "roofline")
+    assert asked[-1].quick
+    assert f"report in {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
+    assert (tmp_path / "out" / "results.json").is_file()
+    assert run("bench", "--only", "bad", "--device", "cpu", "--out", tmp_path / "out") == 1
+    assert "ops" in asked[-1].groups
+    assert "WRONG: tcm_fast" in capsys.readouterr().out
+
+    monkeypatch.setattr(suite, "roofline_cases", lambda settings: [StepCase(TINY, 8)])
+    assert run("bench", "profile", "--device", "cpu", "--out", tmp_path / "trace") == 0
+    assert (tmp_path / "trace" / "trace.json").is_file()
+    assert "module (forward, children included)" in capsys.readouterr().out
+
+
 def test_doctor_names_every_backend(capsys):
     assert run("doctor") == 0
     shown = capsys.readouterr().out
@@ -206,7 +268,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny, folder, tmp_path):
             break
     os.kill(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == cli.STOPPED == 75
     assert "--resume auto" in error
     resumed = error.strip().splitlines()[-1].partition("to go on: ")[2].split()
     assert resumed[:2] == ["tcm-fast", "train"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import struct
@@ -874,3 +875,74 @@ def test_describe(tmp_path):
     assert found["bytes"] == images.nbytes
     json.dumps(found)  # plain numbers, for a script as much as for a person
     assert describe("digits:test", resolution=4)["bytes"] == 898 * 16
+
+
+# ---- disks that fail ------------------------------------------------------------------------------
+
+
+def failing_reads(monkeypatch, failures):
+    """Reads of `dog.png` fail so many times. Returns the times slept."""
+    read, left, slept = Path.read_bytes, [failures], []
+
+    def reading(self):
+        if self.name == "dog.png" and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    monkeypatch.setattr(data_module.time, "sleep", slept.append)
+    return slept
+
+
+def picture_folder(folder):
+    (folder / "set").mkdir()
+    for name in ("cat", "dog"):
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(folder / "set" / f"{name}.png")
+    return folder / "set"
+
+
+def test_a_read_that_fails_for_a_while_is_tried_again(tmp_path, monkeypatch):
+    slept = failing_reads(monkeypatch, 2)
+    assert len(load_images(picture_folder(tmp_path))) == 2
+    assert slept == [0.1, 1.0]
+
+
+def test_a_read_that_fails_for_good_is_reported_by_name(tmp_path, monkeypatch):
+    slept = failing_reads(monkeypatch, 1000)
+    with pytest.raises(ValueError, match=r"1 of 2 images .*: dog.png \(.*Input/output error\)"):
+        load_images(picture_folder(tmp_path))
+    assert slept == list(data_module.PAUSES)
+
+
+def test_a_disk_that_is_gone_is_not_waited_for_image_by_image(tmp_path, monkeypatch):
+    slept = failing_reads(monkeypatch, 1000)
+    patience = data_module._Patience()
+    for _ in range(100):
+        with pytest.raises(OSError, match="Input/output error"):
+            patience.read("dog.png", (tmp_path / "dog.png").read_bytes)
+    assert len(slept) == data_module.RETRIES
+
+
+def test_a_file_that_vanishes_is_reported_at_once(tmp_path, monkeypatch):
+    slept = failing_reads(monkeypatch, 0)
+    folder = picture_folder(tmp_path)
+    walk = image_files._walk
+
+    def vanishing(root):
+        names = walk(root)
+        (folder / "dog.png").unlink()
+        return names
+
+    monkeypatch.setattr(image_files, "_walk", vanishing)
+    with pytest.raises(ValueError, match=r"dog.png \(.*No such file or directory"):
+        load_images(folder)
+    assert slept == []
+
+
+def test_a_slow_read_is_named(tmp_path, monkeypatch):
+    folder = picture_folder(tmp_path)
+    clock = iter(range(0, 10_000, 40))
+    monkeypatch.setattr(data_module.time, "monotonic", lambda: next(clock))
+    with pytest.warns(UserWarning, match=r"data: reading (cat|dog).png took \d+ s"):
+        load_images(folder)

@@ -14,22 +14,35 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
 _C
 kernels
-config distributed runlog image_files graphs
+config distributed runlog stopping run_lock image_files graphs
 data
-times
+times augment
 networks
 objectives
-optim
+diagnosis optim watch
+offload tensor_files
+optimizer_state run_folder
 checkpoint
-snapshots
+saving snapshots parallel
 pictures
 sampler
 precision_check
 features
 metrics
-plan
+plan footprint
+cards recipes
+budget
+phase memory summary
+keeping assembly
 trainer
+timebox
+foreign_blocks
+norm_act
+inert_pickle
+torch_files
 convert accelerate
+export diffusers_folder
+plan_command
 cli
 __init__ __main__
 """
@@ -43,6 +56,8 @@ dropout precondition _philox_triton
 group_norm_silu qkv_attention consistency_loss noise_pair denoise_to_uint8
 normalized_copy
 fused_step
+_pointwise
+pixel_norm_mp_silu mp_cat_mp_silu modulate_mp_silu mp_sum resample residual
 __init__
 """
 KERNELS_RANK = {

@@ -403,3 +403,120 @@ def test_copies_that_an_optimizer_keeps_are_used_instead_of_casts(dtype):
     expected, found = run(cast, plan, images), run(kept, plan, images)
     assert found[0] == expected[0]
     assert torch.equal(found[2], expected[2])
+
+
+# ---- EDM2 ---------------------------------------------------------------------------------------
+
+
+def edm2(seed, dropout=0.0, **options):
+    torch.manual_seed(seed)
+    net = build_network(
+        "edm2", img_resolution=8, img_channels=2, label_dim=3, model_channels=16,
+        channel_mult=[1, 1], num_blocks=1, attn_resolutions=[4], channels_per_head=16,
+        dropout=dropout, **options,
+    )  # fmt: skip
+    for parameter in net.parameters():
+        if parameter.ndim == 0:
+            parameter.data.fill_(0.7)
+    return net
+
+
+def edm2_step(objective, plan, images, parts=1):
+    """Loss and gradient of a step with labels."""
+    labels = torch.eye(3)[torch.arange(SIZE) % 3]
+    objective.zero_grad()
+    loss = 0.0
+    for part in plan.parts(parts):
+        batch = make_batch(
+            plan, part, images[part], labels[part], seed=SEED, step=STEP,
+            boundary_weight=getattr(objective.config, "boundary_weight", 0.0),
+        )  # fmt: skip
+        share, _ = objective(batch)
+        share.backward()
+        loss += share.item()
+    grads = [p.grad for p in objective.parameters() if p.grad is not None]
+    return loss, torch.cat([g.flatten() for g in grads])
+
+
+def edm2_problem(name, **fields):
+    config = CONFIGS[name](batch_size=SIZE, **fields)
+    plan = plan_times(config, seed=SEED, images_seen=0, iteration=100_000, iterations=200_000)
+    images = torch.randint(0, 256, (SIZE, 2, 8, 8), generator=torch.Generator().manual_seed(3))
+    return config, plan, images.to(torch.uint8)
+
+
+@pytest.mark.parametrize("name", ["edm", "ect", "tcm"])
+def test_normalising_once_a_step_does_not_change_it(name, monkeypatch):
+    """Against a network that normalises in every forward, in the graph."""
+    config, plan, images = edm2_problem(name, **({} if name == "edm" else {"c": 0.06}))
+    frozen = edm2(2, 0.2) if name == "tcm" else None
+    once = Objective(name, config, edm2(1, 0.2).train(), frozen)
+    each = Objective(name, config, edm2(1, 0.2).train(), frozen)
+    monkeypatch.setattr(each, "_derives", False)
+    each._frozen = (frozen,)
+    loss, grad = edm2_step(once, plan, images, parts=2)
+    expected, expected_grad = edm2_step(each, plan, images, parts=2)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert cosine(grad, expected_grad) > 1 - 1e-4
+
+
+def test_a_step_normalises_each_weight_once_and_writes_none(monkeypatch):
+    from tcm_fast.networks import precision
+
+    config, plan, images = edm2_problem("tcm", c=0.06)
+    objective = Objective("tcm", config, edm2(1).train(), edm2(2))
+    before = {name: p.clone() for name, p in objective.student.named_parameters()}
+    seen = []
+    scaled = precision.normalized_copy
+    monkeypatch.setattr(precision, "normalized_copy", lambda w: seen.append(w) or scaled(w))
+    edm2_step(objective, plan, images, parts=4)
+    rows = precision.normalized_names(objective.student.model)
+    assert len(seen) == len(rows)  # for two networks, three passes and four micro-batches
+    assert not precision.normalized_names(objective.frozen.model)
+    edm2_step(objective, plan, images)
+    assert len(seen) == len(rows)
+    assert all(torch.equal(p, before[name]) for name, p in objective.student.named_parameters())
+
+
+def test_learned_variance_is_the_formula():
+    config, plan, images = edm2_problem("edm")
+    net = edm2(1, logvar_channels=8).train()
+    plain = Objective("edm", config, edm2(1).train())
+    labels = torch.eye(3)[torch.arange(SIZE) % 3]
+    (part,) = plan.parts(1)
+    batch = make_batch(plan, part, images, labels, seed=SEED, step=STEP)
+    net.model.load_state_dict(plain.student.model.state_dict())
+    learned = Objective("edm", config, net)
+    squared = plain._denoising(batch).detach()
+    u = net.log_variance(batch.t)
+    expected = squared * (-u).exp() + u * (2 * 8 * 8)
+    torch.testing.assert_close(learned._denoising(batch), expected)
+    learned(batch)[0].backward()
+    assert net.logvar_linear.weight.grad.any()
+
+
+def test_augmented_images_and_their_labels_reach_the_network():
+    config, plan, images = edm2_problem("edm", augment=0.5)
+    torch.manual_seed(0)
+    net = build_network(
+        "ddpmpp", img_resolution=8, img_channels=2, model_channels=16, channel_mult=[1],
+        num_blocks=1, attn_resolutions=[], dropout=0.0, augment_dim=9,
+    ).train()  # fmt: skip
+    torch.nn.init.normal_(net.model.dec["8x8_aux_conv"].weight)
+    objective = Objective("edm", config, net)
+    (part,) = plan.parts(1)
+    batch = make_batch(plan, part, images, None, seed=SEED, step=STEP)
+    objective(batch)[0].backward()
+    assert net.model.map_augment.weight.grad.any()
+    whole = objective._denoising(batch)
+    pieces = [
+        objective._denoising(make_batch(plan, rows, images[rows], None, seed=SEED, step=STEP))
+        for rows in plan.parts(4)
+    ]
+    found = torch.empty_like(whole)
+    for rows, piece in zip(plan.parts(4), pieces, strict=True):
+        found[torch.from_numpy(rows)] = piece
+    order = torch.from_numpy(part)
+    torch.testing.assert_close(found[order], whole, rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match=r"edm.augment: needs .* got 0"):
+        Objective("edm", config, network(1))

@@ -8,10 +8,11 @@ import time
 import pytest
 from PIL import Image
 
-from tcm_fast.checkpoint import load_checkpoint, load_network, newest_checkpoint
+from tcm_fast.checkpoint import load_checkpoint, load_network
 from tcm_fast.data import load_images
 from tcm_fast.features import digits_feature_space
 from tcm_fast.metrics import evaluate_network
+from tcm_fast.run_folder import newest_checkpoint
 
 
 @pytest.mark.slow

@@ -1,67 +1,42 @@
 """The loop: phases in turn, equal runs for equal seeds, interruption, accumulation, bad numbers."""
 
 import dataclasses
+import errno
+import gc
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny_runs import assert_equal, assert_same_run, events, tiny, train, weights, write_images
 
-from tcm_fast import optim
+from tcm_fast import assembly, optim, saving
 from tcm_fast import trainer as trainer_module
-from tcm_fast.checkpoint import find_checkpoints, load_checkpoint, load_network, newest_checkpoint
-from tcm_fast.config import Config, from_dict, load_config, save_config
+from tcm_fast.checkpoint import load_checkpoint, load_network
+from tcm_fast.config import Config, from_dict, load_config
 from tcm_fast.data import load_images
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension
+from tcm_fast.phase import TrainingError
+from tcm_fast.run_folder import find_checkpoints, newest_checkpoint
 from tcm_fast.sampler import sample
-from tcm_fast.trainer import Interrupted, Trainer, TrainingError, summary
-
-TINY = {
-    "network": {
-        "model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4],
-    },
-    "phases": ["edm", "ect", "tcm"],
-    "log_every": 2, "save_every": 3, "grid_every": 4,
-}  # fmt: skip
-PHASE = {"batch_size": 16, "images": 16 * 6, "dropout": 0.2, "lr": 1e-3, "ema": ["power:6.94"]}
-PAIRS = {"double": 4, "limit": 0.9, "c": 0.06}
+from tcm_fast.summary import summary
+from tcm_fast.trainer import Interrupted, Trainer
 
 
 @pytest.fixture
 def images(tmp_path):
-    """A small labelled set in an npz."""
-    rng = np.random.default_rng(0)
-    path = tmp_path / "images.npz"
-    np.savez(path, images=rng.integers(0, 256, (40, 8, 8, 1), np.uint8), labels=np.arange(40) % 3)
-    return path
+    return write_images(tmp_path)
 
 
-def tiny(images, **changes):
-    values = {**TINY, "data": {"source": str(images)}}
-    values |= dict.fromkeys(("ect", "tcm", "cd"), PHASE | PAIRS) | {"edm": PHASE}
-    values["ict"] = PHASE | {"s1": 20}
-    for key, value in changes.items():
-        values[key] = values[key] | value if isinstance(values.get(key), dict) else value
-    return from_dict(Config, values)
-
-
-def train(config, out, **options):
-    return Trainer(config, out, **options).run()
-
-
-def weights(out, file="model"):
-    """The tensors of the newest checkpoint's file."""
-    return load_checkpoint(newest_checkpoint(out)).network_tensors(file)
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They would take most of the time."""
+    monkeypatch.setattr(Trainer, "_grid", lambda *_: None)
 
 
 def test_three_phases_leave_everything_behind(images, tmp_path):
@@ -121,10 +96,10 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stop_at, images, tmp_
     train(config, tmp_path / "whole")
     step = Trainer._step
 
-    def stopping(self, phase, stream):
+    def stopping(self, phase, batches):
         if (phase.name, phase.step) == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, phase, stream)
+        return step(self, phase, batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", stopping)
@@ -146,7 +121,8 @@ def test_without_the_extension_torchs_optimizer_trains_alike(images, tmp_path, m
     train(config, tmp_path / "fused")
     assert "optimizer:" not in capsys.readouterr().err
     train(dataclasses.replace(config, max_steps=3), tmp_path / "both")
-    monkeypatch.setattr(trainer_module, "extension_gap", lambda device: "not here")
+    for module in (trainer_module, assembly):
+        monkeypatch.setattr(module, "extension_gap", lambda device: "not here")
     monkeypatch.setattr(optim, "extension_for", lambda name, device: None)
     train(config, tmp_path / "torch")
     train(config, tmp_path / "both", resume=True)
@@ -167,7 +143,10 @@ def test_gradients_that_never_are_finite_stop_the_run(images, tmp_path, monkeypa
         step(self)
 
     monkeypatch.setattr(optim.FusedOptimizer, "step", spoilt)
-    with pytest.raises(TrainingError, match=r"edm: no gradient is finite between images 0 and 32"):
+    with pytest.raises(
+        TrainingError,
+        match=r"edm: the last 6 steps, from image 0 on, were not finite .* after 3 roll-",
+    ):
         train(tiny(images, phases=["edm"]), tmp_path / "run")
 
 
@@ -267,13 +246,13 @@ def test_replayed_steps_are_the_steps(images, tmp_path, monkeypatch):
     """Every step of a run from a captured place in memory: its times, noise, images and labels."""
     config = tiny(images, network={"class_conditional": True}, data={"source": str(images)})
     train(config, tmp_path / "eager")
-    build = trainer_module.build_optimizer
+    build = assembly.build_optimizer
 
     def plain(parameters, config, *, capturable, **rest):
         return build(parameters, config, **rest)
 
-    monkeypatch.setattr(trainer_module, "build_optimizer", plain)
-    monkeypatch.setattr(Trainer, "_graphs", lambda self: GraphCache(Deferred))
+    monkeypatch.setattr(assembly, "build_optimizer", plain)
+    monkeypatch.setattr(assembly.Assembly, "graphs", lambda self: GraphCache(Deferred))
     monkeypatch.setattr(trainer_module, "row_granule", lambda *_: 8)
     train(config, tmp_path / "replayed")
     assert Deferred.replays >= 9
@@ -300,13 +279,15 @@ def test_compiled_networks_train_alike(images, tmp_path):
 
 def test_numbers_that_are_not_finite_stop_the_run(images, tmp_path):
     config = tiny(images, phases=["edm"], edm={"lr": 1e30, "images": 320})
-    with pytest.raises(TrainingError, match=r"edm: the loss is not finite .* lower --edm.lr"):
+    with pytest.raises(
+        TrainingError, match=r"edm: .* not finite .* after 3 roll-backs; go on .* --edm.lr"
+    ):
         train(config, tmp_path / "run")
 
 
 def test_collapse_is_noticed(images, tmp_path):
     run = Trainer(tiny(images), tmp_path / "run")
-    phase = run._begin("edm", None)
+    phase = run.assembly.begin("edm", None)
     data = trainer_module.metrics.spread(run.data.images)
     log = tmp_path / "run" / "log.jsonl"
 
@@ -368,7 +349,7 @@ def test_without_the_boundary_loss_stage_2_collapses(tmp_path):
 
 def test_the_summary_names_the_next_commands(images, tmp_path, capsys):
     run = Trainer(tiny(images, phases=["edm"]), tmp_path / "run")
-    summary(run, run.run())
+    summary(run.out, run.run())
     shown = capsys.readouterr().out
     assert f"tcm-fast sample {tmp_path / 'run'}" in shown
     assert "96" in shown
@@ -383,7 +364,7 @@ def test_the_summary_names_the_next_commands(images, tmp_path, capsys):
         ),
         ({"tcm": {"batch_size": 2}}, "at least one boundary sample"),
         ({"network": {"channel_mult": [1, 1, 1, 1, 1]}}, "resolution"),
-        ({"network": {"name": "edm2"}}, "edm2"),
+        ({"network": {"name": "edm2"}}, "channels_per_head: must divide"),
         ({"device": "tpu"}, "device: must be cpu, cuda"),
         ({"data": {"source": "nowhere"}}, "nowhere does not exist"),
         ({"edm": {"ema": ["mean:1"]}}, "ema: must be"),
@@ -425,49 +406,238 @@ def test_an_initial_network_of_another_shape_is_refused(images, tmp_path):
         train(config, tmp_path / "run", init=tmp_path / "small")
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(images, tmp_path, monkeypatch):
-    config = tiny(images, phases=["edm"])
-    save = trainer_module.checkpoint.save_checkpoint
-    calls = []
+def full(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint(
+    images, no_pictures, tmp_path, monkeypatch, capsys
+):
+    config = tiny(images, phases=["edm"], edm={"images": 16 * 12})
+    train(config, tmp_path / "whole")
+    write, calls = saving.write_checkpoint, []
 
     def failing(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 2:
-            monkeypatch.setattr(os, "fsync", full)
-        return save(*args, **kwargs)
+        with monkeypatch.context() as patch:
+            if len(calls) == 2:
+                patch.setattr(os, "fsync", full)
+            return write(*args, **kwargs)
 
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(trainer_module.checkpoint, "save_checkpoint", failing)
-    with pytest.raises(OSError, match=r"could not be saved.*No space left.*is intact"):
-        train(config, tmp_path / "run")
-    monkeypatch.undo()
-    assert load_checkpoint(newest_checkpoint(tmp_path / "run")).state["images"] == 48
-    assert train(config, tmp_path / "run", resume=True)[0].images == 96
+    monkeypatch.setattr(saving, "write_checkpoint", failing)
+    train(config, tmp_path / "run")
+    assert "No space left on device; the previous one at" in capsys.readouterr().err
+    assert "save_failed" in [event["event"] for event in events(tmp_path / "run")]
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_do_not_change_the_result(ranks, images, tmp_path):
-    """torchrun with gloo against one process: three steps of each phase."""
-    config = dataclasses.replace(tiny(images), max_steps=3, device="cpu")
-    train(config, tmp_path / "one")
-    save_config(config, tmp_path / "config.json")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-        "--master-port", str(29_500 + os.getpid() % 1000), "-m", "tcm_fast", "train",
-        "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "many"),
-    ]  # fmt: skip
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, many = weights(tmp_path / "one"), weights(tmp_path / "many")
-    difference = sum((one[k] - many[k]).square().sum() for k in one).sqrt()
-    norm = sum(one[k].square().sum() for k in one).sqrt()
-    assert difference / norm < 1e-5
+@pytest.mark.parametrize("fails", ["in a row", "at the end"])
+def test_a_disk_that_stays_full_ends_the_run(fails, images, no_pictures, tmp_path, monkeypatch):
+    """The last good checkpoint is there, and the run goes on from it."""
+    config = tiny(images, phases=["edm"], edm={"images": 16 * 18}, save_every=3)
+    write, calls = saving.write_checkpoint, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        with monkeypatch.context() as patch:
+            if len(calls) > 2 if fails == "in a row" else len(calls) == 6:
+                patch.setattr(os, "fsync", full)
+            return write(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_checkpoint", failing)
+        with pytest.raises(OSError, match=r"could not be saved.*No space left.*is intact"):
+            train(config, tmp_path / "run")
+    good = 96 if fails == "in a row" else 240
+    assert load_checkpoint(newest_checkpoint(tmp_path / "run")).state["images"] == good
+    assert train(config, tmp_path / "run", resume=True)[0].images == 288
+
+
+def test_a_folder_that_is_read_only_for_a_while(images, no_pictures, tmp_path, monkeypatch, capsys):
+    """Any write into the run fails: training goes on, and the last save is a good one."""
+    config = tiny(images, phases=["edm"], edm={"images": 16 * 9})
+    train(config, tmp_path / "whole")
+    step, mkdir = Trainer._step, Path.mkdir
+    read_only = []
+
+    def during(self, phase, batches):
+        read_only[:] = [1] if 4 <= phase.step < 8 else []
+        step(self, phase, batches)
+
+    def refused(self, *args, **kwargs):
+        if read_only and tmp_path / "run" in self.parents:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "_step", during)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    train(config, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "Read-only file system; the previous one at" in said
+    assert "training goes on" in said
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_folder_that_vanishes_is_made_anew(images, no_pictures, tmp_path, monkeypatch):
+    config = tiny(images, phases=["edm", "ect"], edm={"images": 16 * 9})
+    train(config, tmp_path / "whole")
+    step = Trainer._step
+
+    def vanishing(self, phase, batches):
+        if (phase.name, phase.step) == ("edm", 4):
+            self.keeper.settle(waits=True)
+            shutil.rmtree(tmp_path / "run")
+        step(self, phase, batches)
+
+    monkeypatch.setattr(Trainer, "_step", vanishing)
+    train(config, tmp_path / "run")
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert load_config(tmp_path / "run" / "config.json") == config
+    images_seen = [e["images"] for e in events(tmp_path / "run") if e["event"] == "train"]
+    assert images_seen[-1] == 96
+    assert images_seen[0] > 64  # what was logged before is gone
+
+
+def test_images_that_vanish_do_not_stop_a_run(images, no_pictures, tmp_path, monkeypatch):
+    """They are in memory; a run that is resumed without them says what is missing."""
+    config = tiny(images, phases=["edm"])
+    step = Trainer._step
+
+    def vanishing(self, phase, batches):
+        images.unlink(missing_ok=True)
+        step(self, phase, batches)
+
+    monkeypatch.setattr(Trainer, "_step", vanishing)
+    train(dataclasses.replace(config, max_steps=3), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"data: .*images.npz does not exist"):
+        train(config, tmp_path / "run", resume=True)
+
+
+def test_milestones_and_the_best_are_kept(images, no_pictures, tmp_path):
+    config = tiny(
+        images, phases=["edm"], save_every=1, keep=1, milestone_every=4, best="loss",
+        edm={"images": 16 * 10},
+    )  # fmt: skip
+    train(config, tmp_path / "run")
+    found = [load_checkpoint(f.path).state for f in find_checkpoints(tmp_path / "run")]
+    kept = {state["images"] // 16: state for state in found}
+    assert {4, 8, 9, 10} <= kept.keys()
+    losses = {
+        e["images"] // 16: e["loss"] for e in events(tmp_path / "run") if e["event"] == "train"
+    }
+    assert len(kept) <= 5
+    best = min(kept, key=lambda step: kept[step]["metrics"]["loss"])
+    assert all(kept[best]["metrics"]["loss"] <= state["metrics"]["loss"] for state in found)
+    assert losses.keys() == {2, 4, 6, 8, 10}
+    with pytest.raises(ValueError, match="best: frechet needs a feature space"):
+        Trainer(tiny(images, best="frechet"), tmp_path / "other")
+
+
+def test_the_best_by_distance(images, no_pictures, tmp_path):
+    changes = {"best": "frechet", "eval": {"features": "random", "num": 64}, "keep": 1}
+    train(tiny(images, phases=["edm"], save_every=2, **changes), tmp_path / "run")
+    found = [load_checkpoint(f.path).state for f in find_checkpoints(tmp_path / "run")]
+    assert all(state["metrics"]["frechet"] > 0 for state in found)
+
+
+@pytest.mark.parametrize(
+    ("precision", "backend"),
+    [
+        ("fp16", "fused"),
+        pytest.param("fp16", "torch", marks=pytest.mark.slow),
+        pytest.param("fp32", "fused", marks=pytest.mark.slow),
+        pytest.param("fp32", "torch", marks=pytest.mark.slow),
+    ],
+)
+def test_exact_resume_of_all_state(precision, backend, images, no_pictures, tmp_path, monkeypatch):
+    """Both optimizers, 16-bit moments, loss scale, several averages, snapshots, labels, counters."""
+    if backend == "fused" and extension() is None:
+        pytest.skip("needs the extension: not built")
+    if backend == "torch":
+        for module in (trainer_module, assembly):
+            monkeypatch.setattr(module, "extension_gap", lambda device: "not here")
+        monkeypatch.setattr(optim, "extension_for", lambda name, device: None)
+    moments = {"moments": "bf16"} if backend == "fused" else {}
+    phase = {
+        "ema": ["power:16.97", "halflife:1000", "power:6.94"], "grad_clip": 0.5, "decay_start": 2,
+        "warmup_images": 64, **moments,
+    }  # fmt: skip
+    config = tiny(
+        images, ect=phase, tcm=phase, phases=["ect", "tcm"], precision=precision,
+        network={"class_conditional": True}, data={"source": str(images), "flip": True},
+        snapshot_every=2, grid_every=1000,
+    )  # fmt: skip
+    train(config, tmp_path / "whole")
+    for steps in (2, 4):
+        train(
+            dataclasses.replace(config, max_steps=steps, phases=("ect",)),
+            tmp_path / "cut",
+            resume=True,
+        )
+    train(dataclasses.replace(config, phases=("ect",)), tmp_path / "cut", resume=True)
+    for steps in (2, 4, None):
+        train(dataclasses.replace(config, max_steps=steps), tmp_path / "cut", resume=True)
+    files = ("model", "ema-0", "ema-1", "ema-2", "stage1", "optimizer")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", files)
+    states = [load_checkpoint(newest_checkpoint(tmp_path / n)).state for n in ("whole", "cut")]
+    for key in (
+        "step",
+        "first_iteration",
+        "skips",
+        "scaler",
+        "rate_factor",
+        "images",
+        "iterations",
+    ):
+        assert states[0][key] == states[1][key], key
+    snapshots = [sorted((tmp_path / n / "snapshots").iterdir()) for n in ("whole", "cut")]
+    assert [p.name for p in snapshots[0]] == [p.name for p in snapshots[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*snapshots, strict=True))
+
+
+def test_deterministic_training(images, no_pictures, tmp_path):
+    config = tiny(images, deterministic=True)
+    train(config, tmp_path / "run")
+    assert torch.are_deterministic_algorithms_enabled()
+    train(dataclasses.replace(config, deterministic=False), tmp_path / "plain")
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert_equal(weights(tmp_path / "run"), weights(tmp_path / "plain"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_exact_resume_on_a_gpu(precision, images, tmp_path):
+    """With --deterministic; graphs included."""
+    config = tiny(images, deterministic=True, device="cuda", precision=precision)
+    train(config, tmp_path / "whole")
+    train(dataclasses.replace(config, max_steps=3, phases=("edm",)), tmp_path / "cut")
+    train(config, tmp_path / "cut", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resuming_needs_no_more_memory_than_running(images, no_pictures, tmp_path, monkeypatch):
+    """Networks that are alive when a phase is put together: those of the phase, and nothing else."""
+    config = tiny(images, phases=["ect", "tcm"], max_steps=2)
+    counts = []
+    assemble = assembly.Assembly.assemble
+
+    def counting(self, *args):
+        phase = assemble(self, *args)
+        gc.collect()
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in gc.get_objects()
+            if issubclass(type(t), torch.Tensor) and t.ndim and not t.is_meta
+        }
+        counts.append((phase.name, sum(storages.values())))
+        return phase
+
+    monkeypatch.setattr(assembly.Assembly, "assemble", counting)
+    train(dataclasses.replace(config, phases=("ect",)), tmp_path / "run")
+    train(dataclasses.replace(config, phases=("tcm",)), tmp_path / "run", resume=True)
+    counts.clear()
+    train(dataclasses.replace(config, max_steps=4), tmp_path / "run", resume=True)
+    resumed = dict(counts)
+    counts.clear()
+    train(dataclasses.replace(config, max_steps=4), tmp_path / "whole")
+    assert resumed["tcm"] <= dict(counts)["tcm"] + 4096

@@ -1,16 +1,27 @@
 """The networks, by name."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from tcm_fast.config import load_preset, preset_names, require, suggest
-from tcm_fast.networks.ddpmpp import SongUNet
+from tcm_fast.networks.adm import DhariwalUNet
+from tcm_fast.networks.ddpmpp import NCSNpp, SongUNet
+from tcm_fast.networks.edm2 import EDM2UNet
+from tcm_fast.networks.mp_layers import force_rows
 from tcm_fast.networks.precond import Precond
 
-__all__ = ["NETWORKS", "Precond", "build_network"]
+__all__ = ["LOGVAR_CHANNELS", "NETWORKS", "Precond", "build_network", "force_rows"]
 
-NETWORKS = {"ddpmpp": SongUNet}
-LATER = ("ncsnpp", "adm", "edm2")
+LOGVAR_CHANNELS = 128  # of the log-variance that EDM2 learns in pre-training
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "ddpmpp": SongUNet,
+    "ncsnpp": NCSNpp,
+    "adm": DhariwalUNet,
+    "edm2": EDM2UNet,
+}
 _OWN = ("img_resolution", "in_channels", "out_channels", "label_dim")  # what build_network derives
 
 
@@ -21,18 +32,21 @@ def build_network(
     img_channels: int,
     label_dim: int = 0,
     sigma_data: float = 0.5,
+    logvar_channels: int = 0,
     **architecture: Any,
 ) -> Precond:
     """A freshly initialised denoiser, in fp32 on torch's default device and in train mode.
 
     Args:
-        name: `ddpmpp`, or a preset's name for the network of that preset.
+        name: `ddpmpp`, `ncsnpp`, `adm` or `edm2`, or a preset's name for the network of that preset.
         img_resolution: height and width of the images, which the network must be able to halve.
         img_channels: channels of the images.
         label_dim: number of classes, 0 for an unconditional network.
         sigma_data: standard deviation of the data.
+        logvar_channels: width of EDM2's learned log-variance for pre-training, 0 for none.
         architecture: named as EDM names it (model_channels, channel_mult, num_blocks,
-            attn_resolutions, dropout, label_dropout, ...); the defaults are the CIFAR-10 recipe's.
+            attn_resolutions, dropout, label_dropout, ...); the defaults are those of the recipes:
+            CIFAR-10 for ddpmpp and ncsnpp, ImageNet-64 for adm and edm2 (size S).
 
     Returns:
         The module `net(x, t, labels=None) -> D`; weights are initialised from torch's generator.
@@ -43,10 +57,8 @@ def build_network(
     if name not in NETWORKS and name in preset_names():
         preset = load_preset(name).network
         name, architecture = preset.name, preset.architecture() | architecture
-    if name in LATER:
-        raise ValueError(f"build_network: {name!r} is not available in this version")
     if name not in NETWORKS:
-        known = [*NETWORKS, *LATER, *preset_names()]
+        known = [*NETWORKS, *preset_names()]
         raise ValueError(f"build_network: {suggest(name, known)}, got {name!r}")
     network = NETWORKS[name]
     parameters = inspect.signature(network).parameters
@@ -61,10 +73,13 @@ def build_network(
         for key, value in (defaults | architecture).items()
     }
     model = network(img_resolution, img_channels, img_channels, label_dim, **options)
+    require(logvar_channels >= 0, f"logvar_channels: must be at least 0, got {logvar_channels}")
     sizes: dict[str, Any] = {
         "img_resolution": img_resolution,
         "img_channels": img_channels,
         "label_dim": label_dim,
         "sigma_data": sigma_data,
     }
+    if logvar_channels:
+        sizes["logvar_channels"] = logvar_channels
     return Precond(model, **sizes, spec={"name": name, **sizes, **options})

@@ -1,15 +1,22 @@
 """The layers of EDM's U-Nets (Karras et al. 2022, appendix C), on the fused operations."""
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tcm_fast.config import require
+from tcm_fast.kernels._triton import runs_triton
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
+from tcm_fast.kernels.residual import residual
+from tcm_fast.networks.recompute import after_norm
 
 BOX_FILTER = (1, 1)
 
@@ -20,19 +27,45 @@ def fresh_key(n: int, device: torch.device) -> DropoutKey:
     return DropoutKey(seed=seed, step=0, layer=0, sample=torch.arange(n, device=device))
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """An fp32 island; the meta device has no autocast to be switched off."""
+    if device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def initialise(layer: nn.Linear | nn.Conv2d, init: str, gain: float) -> None:
+    """EDM's initialisations, times `gain`: "xavier" is Xavier-uniform with biases 0 (DDPM++), "kaiming"
+    uniform within 1/sqrt(fan_in), weights and biases alike (ADM)."""
+    if init == "xavier":
+        nn.init.xavier_uniform_(layer.weight, gain)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        return
+    assert init == "kaiming"
+    bound = gain / math.sqrt(layer.weight[0].numel())
+    for parameter in (layer.weight, layer.bias):
+        if parameter is not None:
+            nn.init.uniform_(parameter, -bound, bound)
+
+
 class Linear(nn.Linear):
-    """A linear layer with EDM's initialisation: Xavier-uniform weights times `gain`, biases 0."""
+    """A linear layer with one of EDM's initialisations (`initialise`)."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = True, gain: float = 1.0
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        gain: float = 1.0,
+        init: str = "xavier",
     ):
-        self.gain = gain
+        self.init, self.gain = init, gain
         super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight, self.gain)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        initialise(self, self.init, self.gain)
 
 
 class Conv2d(nn.Conv2d):
@@ -40,7 +73,8 @@ class Conv2d(nn.Conv2d):
 
     Resampling filters with the outer product of `resample_filter`, normalised; the weights are
     initialised as in `Linear`. The persistent buffer `resample_filter` [1,1,k,k] exists where the
-    layer resamples.
+    layer resamples. `fused` convolves first, without cutting off the border, and filters with stride 2
+    after it: NCSN++'s residual encoder.
     """
 
     def __init__(
@@ -51,52 +85,73 @@ class Conv2d(nn.Conv2d):
         *,
         up: bool = False,
         down: bool = False,
+        fused: bool = False,
         resample_filter: tuple[int, ...] = BOX_FILTER,
         gain: float = 1.0,
+        init: str = "xavier",
     ):
         assert not (up and down)
-        self.gain = gain
+        assert down or not fused
+        self.init, self.gain, self.fused = init, gain, fused
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.up, self.down = up, down
         self.is_box = tuple(resample_filter) == BOX_FILTER
         self.resample_filter: torch.Tensor
         if up or down:
-            taps = torch.tensor(resample_filter, dtype=torch.float32)
-            weights = torch.outer(taps, taps) / taps.sum().square()
-            self.register_buffer("resample_filter", weights[None, None])
+            self.register_buffer("resample_filter", normalised_filter(resample_filter))
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight, self.gain)
-        assert self.bias is not None
-        nn.init.zeros_(self.bias)
+        initialise(self, self.init, self.gain)
 
     def forward(self, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
         """`with_bias=False` leaves the bias to who reads the result."""
         bias = self.bias if with_bias else None
         if self.up and self.is_box and self.kernel_size == (1, 1):
             # Repeating pixels commutes with a pointwise convolution: a quarter of the work.
-            return self._upsample(self._conv_forward(x, self.weight, bias))
-        if self.up:
-            x = self._upsample(x)
-        elif self.down:
-            x = self._downsample(x)
+            return self._resample(self._conv_forward(x, self.weight, bias))
+        if self.fused:
+            border = self.kernel_size[0] // 2 + filter_padding(self.resample_filter)
+            x = F.conv2d(x, self.weight, padding=border)
+            weight = self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+            return F.conv2d(x, weight, bias, stride=2, groups=x.shape[1])
+        if self.up or self.down:
+            x = self._resample(x)
         return self._conv_forward(x, self.weight, bias)
 
-    def _upsample(self, x: torch.Tensor) -> torch.Tensor:
-        if self.is_box:
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        weight, padding = self._depthwise(x, gain=4)
-        return F.conv_transpose2d(x, weight, stride=2, padding=padding, groups=x.shape[1])
+    def _resample(self, x: torch.Tensor) -> torch.Tensor:
+        return resample_2x(x, self.resample_filter, up=self.up, is_box=self.is_box)
 
-    def _downsample(self, x: torch.Tensor) -> torch.Tensor:
-        if self.is_box:
-            return F.avg_pool2d(x, 2)
-        weight, padding = self._depthwise(x, gain=1)
-        return F.conv2d(x, weight, stride=2, padding=padding, groups=x.shape[1])
 
-    def _depthwise(self, x: torch.Tensor, gain: int) -> tuple[torch.Tensor, int]:
-        weight = (self.resample_filter * gain).to(x.dtype)
-        return weight.expand(x.shape[1], 1, -1, -1), (weight.shape[-1] - 1) // 2
+class Resample(nn.Module):
+    """Doubles or halves the resolution, with the buffer that EDM's layer of the same name has."""
+
+    def __init__(self, *, up: bool, resample_filter: tuple[int, ...] = BOX_FILTER):
+        super().__init__()
+        self.up, self.is_box = up, tuple(resample_filter) == BOX_FILTER
+        self.resample_filter: torch.Tensor
+        self.register_buffer("resample_filter", normalised_filter(resample_filter))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return resample_2x(x, self.resample_filter, up=self.up, is_box=self.is_box)
+
+
+def normalised_filter(taps: Sequence[int]) -> torch.Tensor:
+    """The outer product of the taps, of sum 1: [1,1,k,k]."""
+    row = torch.tensor(taps, dtype=torch.float32)
+    return (torch.outer(row, row) / row.sum().square())[None, None]
+
+
+def filter_padding(kernel: torch.Tensor) -> int:
+    return (kernel.shape[-1] - 1) // 2
+
+
+def resample_2x(x: torch.Tensor, kernel: torch.Tensor, *, up: bool, is_box: bool) -> torch.Tensor:
+    """x [N,C,H,W] at twice or half the resolution, filtered with kernel [1,1,k,k]."""
+    if is_box:
+        return F.interpolate(x, scale_factor=2, mode="nearest") if up else F.avg_pool2d(x, 2)
+    weight = ((4 if up else 1) * kernel).to(x.dtype).expand(x.shape[1], 1, -1, -1)
+    convolve = F.conv_transpose2d if up else F.conv2d
+    return convolve(x, weight, stride=2, padding=filter_padding(kernel), groups=x.shape[1])
 
 
 class GroupNorm(nn.Module):
@@ -134,16 +189,38 @@ class PositionalEmbedding(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], 1)
 
 
+class FourierEmbedding(nn.Module):
+    """cos|sin of 2 pi freqs c_noise [N] at Gaussian frequencies of standard deviation `scale`: [N,C]."""
+
+    def __init__(self, num_channels: int, scale: float = 16.0):
+        super().__init__()
+        self.freqs: torch.Tensor
+        self.register_buffer("freqs", scale * torch.randn(num_channels // 2))
+
+    def forward(self, c_noise: torch.Tensor) -> torch.Tensor:
+        angle = torch.outer(c_noise, 2 * math.pi * self.freqs.to(c_noise.dtype))
+        return torch.cat([angle.cos(), angle.sin()], 1)
+
+
 class UNetBlock(nn.Module):
-    """The residual block of DDPM++ and NCSN++, with self-attention after it where asked for.
+    """The residual block of DDPM++, NCSN++ and ADM, with self-attention after it where asked for.
 
     forward(x [N,C,H,W], emb [N,emb_channels], dropout_key) -> [N,out_channels,H',W'] with H' = 2H
-    (`up`), H/2 (`down`) or H. The embedding is added before the second normalisation; both sums are
-    scaled by √½. A block that resamples has a 1x1 skip convolution even where the width stays.
-    `layer` is the number that keys the block's dropout.
+    (`up`), H/2 (`down`) or H. `layer` is the number that keys the block's dropout.
+
+    Args:
+        adaptive_scale: the embedding scales and shifts after the second normalisation (ADM) instead of
+            being added before it.
+        skip_scale: factor of both sums.
+        channels_per_head: of the attention; None is one head.
+        resample_proj: a block that resamples has a 1x1 skip convolution even where the width stays.
+        eps: of the normalisations.
+        init: of the layers, "xavier" or "kaiming"; `init_last` is the gain of the layers that end a
+            branch, `init_attention` that of the q, k, v layer.
     """
 
-    skip_scale = math.sqrt(0.5)
+    recompute_norms = recompute_whole = False
+    """What the backward pass computes again, see `tcm_fast.networks.recompute`."""
 
     def __init__(
         self,
@@ -157,39 +234,76 @@ class UNetBlock(nn.Module):
         down: bool = False,
         attention: bool = False,
         resample_filter: tuple[int, ...] = BOX_FILTER,
+        adaptive_scale: bool = False,
+        skip_scale: float = math.sqrt(0.5),
+        channels_per_head: int | None = None,
+        resample_proj: bool = True,
         eps: float = 1e-6,
+        init: str = "xavier",
+        init_last: float = 1e-5,
+        init_attention: float = math.sqrt(0.2),
     ):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.layer, self.dropout, self.attention = layer, dropout, attention
+        self.adaptive_scale, self.skip_scale = adaptive_scale, skip_scale
+        self.num_heads = heads(out_channels, channels_per_head) if attention else 0
         resample: dict[str, Any] = {"up": up, "down": down, "resample_filter": resample_filter}
         self.norm0 = GroupNorm(in_channels, eps)
-        self.conv0 = Conv2d(in_channels, out_channels, 3, **resample)
-        self.affine = Linear(emb_channels, out_channels)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, **resample, init=init)
+        self.affine = Linear(emb_channels, out_channels * (1 + adaptive_scale), init=init)
         self.norm1 = GroupNorm(out_channels, eps)
-        self.conv1 = Conv2d(out_channels, out_channels, 3, gain=1e-5)
-        needs_skip = in_channels != out_channels or up or down
-        self.skip = Conv2d(in_channels, out_channels, 1, **resample) if needs_skip else None
+        self.conv1 = Conv2d(out_channels, out_channels, 3, gain=init_last, init=init)
+        self.skip: nn.Module | None = None
+        if in_channels != out_channels or ((up or down) and resample_proj):
+            self.skip = Conv2d(in_channels, out_channels, 1, **resample, init=init)
+        elif up or down:
+            self.skip = Resample(up=up, resample_filter=resample_filter)
         if attention:
             self.norm2 = GroupNorm(out_channels, eps)
-            self.qkv = Conv2d(out_channels, 3 * out_channels, 1, gain=math.sqrt(0.2))
-            self.proj = Conv2d(out_channels, out_channels, 1, gain=1e-5)
+            self.qkv = Conv2d(out_channels, 3 * out_channels, 1, gain=init_attention, init=init)
+            self.proj = Conv2d(out_channels, out_channels, 1, gain=init_last, init=init)
 
     def forward(
         self, x: torch.Tensor, emb: torch.Tensor, dropout_key: DropoutKey | None = None
     ) -> torch.Tensor:
         # Where x also goes past a normalisation, its two gradients meet in that one's kernel.
-        normed, x = self.norm0(x, with_x=True)
+        run = partial(after_norm, recompute=self.recompute_norms)
+        h, x = run(partial(self.norm0, with_x=True), self.conv0, x, with_bias=False)
         skip = x if self.skip is None else self.skip(x)
-        # A bias before the embedding is one with it: no pass over the pixels adds it, none sums its
-        # gradient.
-        x = self.conv0(normed, with_bias=False)
-        add = self.affine(emb) + self.conv0.bias
+        # A bias before the normalisation goes in with its `add`: no pass over the pixels adds it, none
+        # sums its gradient.
+        modulation, bias = self.affine(emb), self.conv0.bias
+        assert bias is not None
+        fused: dict[str, Any]
+        if self.adaptive_scale:
+            scale, shift = modulation.chunk(2, 1)
+            fused = {"add": bias.expand(x.shape[0], -1), "scale": scale, "shift": shift}
+        else:
+            fused = {"add": modulation + bias}
         p = self.dropout if self.training else 0.0
         key = dropout_key.at_layer(self.layer) if p > 0 and dropout_key is not None else None
-        x = self.norm1(x, add=add, dropout_p=p, dropout_key=key)
-        x = (self.conv1(x) + skip).mul_(self.skip_scale)
+        # Where a sum is a kernel, the bias of the layer before goes in there; elsewhere the convolution
+        # adds it for nothing.
+        is_kernel = runs_triton("residual", x.device.type)
+        norm1 = partial(self.norm1, **fused, dropout_p=p, dropout_key=key)
+        h = run(norm1, self.conv1, h, with_bias=not is_kernel)
+        x = residual(h, skip, self.skip_scale, self.conv1.bias if is_kernel else None)
         if self.attention:
-            normed, x = self.norm2(x, silu=False, with_x=True)
-            x = (self.proj(qkv_attention(self.qkv(normed), num_heads=1)) + x).mul_(self.skip_scale)
+            qkv, x = run(partial(self.norm2, silu=False, with_x=True), self.qkv, x)
+            attended = qkv_attention(qkv, num_heads=self.num_heads)
+            h = self.proj(attended, with_bias=not is_kernel)
+            x = residual(h, x, self.skip_scale, self.proj.bias if is_kernel else None)
         return x
+
+
+def heads(channels: int, channels_per_head: int | None) -> int:
+    """How many heads an attention over `channels` has. ValueError where it does not come out even."""
+    if channels_per_head is None:
+        return 1
+    require(
+        channels % channels_per_head == 0,
+        f"channels_per_head: must divide the width of every level with attention, {channels}, "
+        f"got {channels_per_head}",
+    )
+    return channels // channels_per_head

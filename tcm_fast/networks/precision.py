@@ -1,8 +1,8 @@
-"""16-bit arithmetic with fp32 islands: which weights are cast to the compute dtype, and when.
+"""The weights that a step computes with, derived from those that an optimizer sees once per optimizer
+step: 16-bit copies, and the normalised rows of EDM2's layers.
 
 Convolutions and linear layers compute in 16 bits. The time embedding, every normalisation and the
-softmax stay in fp32, and so do the weights that an optimizer sees: the network runs on copies, cast
-once per optimizer step, and their gradients arrive in fp32.
+softmax stay in fp32, and so do the weights that an optimizer sees; gradients arrive there in fp32.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tcm_fast.kernels.normalized_copy import normalized_copy, projected_gradient
+from tcm_fast.networks.mp_layers import MPConv
 from tcm_fast.networks.precond import Precond
 
-ISLANDS = ("map_",)  # the embedding of noise level and class
+ISLANDS = ("map_", "emb_noise", "emb_label")  # the embedding of noise level and class
 
 
 def cast_names(model: nn.Module) -> list[str]:
@@ -23,79 +25,176 @@ def cast_names(model: nn.Module) -> list[str]:
     return [
         f"{path}.{name}"
         for path, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and not path.startswith(ISLANDS)
+        if isinstance(module, nn.Conv2d | nn.Linear | MPConv) and not path.startswith(ISLANDS)
         for name, _ in module.named_parameters(recurse=False)
     ]
 
 
-class _Cast(torch.autograd.Function):
-    """Casts a list of tensors, or stands for casts that are there already, and casts the gradients back:
-    a few launches each way."""
+def normalized_names(model: nn.Module) -> list[str]:
+    """The parameters of which only the direction of each row counts and that are not normalised for good
+    (`in_precision`), by their names in the network."""
+    return [
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, MPConv) and module.scaled is None
+    ]
+
+
+class _Derive(torch.autograd.Function):
+    """From a list of weights those to compute with, or stands for ones that are there already; hands
+    the gradients back in the weights' dtype.
+
+    rows: which of them are scaled rows (`normalized_copy`). there: those that exist already, else None.
+    folded: whoever receives the gradient of such a weight takes it with respect to the scaled one (the
+    fused optimizer projects it in its own pass).
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        dtype: torch.dtype,
-        copies: list[torch.Tensor] | None,
+        dtypes: list[torch.dtype],
+        rows: list[bool],
+        there: list[torch.Tensor | None],
+        folded: bool,
         *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.dtypes = [weight.dtype for weight in weights]
-        if copies is not None:
-            return tuple(copy.detach() for copy in copies)
-        return tuple(_cast(list(weights), [dtype] * len(weights)))
+        # Not by save_for_backward: the micro-batches of a step go backward through this one after
+        # another, and the first one would free them.
+        ctx.unfolded = [
+            w.detach() if is_row and not folded else None
+            for w, is_row in zip(weights, rows, strict=True)
+        ]
+        wanted = [
+            (normalized_copy(w) if is_row else w, dtype)
+            for w, is_row, dtype, ready in zip(weights, rows, dtypes, there, strict=True)
+            if ready is None
+        ]
+        made = iter(_cast([w for w, _ in wanted], [dtype for _, dtype in wanted]))
+        return tuple(next(made) if ready is None else ready.detach() for ready in there)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        there = [(g, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True) if g is not None]
-        wide = iter(_cast([g for g, _ in there], [dtype for _, dtype in there]))
-        return None, None, *[None if g is None else next(wide) for g in grads]
+        found = [(g, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True) if g is not None]
+        wide = iter(_cast([g for g, _ in found], [dtype for _, dtype in found]))
+        out = [None if g is None else next(wide) for g in grads]
+        for i, (grad, weight) in enumerate(zip(out, ctx.unfolded, strict=True)):
+            if grad is not None and weight is not None:
+                out[i] = projected_gradient(grad, weight)
+        return None, None, None, None, *out
 
 
 def _cast(tensors: list[torch.Tensor], dtypes: list[torch.dtype]) -> list[torch.Tensor]:
-    out = [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
-    if out:
-        torch._foreach_copy_(out, tensors)
+    """Copies in other dtypes; what has the right one already is itself."""
+    out = [
+        t if t.dtype == dtype else torch.empty_like(t, dtype=dtype)
+        for t, dtype in zip(tensors, dtypes, strict=True)
+    ]
+    moved = [(a, b) for a, b in zip(out, tensors, strict=True) if a is not b]
+    if moved:
+        torch._foreach_copy_([a for a, _ in moved], [b for _, b in moved])
     return out
 
 
-def make_copies(net: Precond, dtype: torch.dtype) -> list[torch.Tensor | None]:
-    """For each parameter of `net`, in their order, its value in `dtype`, or None where it stays fp32:
-    what an optimizer keeps up to date."""
-    names = {f"model.{name}" for name in cast_names(net.model)}
-    return [
-        parameter.detach().to(dtype) if name in names else None
-        for name, parameter in net.named_parameters()
-    ]
+def _derived(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The parameters of the raw network that a step computes with in another form, and its dtype."""
+    narrow = set() if dtype == torch.float32 else set(cast_names(model))
+    rows = set(normalized_names(model))
+    return {
+        name: dtype if name in narrow else torch.promote_types(parameter.dtype, torch.float32)
+        for name, parameter in model.named_parameters()
+        if name in narrow or name in rows
+    }
+
+
+def make_copies(
+    net: Precond, dtype: torch.dtype, *, rows_too: bool = True
+) -> list[torch.Tensor | None]:
+    """For each parameter of `net`, in their order, what a step in `dtype` computes with, or None where
+    that is the parameter itself: what an optimizer keeps up to date. `rows_too=False` leaves out the
+    normalised ones, for an optimizer that does not normalise."""
+    derived = {f"model.{name}": kind for name, kind in _derived(net.model, dtype).items()}
+    copies: list[torch.Tensor | None] = []
+    named = zip(net.named_parameters(), normalized_parameters(net), strict=True)
+    for (name, parameter), is_row in named:
+        value = None
+        if name in derived and (rows_too or not is_row):
+            value = parameter.detach()
+            value = normalized_copy(value) if is_row else value
+            value = value.to(derived[name], copy=True)
+        copies.append(value)
+    return copies
+
+
+def normalized_parameters(net: Precond) -> list[bool]:
+    """For each parameter of `net`, in their order, whether it is one of the `normalized_names`."""
+    rows = {f"model.{name}" for name in normalized_names(net.model)}
+    return [name in rows for name, _ in net.named_parameters()]
 
 
 def cast_weights(
-    net: Precond, dtype: torch.dtype, copies: list[torch.Tensor | None] | None = None
+    net: Precond,
+    dtype: torch.dtype,
+    copies: list[torch.Tensor | None] | None = None,
+    *,
+    folded: bool = False,
+    apart: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Copies in `dtype` of the weights that compute in 16 bits, by their names in `net.model`; a
-    gradient with respect to a copy flows to its parameter in fp32. `copies` (`make_copies`) are used
-    where somebody keeps them up to date."""
+    """The weights that a step in `dtype` computes with, by the names under which `net.model` takes them
+    (`Precond.raw`); a gradient with respect to one flows to its parameter in fp32.
+
+    Args:
+        copies: such weights (`make_copies`) that somebody keeps up to date; the others are made.
+        folded: gradients of normalised weights arrive as they are, for an optimizer that projects them.
+        apart: each weight by itself, in as many more launches: a gradient goes to its parameter when it
+            is there, and not when all are, which takes two or three times the gradients' memory.
+    """
     parameters = dict(net.model.named_parameters())
-    names = cast_names(net.model)
-    there = None
+    derived, rows = _derived(net.model, dtype), set(normalized_names(net.model))
+    there: list[torch.Tensor | None] = [None] * len(derived)
     if copies is not None:
         order = [name for name, _ in net.named_parameters()]
         found = dict(zip(order, copies, strict=True))
-        there = [found[f"model.{name}"] for name in names]
-    cast = _Cast.apply(dtype, there, *[parameters[name] for name in names])
-    return dict(zip(names, cast, strict=True))
+        there = [found[f"model.{name}"] for name in derived]
+    given = list(zip(derived, derived.values(), there, strict=True))
+    ready: list[torch.Tensor] = []
+    for part in [[one] for one in given] if apart else [given]:
+        ready += _Derive.apply(
+            [kind for _, kind, _ in part], [name in rows for name, _, _ in part],
+            [t for _, _, t in part], folded, *[parameters[name] for name, _, _ in part],
+        )  # fmt: skip
+    names = [f"{name.removesuffix('weight')}scaled" if name in rows else name for name in derived]
+    return dict(zip(names, ready, strict=True))
+
+
+def is_derived(net: Precond, dtype: torch.dtype) -> bool:
+    """Whether a step in `dtype` computes with other weights than the parameters."""
+    return bool(_derived(net.model, dtype))
+
+
+def leaf_copies(net: Precond, copies: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """The copies of `make_copies` by their names in `net.model`, as leaves: a gradient stays at the copy,
+    in its dtype."""
+    return {
+        name.removeprefix("model."): copy.requires_grad_()
+        for (name, _), copy in zip(net.named_parameters(), copies, strict=True)
+        if copy is not None
+    }
 
 
 @torch.no_grad()
 def in_precision(net: Precond, dtype: torch.dtype) -> Precond:
-    """A copy of a network for inference in `dtype`: cast weights in place of the wide ones. `net`
-    itself for fp32."""
-    if dtype == torch.float32:
+    """A copy of a network for inference in `dtype`: derived weights in place of the wide ones. `net`
+    itself where there are none."""
+    if not is_derived(net, dtype):
         return net
     copied = copy.deepcopy(net).requires_grad_(False)
     modules = dict(copied.model.named_modules())
-    for name in cast_names(copied.model):
+    for name, tensor in cast_weights(copied, dtype).items():
         path, _, leaf = name.rpartition(".")
-        parameter = getattr(modules[path], leaf)
-        parameter.data = parameter.data.to(dtype)
+        if leaf == "scaled":
+            modules[path].scaled = tensor
+            leaf = "weight"
+        getattr(modules[path], leaf).data = tensor
     return copied

@@ -8,6 +8,8 @@ from torch.func import functional_call
 
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.precondition import denoise, preconditioning
+from tcm_fast.networks.layers import without_autocast
+from tcm_fast.networks.mp_layers import MPConv, MPFourier
 
 
 class Precond(nn.Module):
@@ -18,6 +20,7 @@ class Precond(nn.Module):
         img_resolution, img_channels: height and width, and channels, of the images.
         label_dim: number of classes, 0 for an unconditional network.
         sigma_data: standard deviation of the data.
+        logvar_channels: width of EDM2's learned log-variance u(t) of pre-training, 0 for none.
         spec: JSON-able arguments with which `build_network(**spec)` builds an equal module.
     """
 
@@ -32,10 +35,15 @@ class Precond(nn.Module):
         img_channels: int,
         label_dim: int = 0,
         sigma_data: float = 0.5,
+        logvar_channels: int = 0,
         spec: dict[str, Any],
     ):
         super().__init__()
         self.model = model
+        self.logvar_fourier: MPFourier | None = None
+        if logvar_channels:
+            self.logvar_fourier = MPFourier(logvar_channels)
+            self.logvar_linear = MPConv(logvar_channels, 1)
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.label_dim, self.sigma_data, self.spec = label_dim, sigma_data, spec
 
@@ -45,6 +53,7 @@ class Precond(nn.Module):
         t: torch.Tensor,
         labels: torch.Tensor | None = None,
         *,
+        augment_labels: torch.Tensor | None = None,
         dropout_key: DropoutKey | None = None,
     ) -> torch.Tensor:
         """The denoised images D [N,C,H,W], fp32 (float64 for a float64 network).
@@ -53,6 +62,8 @@ class Precond(nn.Module):
             x: noisy images [N,C,H,W], any floating dtype.
             t: noise levels (standard deviations) [N], positive.
             labels: one-hot classes [N,label_dim]; required by a class-conditional network.
+            augment_labels: parameters of each image's augmentation [N,augment_dim]; None is no
+                augmentation.
             dropout_key: keys the dropout masks in train mode; None draws a fresh one.
 
         Raises:
@@ -62,7 +73,9 @@ class Precond(nn.Module):
         dtype = torch.promote_types(self._weights_dtype, torch.float32)
         x, t = x.to(dtype), t.to(dtype)
         c_in = preconditioning(t, self.sigma_data)[2]
-        output = self._raw(c_in * x, t, labels, dropout_key)
+        output = self.raw(
+            c_in * x, t, labels, augment_labels=augment_labels, dropout_key=dropout_key
+        )
         return denoise(output, x, t, self.sigma_data)
 
     def raw(
@@ -71,25 +84,33 @@ class Precond(nn.Module):
         t: torch.Tensor,
         labels: torch.Tensor | None = None,
         *,
+        augment_labels: torch.Tensor | None = None,
         dropout_key: DropoutKey | None = None,
         weights: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The network's own output F(x_in, ln(t)/4), x_in = c_in(t) x, in the dtype that its
         convolutions compute in; otherwise as `forward`.
 
-        `weights` replace parameters of `model` by name (`precision.cast_weights`); x_in then has their
-        dtype."""
+        `weights` replace parameters and buffers of `model` by name (`precision.cast_weights`); x_in then
+        has the dtype to compute in."""
         self._check(x_in, t, labels)
+        x_in = x_in if weights is not None else x_in.to(self._weights_dtype)
+        c_noise = t.to(torch.promote_types(x_in.dtype, torch.float32)).log() / 4
+        inputs: tuple[Any, ...] = (x_in, c_noise, labels)
+        options: dict[str, Any] = {"dropout_key": dropout_key}
+        if augment_labels is not None:
+            self._check_augmentation(augment_labels, x_in.shape[0])
+            options["augment_labels"] = augment_labels
         if weights is None:
-            return self._raw(x_in.to(self._weights_dtype), t, labels, dropout_key)
-        c_noise = t.to(torch.float32).log() / 4
-        inputs, key = (x_in, c_noise, labels), {"dropout_key": dropout_key}
-        return functional_call(self.model, weights, inputs, key)
+            return self.model(*inputs, **options)
+        return functional_call(self.model, weights, inputs, options)
 
-    def _raw(self, x_in, t, labels, dropout_key):
-        dtype = self._weights_dtype
-        c_noise = t.to(torch.promote_types(dtype, torch.float32)).log() / 4
-        return self.model(x_in.to(dtype), c_noise, labels, dropout_key=dropout_key)
+    def log_variance(self, t: torch.Tensor) -> torch.Tensor | None:
+        """The learned log-variance u(t) of the denoising error at t [N]: [N], or None."""
+        if self.logvar_fourier is None:
+            return None
+        with without_autocast(t.device):
+            return self.logvar_linear(self.logvar_fourier(t.log() / 4)).squeeze(1)
 
     @property
     def _weights_dtype(self) -> torch.dtype:
@@ -103,7 +124,7 @@ class Precond(nn.Module):
             raise ValueError(
                 f"x: must be [N,{','.join(map(str, size))}] for this network, got {list(x.shape)}"
             )
-        n = len(x)
+        n = x.shape[0]  # not len(x), which fixes the batch in a traced program
         if t.shape != (n,):
             raise ValueError(f"t: must hold one noise level per image, [{n}], got {list(t.shape)}")
         expected = f"one-hot [{n},{self.label_dim}]"
@@ -117,3 +138,15 @@ class Precond(nn.Module):
             )
         if labels is not None and labels.shape != (n, self.label_dim):
             raise ValueError(f"labels: must be {expected}, got {list(labels.shape)}")
+
+    def _check_augmentation(self, augment_labels: torch.Tensor, n: int) -> None:
+        layer = getattr(self.model, "map_augment", None)
+        if layer is None:
+            raise ValueError(
+                "augment_labels: the network has no input for them (augment_dim 0), "
+                f"got {list(augment_labels.shape)}"
+            )
+        if augment_labels.shape != (n, layer.in_features):
+            raise ValueError(
+                f"augment_labels: must be [{n},{layer.in_features}], got {list(augment_labels.shape)}"
+            )

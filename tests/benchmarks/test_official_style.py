@@ -1,6 +1,7 @@
 """The baseline computes what we compute: the same network, the same loss, the same gradients."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from tcm_fast.benchmarks.official_style import (
     OfficialStyleUNet,
     consistency_losses,
     denoise,
+    denoising_losses,
     draw,
+    stage1_losses,
 )
-from tcm_fast.config import TcmConfig
+from tcm_fast.config import Config, TcmConfig
 from tcm_fast.kernels.dropout import dropout
 from tcm_fast.kernels.noise_pair import NOISE_LAYER
 from tcm_fast.kernels.philox import philox_normal
@@ -75,11 +78,44 @@ def test_loss_and_gradients_are_the_same(weighting, iteration):
     losses[0].backward()
     assert loss.item() == pytest.approx(losses[0].item(), rel=1e-4)
     torch.testing.assert_close(stats.double(), torch.stack(losses[1:]).detach(), rtol=1e-4, atol=0)
+    assert_gradients_agree(ours, theirs)
+
+
+def assert_gradients_agree(ours, theirs):
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.model.named_parameters():
         grad, other = parameter.grad, expected[name].grad
         error = (grad - other).norm() / other.norm().clamp(min=1e-6)
         assert error < 5e-3, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("phase", ["edm", "ect"])
+def test_the_other_phases_are_the_same(phase):
+    """Pre-training and stage 1, with dropout on."""
+    ours, theirs = pair(5)
+    changes = {"batch_size": SIZE} | ({} if phase == "edm" else {"c": 0.06})
+    config = dataclasses.replace(Config().phase(phase), **changes)
+    plan = plan_times(config, seed=4, images_seen=0, iteration=50_000)
+    part = plan.parts(1)[0]
+    images = torch.randint(0, 256, (SIZE, 2, 8, 8), dtype=torch.uint8)[part]
+    batch = make_batch(plan, part, images, None, seed=4, step=9)
+    loss, _ = Objective(phase, config, ours)(batch)
+    loss.backward()
+
+    noise = philox_normal(4, 9, NOISE_LAYER, batch.key.sample, (2, 8, 8))
+    y = images.float() / 127.5 - 1
+    masks = lambda x, p, layer: dropout(x, p, batch.key.at_layer(layer))  # noqa: E731
+    t = torch.from_numpy(plan.t[part]).reshape(-1, 1, 1, 1)
+    if phase == "edm":
+        losses = denoising_losses(theirs, y, t.float(), noise, masks)
+    else:
+        r = torch.from_numpy(plan.r[part]).reshape(-1, 1, 1, 1)
+        losses = stage1_losses(
+            theirs, y, t, r, noise, c=0.06, weighting=config.weighting, dropout=masks
+        )
+    losses[0].backward()
+    assert loss.item() == pytest.approx(losses[0].item(), rel=1e-4)
+    assert_gradients_agree(ours, theirs)
 
 
 def test_its_draws_are_the_published_ones():

@@ -198,7 +198,10 @@ def test_resampling_is_a_strided_convolution_with_the_filter(taps, kernel_size, 
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_any_depth_and_odd_widths(levels, channels):
-    net = narrow(12, channels, model_channels=12, channel_mult=[1, 2, 3][:levels], num_blocks=2)
+    net = narrow(
+        12, channels, model_channels=12, channel_mult=[1, 2, 3][:levels], num_blocks=2,
+        attn_resolutions=[12 >> levels - 1],
+    )  # fmt: skip
     x, c_noise = batch(2, 12, channels)
     y = net(x, c_noise)
     assert y.shape == x.shape
@@ -289,6 +292,17 @@ def test_augmentation_labels_are_optional():
         ({"model_channels": 130}, r"min\(32, C/4\) groups divide, got C=130"),
         ({"num_blocks": 0}, "num_blocks: must be at least 1, got 0"),
         ({"channel_mult": []}, "channel_mult: needs at least one level"),
+        ({"channel_mult": [1, 0]}, r"channel_mult: must be positive, got \[1, 0\]"),
+        (
+            {"attn_resolutions": [16, 4]},
+            "attn_resolutions: must be among the resolutions of the levels, 8, 4, got 16",
+        ),
+        ({"dropout_resolutions": [2]}, "dropout_resolutions: must be among .* 8, 4, got 2"),
+        (
+            {"embedding_type": "sine"},
+            "embedding_type: must be positional or fourier, got 'sine'",
+        ),
+        ({"encoder_type": "skip"}, "encoder_type: must be standard or residual, got 'skip'"),
         ({"dropout": 1.0}, r"dropout: must lie in \[0, 1\), got 1.0"),
         ({"label_dropout": -0.1}, "label_dropout: must lie in"),
     ],

@@ -107,8 +107,9 @@ def test_spec_rebuilds_the_network():
     assert net.spec == {
         "name": "ddpmpp", "img_resolution": 8, "img_channels": 1, "label_dim": 2, "sigma_data": 0.5,
         "augment_dim": 0, "model_channels": 8, "channel_mult": [1, 2], "channel_mult_emb": 4,
-        "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.0, "label_dropout": 0.0,
-        "resample_filter": [1, 1],
+        "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.0, "dropout_resolutions": None,
+        "label_dropout": 0.0, "embedding_type": "positional", "fourier_scale": 16.0,
+        "channel_mult_noise": 1, "encoder_type": "standard", "resample_filter": [1, 1],
     }  # fmt: skip
     again = build_network(**json.loads(json.dumps(net.spec)))
     assert again.spec == net.spec
@@ -169,9 +170,50 @@ def test_refuses_shapes(method):
 
 
 @pytest.mark.parametrize("name", ["ncsnpp", "adm", "edm2"])
-def test_networks_to_come_say_so(name):
-    with pytest.raises(ValueError, match=f"build_network: '{name}' is not available"):
-        build_network(name, img_resolution=8, img_channels=1)
+def test_every_network_is_rebuilt_from_its_spec(name):
+    options = {
+        "model_channels": 64,
+        "channel_mult": [1, 1],
+        "num_blocks": 1,
+        "attn_resolutions": [],
+    }
+    sizes = {"img_resolution": 8, "img_channels": 1, "label_dim": 2, "logvar_channels": 4}
+    net = build_network(name, **sizes, **options)
+    again = build_network(**json.loads(json.dumps(net.spec)))
+    again.load_state_dict(net.state_dict(), strict=True)
+    x, t = batch()
+    labels = torch.eye(2)[[0, 1, 1]]
+    net, again = net.eval(), again.eval()
+    assert torch.equal(net(x, t, labels), again(x, t, labels))
+    assert torch.equal(net.log_variance(t), again.log_variance(t))
+
+
+def test_log_variance():
+    net = build(logvar_channels=16).double()
+    assert {n for n, _ in net.named_parameters() if "logvar" in n} == {"logvar_linear.weight"}
+    assert {n for n, _ in net.named_buffers() if "logvar" in n} == {
+        "logvar_fourier.freqs", "logvar_fourier.phases",
+    }  # fmt: skip
+    t = torch.tensor([0.1, 3.0], dtype=torch.float64)
+    w = net.logvar_linear.weight[0]
+    w = w / (1e-4 + w.square().mean().sqrt()) / 4
+    for u, level in zip(net.log_variance(t), t, strict=True):
+        fourier = net.logvar_fourier
+        features = math.sqrt(2) * torch.cos(fourier.freqs * level.log() / 4 + fourier.phases)
+        assert torch.allclose(u, (features * w).sum())
+    assert build().log_variance(t) is None
+
+
+def test_augment_labels_reach_the_network():
+    net = build(augment_dim=9)
+    x, t = batch()
+    plain = net(x, t)
+    assert torch.allclose(net(x, t, augment_labels=torch.zeros(3, 9)), plain)
+    assert not torch.allclose(net(x, t, augment_labels=torch.ones(3, 9)), plain, atol=1e-3)
+    with pytest.raises(ValueError, match=r"augment_labels: must be \[3,9\], got \[3, 8\]"):
+        net(x, t, augment_labels=torch.ones(3, 8))
+    with pytest.raises(ValueError, match=r"augment_labels: the network has no input for them"):
+        build()(x, t, augment_labels=torch.ones(3, 9))
 
 
 def test_unknown_names_are_answered_with_the_nearest():

@@ -1,0 +1,502 @@
+"""The registry: an operation at a real site, its work by formula, its check, and who can carry it out.
+
+A case is a site (`sites.py`) with a batch and a dtype. `work` gives the bytes that cannot be avoided
+(every tensor read once, every result written once) and the floating-point operations; `plain` holds the
+operations as published code writes them, one PyTorch call after another; `check` compares a provider
+with a float64 oracle, outputs and every gradient. No provider is timed that has not passed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tcm_fast.benchmarks.sites import COMPUTE, KeyLike, Like, Site, loop_sites, network_sites
+from tcm_fast.config import load_preset
+from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.noise_pair import NOISE_LAYER, noise_pair_reference
+from tcm_fast.kernels.philox import philox_normal
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+Call = Callable[..., Any]
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation at a site, `batch` images at once, in a compute dtype."""
+
+    site: Site
+    batch: int
+    dtype: torch.dtype
+
+    @property
+    def operation(self) -> str:
+        return self.site.operation
+
+    @property
+    def has_backward(self) -> bool:
+        return any(isinstance(v, Like) and v.requires_grad for _, v in self.site.arguments)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ("forward", "both") if self.has_backward else ("forward",)
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.site} batch {self.batch} {DTYPE_NAMES[self.dtype]}"
+
+    def inputs(
+        self,
+        device: torch.device | str,
+        layout: torch.memory_format = torch.contiguous_format,
+        *,
+        seed: int = 0,
+        wide: bool = False,
+    ) -> Inputs:
+        """Random arguments. `wide`: the same values in float64, for the oracle."""
+        generator = torch.Generator().manual_seed(seed)
+        found: Inputs = {}
+        for name, like in self.site.arguments:
+            if isinstance(like, KeyLike):
+                # On the device, for a graph: all of it is read there.
+                numbers = torch.tensor([3, seed], device=device)
+                sample = torch.arange(self.batch, device=device)
+                found[name] = DropoutKey(
+                    seed=numbers[0], step=numbers[1], layer=like.layer, sample=sample
+                )
+                continue
+            if not isinstance(like, Like):
+                found[name] = self.dtype if like is COMPUTE else like
+                continue
+            dtype = like.dtype or self.dtype
+            x = _random(name, like.sizes(self.batch), dtype, generator, found)
+            x = x.to(device)
+            if x.ndim == 4:
+                x = x.contiguous(memory_format=layout)
+            if wide and x.is_floating_point():
+                x = x.double()
+            found[name] = x.requires_grad_(like.requires_grad)
+        return found
+
+
+def _random(
+    name: str, sizes: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, found: Inputs
+) -> torch.Tensor:
+    """Values of a tensor argument; noise levels are positive, with r < t and delta their difference."""
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, sizes, dtype=dtype, generator=generator)
+    if dtype == torch.bool:
+        return torch.rand(sizes, generator=generator) < 0.5
+    x = torch.randn(sizes, generator=generator)
+    if name == "t":
+        x = x.exp()
+    elif name == "r":
+        x = 0.7 * found["t"].cpu().float()
+    elif name == "delta":
+        x = found["t"].cpu().float() - found["r"].cpu().float()
+    return x.to(dtype)
+
+
+# ---- work by formula ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """What cannot be avoided: bytes to and from memory, floating-point operations (multiply-add is 2)."""
+
+    bytes: int
+    flops: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+
+def _elements(case: Case, name: str) -> int:
+    like = case.site[name]
+    return math.prod(like.sizes(case.batch)) if isinstance(like, Like) else 0
+
+
+def _group_norm_silu(case: Case) -> tuple[Work, Work]:
+    """2 passes over the tensor forward and 3 backward, 4 where the gradient of the branch that goes past
+    is added; the mean and deviation of each group are kept."""
+    size, x = case.dtype.itemsize, _elements(case, "x")
+    rows = sum(_elements(case, name) for name in ("add", "scale", "shift")) * size
+    affine = 8 * _elements(case, "weight")
+    statistics = 8 * case.batch * case.site["num_groups"]
+    key = 8 * (case.batch + 2) if case.site["dropout_key"] is not None else 0
+    forward = 2 * x * size + rows + affine + statistics + key
+    past = x * size if case.site["with_x"] else 0
+    backward = 3 * x * size + past + 2 * rows + 2 * affine + statistics + key
+    return Work(forward), Work(backward)
+
+
+def _qkv_attention(case: Case) -> tuple[Work, Work]:
+    """qkv in, out and one number a row out; backward qkv, out and its gradient in, that of qkv out.
+    QKᵀ and PV forward; dV, dP, dQ, dK backward (a kernel that keeps no matrix computes QKᵀ anew)."""
+    n, channels, height, width = case.site["qkv"].sizes(case.batch)
+    c, tokens, size = channels // 3, height * width, case.dtype.itemsize
+    row_sums = 4 * n * case.site["num_heads"] * tokens
+    image = n * c * tokens * size
+    product = 2 * n * tokens**2 * c
+    forward = Work(4 * image + row_sums, 2 * product)
+    return forward, Work(8 * image + row_sums, 4 * product)
+
+
+def _consistency_loss(case: Case) -> tuple[Work, Work]:
+    """Two raw outputs and two noisy images in, one number out; backward the same in, a gradient out."""
+    image, size = _elements(case, "x_t"), case.dtype.itemsize
+    clean = case.batch if case.site["is_clean"] is not None else 0
+    levels = 12 * case.batch + clean
+    read = 2 * image * (size + 4) + levels
+    return Work(read + 8 * case.batch), Work(read - 4 * case.batch + 8 * case.batch + image * size)
+
+
+def _noise_pair(case: Case) -> tuple[Work, Work]:
+    """Images in; images in [-1, 1], noisy ones and the networks' inputs out, each once or twice."""
+    y, pairs = case.site["y"], 2 if case.site["r"] is not None else 1
+    image = _elements(case, "y")
+    read = image * (y.dtype or case.dtype).itemsize + 4 * pairs * case.batch
+    key = 8 * (case.batch + 2)
+    written = image * (4 + pairs * (4 + case.dtype.itemsize))
+    return Work(read + key + written), Work(0)
+
+
+def _denoise_to_uint8(case: Case) -> tuple[Work, Work]:
+    image = _elements(case, "x")
+    return Work(image * (case.dtype.itemsize + 4 + 1) + 4 * case.batch), Work(0)
+
+
+def _residual(case: Case) -> tuple[Work, Work]:
+    """Two images in and one out; backward one in and one out, the gradient of both."""
+    image, bias = _elements(case, "x") * case.dtype.itemsize, 4 * _elements(case, "bias")
+    return Work(3 * image + bias), Work(2 * image + bias)
+
+
+FORMULAS: dict[str, Callable[[Case], tuple[Work, Work]]] = {
+    "group_norm_silu": _group_norm_silu,
+    "qkv_attention": _qkv_attention,
+    "consistency_loss": _consistency_loss,
+    "noise_pair": _noise_pair,
+    "denoise_to_uint8": _denoise_to_uint8,
+    "residual": _residual,
+}
+
+
+def _each_once(case: Case) -> tuple[Work, Work]:
+    """For an operation without a formula: arguments and results once; backward both gradients and the
+    arguments. What aliases an argument is not written."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.no_grad():
+        inputs = case.inputs("cpu")
+        results = tensors_of(plain(case)(**inputs))
+    given = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
+    new = [x for x in results if not any(x is y for y in given)]
+    wanted = sum(x.nbytes for x in given if x.requires_grad)
+    read = sum(x.nbytes for x in given)
+    forward = read + sum(x.nbytes for x in new)
+    return Work(forward), Work(read + sum(x.nbytes for x in results) + wanted)
+
+
+def work(case: Case, direction: str) -> Work:
+    """The work of a forward pass, or of `both`, forward and backward."""
+    forward, backward = FORMULAS.get(case.operation, _each_once)(case)
+    return forward if direction == "forward" else forward + backward
+
+
+def tensors_of(results: Any) -> list[torch.Tensor]:
+    """The tensors of what an operation returns."""
+    if isinstance(results, torch.Tensor):
+        return [results]
+    return [x for x in results if isinstance(x, torch.Tensor)]
+
+
+# ---- the operations as published code writes them -----------------------------------------------
+
+
+def plain_group_norm_silu(
+    x, num_groups, weight, bias, eps=1e-5, *, silu=True, add=None, scale=None, shift=None,
+    dropout_p=0.0, dropout_key=None, with_x=False,
+):  # fmt: skip
+    y = x if add is None else x + add[:, :, None, None]
+    y = F.group_norm(y, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    if scale is not None:
+        y = torch.addcmul(shift[:, :, None, None], y, scale[:, :, None, None] + 1)
+    y = F.silu(y) if silu else y
+    y = F.dropout(y, dropout_p) if dropout_p > 0 else y
+    return (y, x) if with_x else y
+
+
+def plain_qkv_attention(qkv, num_heads, *, normalize=False, scale=None):
+    n, channels, height, width = qkv.shape
+    d = channels // 3 // num_heads
+    x = qkv.reshape(n * num_heads, d, 3, height * width)
+    if normalize:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=_wide(x)) / math.sqrt(d)
+        x = x / (norm + 1e-4).to(x.dtype)
+    q, k, v = x.unbind(2)
+    logits = torch.einsum("ncq,nck->nqk", q.to(_wide(q)), (k / math.sqrt(d)).to(_wide(k)))
+    out = torch.einsum("nqk,nck->ncq", logits.softmax(2).to(v.dtype), v)
+    return out.reshape(n, channels // 3, height, width)
+
+
+def plain_noise_pair(y, t, r=None, key=None, *, dtype=torch.float32, noise=None, **options):
+    noise = torch.randn(y.shape, device=y.device) if noise is None else noise
+    return noise_pair_reference(y, t, r, noise, dtype=dtype, **options)
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+PLAIN: dict[str, Call] = {
+    "group_norm_silu": plain_group_norm_silu,
+    "qkv_attention": plain_qkv_attention,
+    "noise_pair": plain_noise_pair,
+}
+
+
+def plain(case: Case) -> Call:
+    """The operation in plain PyTorch: the baseline and, on float64, the oracle."""
+    function = PLAIN.get(case.operation) or case.site.reference
+    if function is None:
+        raise ValueError(f"{case.operation}: has no {case.operation}_reference to compare with")
+    return function
+
+
+def without_chance(case: Case, inputs: Inputs) -> Inputs:
+    """Arguments under which a provider with random numbers of its own computes the same function."""
+    inputs = dict(inputs)
+    if "dropout_p" in inputs:
+        inputs["dropout_p"] = 0.0
+    if case.operation == "noise_pair":
+        key, y = inputs["key"], inputs["y"]
+        layer = max(key.layer, NOISE_LAYER)
+        inputs["noise"] = philox_normal(key.seed, key.step, layer, key.sample, tuple(y.shape[1:]))
+    return inputs
+
+
+# ---- is the answer right? -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Who carries out a case.
+
+    make: arguments -> results, as the operation's. layout: of images. gap: why it cannot run here, empty
+    where it can. own_chance: its dropout or noise come from a generator of its own.
+    is_ours: held to twice the error of plain PyTorch, where others are held to their dtype.
+    """
+
+    name: str
+    make: Call
+    layout: torch.memory_format = torch.contiguous_format
+    gap: str = ""
+    own_chance: bool = False
+    is_ours: bool = False
+    directions: tuple[str, ...] = ("forward", "both")
+    host_bound: bool = False  # cannot be captured in a graph
+
+
+def make_call(function: Call, inputs: Inputs, direction: str, seed: int = 0) -> Callable[[], Any]:
+    """One call to be timed: the results, or, for `both`, results and the gradients of all arguments that
+    ask for one, under random gradients of the results."""
+    wanted = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    if direction == "forward" or not wanted:
+
+        def forward() -> list[torch.Tensor]:
+            with torch.no_grad():
+                return tensors_of(function(**inputs))
+
+        return forward
+    generator = torch.Generator().manual_seed(seed + 1)
+    upstream = [
+        torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
+        for x in tensors_of(function(**inputs))
+        if x.requires_grad
+    ]
+
+    def both() -> list[torch.Tensor]:
+        results = tensors_of(function(**inputs))
+        reached = [x for x in results if x.requires_grad]
+        grads = torch.autograd.grad(reached, wanted, upstream)
+        return [x.detach() for x in (*results, *grads)]
+
+    return both
+
+
+def check(
+    case: Case, provider: Provider, device: torch.device | str, *, batch: int = 2, seed: int = 0
+) -> str:
+    """What is wrong with a provider's outputs or gradients at this site on this device; empty where
+    nothing is. The batch is small: the sites' programs do not depend on it."""
+    small = replace(case, batch=batch)
+    layout = provider.layout
+
+    def computed(function: Call, wide: bool = False, chance: bool = True) -> list[torch.Tensor]:
+        inputs = small.inputs(device, layout, seed=seed, wide=wide)
+        if wide:
+            inputs = {k: torch.float64 if v is case.dtype else v for k, v in inputs.items()}
+        inputs = inputs if chance else without_chance(small, inputs)
+        return make_call(function, inputs, "both", seed)()
+
+    oracle_function = case.site.reference if provider.is_ours else plain(case)
+    chance = provider.is_ours and case.operation != "noise_pair"
+    if case.operation == "noise_pair":
+        oracle_function = plain(case)
+    assert oracle_function is not None
+    wrap = provider.make
+    if case.operation == "noise_pair" and provider.is_ours:
+        wrap = _without_noise(provider.make)
+    try:
+        oracle = computed(oracle_function, wide=True, chance=chance)
+        reference = computed(oracle_function, chance=chance)
+        found = computed(wrap, chance=chance)
+    except Exception as error:  # a provider that fails is one that is not timed
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return wrong(found, reference, oracle, case.dtype, provider.is_ours)
+
+
+def check_ends(case: Case, provider: Provider, device: torch.device | str) -> str:
+    """As `check`, for the first and the last image of the whole batch: what goes wrong in large tensors
+    goes wrong at their end. Outputs only."""
+    rows = [0, case.batch - 1]
+    inputs = case.inputs(device, provider.layout, seed=1)
+    per_image = {
+        name for name, like in case.site.arguments if isinstance(like, Like) and like.shape[0] is None
+    }  # fmt: skip
+
+    def ends(wide: bool) -> Inputs:
+        found: Inputs = {}
+        for name, x in inputs.items():
+            if isinstance(x, DropoutKey):
+                found[name] = x.select(torch.tensor(rows, device=device))
+            elif isinstance(x, torch.Tensor):
+                x = x.detach()[rows] if name in per_image else x.detach()
+                found[name] = x.double() if wide and x.is_floating_point() else x
+            else:
+                found[name] = torch.float64 if wide and x is case.dtype else x
+        return found
+
+    reference = plain(case) if case.operation == "noise_pair" else case.site.reference
+    assert reference is not None
+    chosen = [without_chance(case, ends(wide)) for wide in (True, False)]
+    if case.operation != "noise_pair":
+        chosen = [ends(wide) for wide in (True, False)]
+    try:
+        with torch.no_grad():
+            oracle, same = (tensors_of(reference(**given)) for given in chosen)
+            found = [x[rows] for x in tensors_of(provider.make(**inputs))]
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return wrong(found, same, oracle, case.dtype, True)
+
+
+def _without_noise(function: Call) -> Call:
+    return lambda **inputs: function(**{k: v for k, v in inputs.items() if k != "noise"})
+
+
+def wrong(
+    found: list[torch.Tensor], reference: list[torch.Tensor], oracle: list[torch.Tensor],
+    dtype: torch.dtype, is_ours: bool,
+) -> str:  # fmt: skip
+    """The first result that is not within its bound. Ours: twice the error of `reference` (plain PyTorch
+    in the same dtype) plus a millionth of the largest value, as in the tests. Others: a few roundings of
+    the dtype, by the norm."""
+    if len(found) != len(oracle):
+        return f"{len(found)} results and gradients instead of {len(oracle)}"
+    for i, (x, plain_x, exact) in enumerate(zip(found, reference, oracle, strict=True)):
+        if x.shape != exact.shape:
+            return f"result {i} is {list(x.shape)} instead of {list(exact.shape)}"
+        if x.dtype == torch.uint8:  # a byte may round to its neighbour
+            off = (x.int() - exact.int()).abs().max().item()
+            if off > 1:
+                return f"result {i} is off by {off} of 255"
+            continue
+        exact = exact.double()
+        if is_ours:
+            error = (x.double() - exact).abs().max().item()
+            allowed = 2 * (plain_x.double() - exact).abs().max().item()
+            allowed += 1e-6 * exact.abs().max().item()
+        else:
+            error = (x.double() - exact).norm().item()
+            allowed = (8 * torch.finfo(dtype).eps + 1e-5) * exact.norm().item()
+        if not error <= allowed:  # a NaN fails too
+            return f"result {i} is off by {error:.2g}, {allowed:.2g} are allowed"
+    return ""
+
+
+# ---- which cases --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """A network by `build_network`'s arguments, hashable."""
+
+    name: str
+    img_resolution: int
+    img_channels: int
+    architecture: tuple[tuple[str, Any], ...] = ()
+    label_dim: int = 0
+
+    @classmethod
+    def of_preset(cls, preset: str, resolution: int, channels: int, label_dim: int = 0) -> Any:
+        network = load_preset(preset).network
+        options = {
+            key: tuple(value) if isinstance(value, list | tuple) else value
+            for key, value in network.architecture().items()
+        }
+        return cls(network.name, resolution, channels, tuple(options.items()), label_dim)
+
+    @property
+    def label(self) -> str:
+        width = dict(self.architecture).get("model_channels", "")
+        return f"{self.name}-{self.img_resolution} width {width}"
+
+    def sites(self) -> list[Site]:
+        found = network_sites(
+            self.name, self.img_resolution, self.img_channels, self.label_dim,
+            **dict(self.architecture),
+        )  # fmt: skip
+        around = loop_sites(self.img_resolution, self.img_channels)
+        return [replace(site, network=self.label) for site in (*found, *around)]
+
+
+CIFAR10 = NetworkShape.of_preset("cifar10", 32, 3)
+NARROW = NetworkShape(
+    "ddpmpp", 32, 3,
+    (("model_channels", 32), ("channel_mult", (1, 2, 2)), ("num_blocks", 1), ("attn_resolutions", (16,))),
+)  # fmt: skip
+DIGITS = NetworkShape.of_preset("digits", 8, 1)
+
+
+def available_networks() -> list[NetworkShape]:
+    """The recipes' networks that this version can build."""
+    from tcm_fast.networks import NETWORKS
+
+    found = [CIFAR10]
+    if "edm2" in NETWORKS:
+        found.append(NetworkShape.of_preset("imagenet64-s", 64, 3, 1000))
+    if "adm" in NETWORKS:
+        found.append(NetworkShape("adm", 64, 3, (), 1000))
+    return found
+
+
+def cases(
+    networks: Iterable[NetworkShape], batches: Iterable[int], dtypes: Iterable[torch.dtype]
+) -> list[Case]:
+    """Every site of the networks that has something to be compared with, in each batch and dtype."""
+    batches, dtypes = list(batches), list(dtypes)
+    return [
+        Case(site, batch, dtype)
+        for network in networks
+        for site in network.sites()
+        if site.reference is not None or site.operation in PLAIN
+        for batch in batches
+        for dtype in dtypes
+    ]

@@ -1,0 +1,103 @@
+"""An optimizer step with all that goes with it, by provider: unscaling and looking for numbers that are
+not finite, clipping, the update, one average, a 16-bit copy of the weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tcm_fast.benchmarks.peers import OURS, TORCH_KINDS, make_optimizer
+from tcm_fast.networks import build_network
+from tcm_fast.optim import FusedOptimizer
+
+MAX_NORM = 1e9  # clipping is asked for and never bites
+LR, BETA = 1e-4, 0.9999
+# Bytes a parameter, everything read once and written once in fp32 with one fp32 average and a 16-bit copy:
+# the gradient for its norm, then gradient, weight, moments, average in, all but the gradient out.
+BYTES_PER_PARAMETER = 4 + 5 * 4 + 4 * 4 + 2
+
+
+@functools.cache
+def network_shapes(name: str, resolution: int, **architecture: Any) -> tuple[torch.Size, ...]:
+    """The shapes of a network's parameters."""
+    with torch.device("meta"):
+        net = build_network(name, img_resolution=resolution, img_channels=3, **architecture)
+    return tuple(parameter.shape for parameter in net.parameters())
+
+
+class Tensors:
+    """Weights with gradients, one average and 16-bit copies."""
+
+    def __init__(self, sizes: tuple[torch.Size, ...], device: torch.device | str) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(size: torch.Size, scale: float) -> torch.Tensor:
+            return (scale * torch.randn(size, generator=generator)).to(device)
+
+        self.weights = [torch.nn.Parameter(draw(size, 0.02)) for size in sizes]
+        for weight in self.weights:
+            weight.grad = draw(weight.shape, 1e-3)
+        self.values = [weight.detach() for weight in self.weights]
+        self.average = [value.clone() for value in self.values]
+        self.copies = [value.half() for value in self.values]
+
+
+def make_step(kind: str, provider: str, tensors: Tensors) -> Callable[[], object]:
+    """A step on these tensors; provider: ours, or how torch (or apex) is to do it."""
+    weights, average, copies = tensors.weights, tensors.average, tensors.copies
+    if provider == OURS:
+        ours = FusedOptimizer(
+            weights, kind, lr=LR, max_norm=MAX_NORM, averages=[average], copies=copies, scale=1.0
+        )
+        ours.average_betas = [BETA]
+        return ours.step
+    device = weights[0].device
+    optimizer = make_optimizer(kind, provider, weights)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=10**9)
+    scaler.scale(torch.zeros((), device=device))
+
+    def step() -> None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+        torch._foreach_lerp_(average, tensors.values, 1 - BETA)
+        torch._foreach_copy_(copies, tensors.values)
+
+    return step
+
+
+def check_step(kind: str, provider: str, device: torch.device | str, steps: int = 7) -> str:
+    """What is wrong with a provider's weights, average and copies after a few steps beside torch's in
+    float64; empty where nothing is."""
+    sizes = (torch.Size((33, 7)), torch.Size((129,)), torch.Size((5, 3, 3, 3)))
+    tensors, exact = Tensors(sizes, device), Tensors(sizes, "cpu")
+    weights = [torch.nn.Parameter(w.detach().double()) for w in exact.weights]
+    for weight, w in zip(weights, exact.weights, strict=True):
+        assert w.grad is not None
+        weight.grad = w.grad.double()
+    average = [w.detach().clone() for w in weights]
+    optimizer = TORCH_KINDS[kind](weights, lr=LR, foreach=False)
+    step = make_step(kind, provider, tensors)
+    for _ in range(steps):
+        grads = [w.grad for w in tensors.weights]
+        step()
+        for w, grad in zip(tensors.weights, grads, strict=True):
+            w.grad = grad  # ours gives them back
+        optimizer.step()
+        for a, w in zip(average, weights, strict=True):
+            a.lerp_(w.detach(), 1 - BETA)
+    for i, weight in enumerate(weights):
+        pairs = (
+            ("weight", tensors.values[i], weight.detach(), 1e-6),
+            ("average", tensors.average[i], average[i], 1e-6),
+            ("copy", tensors.copies[i], weight.detach(), 1e-3),
+        )
+        for what, found, wanted, relative in pairs:
+            error = (found.double().cpu() - wanted).abs().max().item()
+            if not error <= relative * wanted.abs().max().item():
+                return f"{what} {i} is off by {error:.2g} after {steps} steps"
+    return ""

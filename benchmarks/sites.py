@@ -1,0 +1,235 @@
+"""Where the networks call the operations, and with what: collected by running them, not typed in.
+
+A network of `build_network` runs once on tensors without memory; every public operation of
+`tcm_fast.kernels` that the networks, the objectives and the sampler imported notes what it is called
+with. So a new operation or a new network is measured as soon as it exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tcm_fast.networks
+from tcm_fast import objectives, sampler
+from tcm_fast.config import TcmConfig
+from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.networks import build_network
+from tcm_fast.networks.precision import cast_weights
+from tcm_fast.times import plan_times
+
+BATCH = (
+    7  # of the network that is listened to: no width or group count is 7, so dim 0 tells the batch
+)
+COMPUTE = (
+    torch.bfloat16
+)  # stands for the compute dtype: what is fp32 then stays fp32 in any precision
+
+
+@dataclass(frozen=True)
+class Like:
+    """A tensor argument. shape: None stands for the batch; dtype: None for the compute dtype."""
+
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype | None
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Like:
+        shape = tuple(None if i == 0 and size == BATCH else size for i, size in enumerate(x.shape))
+        return cls(shape, None if x.dtype == COMPUTE else x.dtype, x.requires_grad)
+
+    def sizes(self, batch: int) -> tuple[int, ...]:
+        return tuple(batch if size is None else size for size in self.shape)
+
+
+@dataclass(frozen=True)
+class KeyLike:
+    """A DropoutKey argument."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One way in which a network calls an operation.
+
+    operation: the public function's name. arguments: (name, Like, KeyLike or the value itself) of all.
+    network: whose site it is; count: how often a forward pass calls it so. module: where the function is
+    defined.
+    """
+
+    operation: str
+    arguments: tuple[tuple[str, Any], ...]
+    network: str
+    count: int = 1
+    module: str = ""
+
+    def __getitem__(self, name: str) -> Any:
+        return dict(self.arguments).get(name)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return getattr(importlib.import_module(self.module), self.operation)
+
+    @property
+    def reference(self) -> Callable[..., Any] | None:
+        """The plain PyTorch function beside the operation, where there is one under the usual name."""
+        return getattr(importlib.import_module(self.module), f"{self.operation}_reference", None)
+
+    def __str__(self) -> str:
+        """The first tensor's shape, then what else tells sites apart: further tensors, with their shapes
+        where they are other images, and values that differ from the defaults."""
+        (_, first), *others = self.arguments
+        words = ["uint8" if first.dtype == torch.uint8 else "", _shape(first)]
+        parameters = inspect.signature(self.function).parameters
+        for name, value in others:
+            if isinstance(value, Like):
+                is_other = len(value.shape) == 4 and value.shape != first.shape
+                words.append(f"{name} {_shape(value)}" if is_other else name)
+            elif isinstance(value, KeyLike) or name in ("num_groups", "eps") or value is COMPUTE:
+                continue
+            elif value != parameters[name].default:
+                words.append(_setting(name, value))
+        return " ".join(word for word in words if word and word not in UNSAID)
+
+
+# What every site of its operation has, or what follows from the rest.
+UNSAID = {"weight", "bias", "num_groups", "eps", "x_t", "x_r", "t", "delta", "target_output", "x"}
+
+
+def _setting(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+
+
+def _shape(like: Like) -> str:
+    return "x".join("N" if size is None else str(size) for size in like.shape)
+
+
+def public_operations() -> dict[FunctionType, str]:
+    """The public functions of the files of `tcm_fast.kernels` that bear the file's name."""
+    found: dict[FunctionType, str] = {}
+    for info in pkgutil.iter_modules(tcm_fast.kernels.__path__):
+        module = importlib.import_module(f"tcm_fast.kernels.{info.name}")
+        function = getattr(module, info.name, None)
+        if inspect.isfunction(function):
+            found[function] = info.name
+    return found
+
+
+def _listened() -> list[ModuleType]:
+    names = [info.name for info in pkgutil.iter_modules(tcm_fast.networks.__path__)]
+    modules = [importlib.import_module(f"tcm_fast.networks.{name}") for name in names]
+    return [*modules, objectives, sampler]
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return Like.of(value)
+    if isinstance(value, DropoutKey):
+        return KeyLike(0)  # the layer's number changes the mask, not the work
+    return value
+
+
+@contextmanager
+def listening(network: str) -> Iterator[Counter[Site]]:
+    """Inside, calls of operations by networks, objectives and sampler are counted by site. Not for
+    several threads at once."""
+    heard: Counter[Site] = Counter()
+    operations = public_operations()
+
+    def wrap(function: FunctionType) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            arguments = tuple((name, _described(v)) for name, v in given.arguments.items())
+            heard[Site(operations[function], arguments, network, 1, function.__module__)] += 1
+            return function(*args, **kwargs)
+
+        return noted
+
+    replaced = []
+    for module in _listened():
+        for name, value in list(vars(module).items()):
+            if inspect.isfunction(value) and value in operations:
+                replaced.append((module, name, value))
+                setattr(module, name, wrap(value))
+    try:
+        yield heard
+    finally:
+        for module, name, value in replaced:
+            setattr(module, name, value)
+
+
+@functools.cache
+def network_sites(
+    name: str, img_resolution: int, img_channels: int, label_dim: int = 0, **architecture: Any
+) -> tuple[Site, ...]:
+    """The sites of a forward pass in train mode, in the order in which they first occur.
+
+    Args:
+        name, img_resolution, img_channels, label_dim, architecture: as `build_network`'s; sequences as
+            tuples.
+    """
+    with FakeTensorMode():
+        net = build_network(
+            name, img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim,
+            **architecture,
+        )  # fmt: skip
+        net.train()
+        size = (BATCH, img_channels, img_resolution, img_resolution)
+        x, t = torch.empty(size, dtype=COMPUTE), torch.ones(BATCH)
+        labels = torch.zeros(BATCH, label_dim) if label_dim else None
+        key = DropoutKey(seed=0, step=0, sample=torch.arange(BATCH))
+        with listening(name) as heard:
+            net.raw(x, t, labels, dropout_key=key, weights=cast_weights(net, COMPUTE))
+    return tuple(dataclasses.replace(site, count=count) for site, count in heard.items())
+
+
+@functools.cache
+def loop_sites(img_resolution: int, img_channels: int) -> tuple[Site, ...]:
+    """What a stage-2 step and a sampler call around the networks, which here are as small as can be."""
+    config = TcmConfig(batch_size=BATCH, rho=0.3, c=0.06)
+    net = build_network(
+        "ddpmpp", img_resolution=img_resolution, img_channels=img_channels, model_channels=4,
+        channel_mult=(1,), num_blocks=1, attn_resolutions=(),
+    )  # fmt: skip
+    objective = objectives.Objective("tcm", config, net, net, dtype=COMPUTE)
+    plan = plan_times(config, seed=0, images_seen=0, iteration=10**6)
+    (part,) = plan.parts(1)
+    shape = (BATCH, img_channels, img_resolution, img_resolution)
+    images = torch.zeros(shape, dtype=torch.uint8)
+    batch = objectives.make_batch(plan, part, images, None, seed=0, step=0)
+    with listening(f"{img_channels}x{img_resolution}x{img_resolution}") as heard:
+        objective(batch)
+        drawing = sampler.Sampler([net], sampler.multistep, [80.0], precision="bf16")
+        drawing.draw(torch.arange(BATCH))
+    sites = [dataclasses.replace(site, count=count) for site, count in heard.items()]
+    return tuple(site for site in sites if site.operation not in _of_networks(net))
+
+
+def _of_networks(net: torch.nn.Module) -> set[str]:
+    """The operations that a network's own modules import."""
+    modules = {importlib.import_module(type(m).__module__) for m in net.modules()}
+    operations = public_operations()
+    values = [value for module in modules for value in vars(module).values()]
+    return {
+        operations[value] for value in values if inspect.isfunction(value) and value in operations
+    }

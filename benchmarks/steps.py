@@ -1,0 +1,343 @@
+"""Whole training steps and sampling calls, ours beside the official style: what the step benchmarks time.
+
+Every provider trains the same network on the same images: it draws its noise levels, runs the networks,
+the optimizer and one average. Equality of loss and gradients is tested in
+tests/benchmarks/test_official_style.py, for what a run times here in `check_losses`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from tcm_fast.benchmarks.cases import CIFAR10, DIGITS, NARROW, NetworkShape
+from tcm_fast.benchmarks.official_style import OfficialStyleStep, OfficialStyleUNet, denoise
+from tcm_fast.config import Config, PhaseConfig
+from tcm_fast.data import ImageData, ImageStream
+from tcm_fast.graphs import GraphCache
+from tcm_fast.kernels._backend import extension_gap
+from tcm_fast.networks import Precond, build_network
+from tcm_fast.networks.precision import make_copies
+from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
+from tcm_fast.optim import Ema, FusedOptimizer, build_optimizer, learning_rate, set_rate
+from tcm_fast.sampler import PRECISIONS, Sampler, default_times, multistep
+from tcm_fast.times import plan_times
+
+ITERATION = 10**6  # the schedule's end: r/t = 0.999
+LOSS_SCALE = 16.0
+Step = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCase:
+    """A phase of training: network, images a step, precision of our step."""
+
+    network: NetworkShape
+    batch_size: int
+    precision: str = "fp32"
+    phase: str = "tcm"
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.phase} {self.network.label} batch {self.batch_size} {self.precision}"
+
+    @property
+    def config(self) -> PhaseConfig:
+        changes: dict[str, Any] = {"batch_size": self.batch_size}
+        if self.phase != "edm":
+            changes["c"] = 0.01
+        return dataclasses.replace(Config().phase(self.phase), **changes)
+
+    def build(self) -> Precond:
+        """Our network, of unconditional training unless the shape has classes."""
+        shape, architecture = self.network, dict(self.network.architecture)
+        architecture["dropout"] = self.config.dropout
+        torch.manual_seed(0)
+        return build_network(
+            shape.name, img_resolution=shape.img_resolution, img_channels=shape.img_channels,
+            label_dim=shape.label_dim, **architecture,
+        )  # fmt: skip
+
+    def images(self) -> np.ndarray:
+        side = self.network.img_resolution
+        shape = (4 * self.batch_size, side, side, self.network.img_channels)
+        return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def step_cases(device: torch.device | str, *, quick: bool = False) -> list[StepCase]:
+    """What is timed on this device."""
+    from tcm_fast.benchmarks.cases import available_networks
+
+    device = torch.device(device).type
+    if device == "cpu":
+        small = [StepCase(DIGITS, 128, phase=phase) for phase in ("edm", "ect", "tcm")]
+        sizes = (16,) if quick else (32, 128)
+        return small + [StepCase(NARROW, size) for size in sizes]
+    found = []
+    for network in available_networks():
+        is_cifar = network == CIFAR10
+        precisions = ("fp32", "tf32", "fp16", "bf16") if is_cifar else ("fp16", "bf16")
+        sizes = (16, 128, 512) if is_cifar else (16, 64, 128)
+        if quick:
+            precisions, sizes = precisions[-2:], (128,) if is_cifar else (16,)
+        found += [
+            StepCase(network, size, precision, phase, device)
+            for phase in (("tcm",) if quick else ("edm", "ect", "tcm"))
+            for size in sizes
+            for precision in precisions
+        ]
+    return found
+
+
+def use_tf32(precision: str) -> None:
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
+# ---- providers of a training step ---------------------------------------------------------------
+
+
+def official_style_step(
+    case: StepCase, *, precision: str = "fp32", channels_last: bool = False, compiled: bool = False
+) -> Step:
+    """The step as published, or in another precision, in channels_last, compiled."""
+    if case.network.name != "ddpmpp" or case.network.label_dim:
+        raise ValueError(
+            f"official_style: has DDPM++ without classes only, got {case.network.name}"
+        )
+    config, shape = case.config, case.network
+    architecture = dict(shape.architecture) | {"dropout": config.dropout}
+    torch.manual_seed(0)
+    net = OfficialStyleUNet(shape.img_resolution, shape.img_channels, **architecture)
+    net.load_state_dict(case.build().model.state_dict(), strict=True)
+    net = net.to(case.device)
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    stage1 = copy.deepcopy(net) if case.phase == "tcm" else None
+    if compiled:
+        net.compile()
+        if stage1 is not None:
+            stage1.compile()
+    ratio = getattr(config, "limit", 0.999)
+    step = OfficialStyleStep(
+        net.train(), stage1, phase=case.phase, ratio=ratio, c=getattr(config, "c", 0.0),
+        lr=config.lr, log_normal=(config.t_mean, config.t_std),
+    )  # fmt: skip
+    images = torch.from_numpy(case.images()[: case.batch_size]).permute(0, 3, 1, 2).contiguous()
+    images = images.to(case.device)
+    dtype = PRECISIONS[precision]
+
+    def run() -> None:
+        use_tf32(precision)
+        with torch.autocast(case.device, dtype, enabled=dtype != torch.float32):
+            step(images)
+
+    return run
+
+
+def tcm_fast_step(
+    case: StepCase, *, split: bool = True, graphs: bool = False, compiled: bool = False
+) -> Step:
+    """Our step, as the trainer takes it; without `split` both networks compute the target of every
+    sample. The step's parts are attributes of what is returned."""
+    return OurStep(case, split=split, graphs=graphs, compiled=compiled)
+
+
+class OurStep:
+    """One optimizer step after another. `prepare` is what the host does for a step, `work` what the
+    device does."""
+
+    def __init__(
+        self, case: StepCase, *, split: bool = True, graphs: bool = False, compiled: bool = False
+    ) -> None:
+        config, device = case.config, torch.device(case.device)
+        self.case, self.config = case, config
+        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+        self.net = net = case.build().to(device, memory_format=layout)  # type: ignore[call-overload]
+        dtype = PRECISIONS[case.precision]
+        stage1 = copy.deepcopy(net) if case.phase == "tcm" else None
+        self.objective = Objective(case.phase, config, net.train(), stage1, dtype=dtype)
+        if compiled:
+            net.model.compile()
+            if self.objective.frozen is not None:
+                self.objective.frozen.model.compile()
+        self.ema = Ema(config.ema[0] if config.ema else "constant:0.9999", net.parameters())
+        if dtype != torch.float32 and not extension_gap(device):
+            self.objective.copies = make_copies(net, dtype)
+        scale = LOSS_SCALE if case.precision == "fp16" and not extension_gap(device) else None
+        self.optimizer = build_optimizer(
+            net.parameters(), config, emas=[self.ema], copies=self.objective.copies, scale=scale,
+            capturable=graphs,
+        )  # fmt: skip
+        classes = case.network.label_dim
+        images = case.images()
+        labels = np.arange(len(images)) % classes if classes else None
+        names = tuple(map(str, range(classes)))
+        data = ImageData(images, labels, "noise", names)
+        self.stream = ImageStream(data, seed=0, device=device)
+        self.granule = row_granule(config.batch_size, device) if split else config.batch_size
+        self.graphs = GraphCache() if graphs else None
+        self.count = 0
+
+    def prepare(self) -> Batch:
+        seen = self.count * self.config.batch_size
+        plan = plan_times(self.config, seed=0, images_seen=seen, iteration=ITERATION + self.count)
+        (part,) = plan.parts(1)
+        return make_batch(
+            plan, part, *self.stream.batch(seen + part), seed=0, step=self.count,
+            boundary_weight=getattr(self.config, "boundary_weight", 0.0), granule=self.granule,
+        )  # fmt: skip
+
+    def work(self, batch: Batch) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, stats = self.objective(batch)
+        fused = isinstance(self.optimizer, FusedOptimizer)
+        (self.optimizer.loss_scale.scale(loss) if fused else loss).backward()
+        self.optimizer.step()
+        return stats
+
+    def __call__(self) -> torch.Tensor:
+        use_tf32(self.case.precision)
+        batch, size = self.prepare(), self.config.batch_size
+        after = (ITERATION + self.count + 1, (self.count + 1) * size, size)
+        for group in self.optimizer.param_groups:
+            set_rate(group, learning_rate(self.config, self.count * size, self.count))
+        fused = isinstance(self.optimizer, FusedOptimizer)
+        if fused:
+            self.optimizer.average_betas = [self.ema.rule.beta(*after)]
+            self.optimizer.store_options()
+        if self.graphs is None:
+            stats = self.work(batch)
+        else:
+            tensors = [batch.packed, batch.images]
+            tensors += [] if batch.labels is None else [batch.labels]
+            stats = self.graphs(
+                batch.kind, lambda p, i, y=None: self.work(batch.at(p, i, y)), *tensors
+            )
+        self.count += 1
+        if not fused:
+            self.ema.update(*after)
+        return stats
+
+
+def step_providers(case: StepCase) -> dict[str, tuple[Callable[[], Step], str]]:
+    """Name -> (what builds the step, why it cannot run here)."""
+    is_cuda = case.device == "cuda"
+    has_official = case.network.name == "ddpmpp" and not case.network.label_dim
+    no_official = "" if has_official else f"official_style.py has no {case.network.name}"
+    no_gpu = "" if is_cuda else "needs a GPU"
+    same = "" if case.precision != "fp32" else "is official_style itself in fp32"
+    cannot_graph = (
+        "a graph cannot choose a loss scale without the extension"
+        if case.precision == "fp16" and is_cuda and extension_gap(torch.device("cuda"))
+        else ""
+    )
+
+    def official(**how: Any) -> Callable[[], Step]:
+        return lambda: official_style_step(case, **how)
+
+    own = {"precision": case.precision}
+    return {
+        "official_style": (official(), no_official),
+        "official_style same precision": (official(**own), no_official or no_gpu or same),
+        "official_style channels_last": (
+            official(**own, channels_last=True), no_official or no_gpu,
+        ),
+        "official_style channels_last compiled": (
+            official(**own, channels_last=True, compiled=True), no_official or no_gpu,
+        ),
+        "tcm_fast unsplit": (
+            lambda: tcm_fast_step(case, split=False), "" if case.phase == "tcm" else "splits nothing",
+        ),
+        "tcm_fast": (lambda: tcm_fast_step(case), ""),
+        "tcm_fast graphs": (lambda: tcm_fast_step(case, graphs=True), no_gpu or cannot_graph),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def check_networks(case: StepCase) -> str:
+    """Whether official_style's network and ours are the same function on this device; empty where they
+    are. (Loss and gradients of whole steps: tests/benchmarks/test_official_style.py.)"""
+    if case.network.name != "ddpmpp" or case.network.label_dim:
+        return ""
+    use_tf32("fp32")
+    ours = case.build().to(case.device)
+    for parameter in ours.parameters():
+        parameter += 0.02 * torch.randn_like(parameter)
+    shape = case.network
+    theirs = OfficialStyleUNet(shape.img_resolution, shape.img_channels, **dict(shape.architecture))
+    theirs.load_state_dict(ours.model.state_dict(), strict=True)
+    theirs = theirs.to(case.device).eval()
+    side = shape.img_resolution
+    x = torch.randn(4, shape.img_channels, side, side, device=case.device)
+    t = torch.tensor([0.01, 0.5, 2.0, 60.0], device=case.device)
+    found, wanted = ours.eval()(x, t), denoise(theirs, x, t, None)  # type: ignore[arg-type]
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    return "" if error < 1e-3 else f"official_style's network differs by {error:.2g}"
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleCase:
+    """Drawing `batch` images in so many steps."""
+
+    network: NetworkShape
+    batch: int
+    steps: int
+    precision: str = "fp32"
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        return f"{self.network.label} {self.steps}-step batch {self.batch} {self.precision}"
+
+
+def sample_cases(device: torch.device | str, *, quick: bool = False) -> list[SampleCase]:
+    from tcm_fast.benchmarks.cases import available_networks
+
+    device = torch.device(device).type
+    if device == "cpu":
+        sizes = (1, 64) if quick else (1, 16, 256)
+        return [SampleCase(DIGITS, batch, steps) for batch in sizes for steps in (1, 2)]
+    precisions = ("fp16",) if quick else ("fp32", "tf32", "fp16")
+    return [
+        SampleCase(network, batch, steps, precision, device)
+        for network in available_networks()
+        for batch in ((1, 512) if quick else (1, 16, 128, 1024))
+        for steps in (1, 2)
+        for precision in precisions
+    ]
+
+
+def sample_providers(case: SampleCase) -> dict[str, Step]:
+    """A plainly written sampler (x = T z, y = D(x, T), torch's noise, bytes on the host), and ours."""
+    net = StepCase(case.network, 1).build().eval().to(case.device)
+    device, dtype = case.device, PRECISIONS[case.precision]
+    shape = (case.batch, net.img_channels, net.img_resolution, net.img_resolution)
+    labels = None
+    if net.label_dim:
+        classes = torch.arange(case.batch, device=device) % net.label_dim
+        labels = torch.nn.functional.one_hot(classes, net.label_dim).float()
+
+    @torch.no_grad()
+    def plain() -> torch.Tensor:
+        use_tf32(case.precision)
+        y = torch.zeros(shape, device=device)
+        for t in default_times(case.steps):
+            x = y + t * torch.randn(shape, device=device)
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                y = net(x, torch.full((case.batch,), t, device=device), labels).to(torch.float32)
+        return (y * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+    sampler = Sampler(
+        [copy.deepcopy(net)] * case.steps, multistep, default_times(case.steps),
+        precision=case.precision,
+    )  # fmt: skip
+    numbers = torch.arange(case.batch, device=device)
+    return {"plain": plain, "tcm_fast": lambda: sampler.draw(numbers, labels).cpu()}

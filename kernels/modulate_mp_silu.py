@@ -1,0 +1,317 @@
+"""What stands between the two convolutions of an EDM2 block: the embedding's gain, the activation and
+dropout (Karras et al. 2024, figure 21)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from tcm_fast.kernels._pointwise import (
+    MP_SILU,
+    address,
+    edm2_sites,
+    given,
+    has_asm,
+    layout_of,
+    scaled_silu,
+    scaled_silu_grad,
+    tile_for,
+    variant,
+)
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels.dropout import DropoutKey, _check_samples, _threshold, dropout
+from tcm_fast.kernels.group_norm_silu import _kept
+from tcm_fast.kernels.philox import counters
+
+# -- reference ------------------------------------------------------------------------------------
+
+
+def modulate_mp_silu_reference(x, scale, gain, *, dropout_p=0.0, dropout_key=None):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    factor = 1 + gain.to(wide) * scale.to(wide)
+    y = F.silu(x.to(wide) * factor[:, :, None, None]) / MP_SILU
+    y = y.to(x.dtype).contiguous(memory_format=layout_of(x))
+    return dropout(y, dropout_p, dropout_key) if dropout_p > 0 else y
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+# A program has one sample, WIDTH of its channels and, of its pixels, one piece of PIECE tiles.
+
+
+@triton.jit
+def _place(scale, gain, scale_row, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """-> sample number int64, first channel, channels [WIDTH], which of them there are, and the factor
+    1 + gain·scale of each."""
+    n = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(2) * WIDTH
+    c = first + tl.arange(0, WIDTH)
+    own = c < CHANNELS
+    s = tl.load(scale + n * scale_row + c, mask=own, other=0).to(tl.float32)
+    return n, first, c, own, 1.0 + tl.load(gain).to(tl.float32) * s
+
+
+@triton.jit(do_not_specialize=["layer", "threshold"])
+def _modulate_mp_silu_fwd_kernel(
+    x, scale, gain, sample, seed, step, y, scale_row, layer, threshold, keep_scale,
+    CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, DROPS: tl.constexpr, BY_EIGHT: tl.constexpr,
+    GAIN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    n, first, c, own, factor = _place(scale, gain, scale_row, CHANNELS, WIDTH)
+    x += n * (CHANNELS * HW)
+    y += n * (CHANNELS * HW)
+    sample_n, seed_n, step_n = n, n, n
+    if DROPS:
+        sample_n, seed_n, step_n = tl.load(sample + n), tl.load(seed), tl.load(step)
+    for i in tl.range(PIECE):
+        p = (tl.program_id(1) * PIECE + i) * PIXELS + tl.arange(0, PIXELS)
+        inside = (p < HW)[:, None] & own[None, :]
+        at = address(p, c, CHANNELS, HW, CHANNELS_LAST)
+        v = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+        v = scaled_silu(v * factor[None, :], GAIN, ASM)
+        if DROPS:
+            kept = _kept(p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS, BY_EIGHT,
+                         WIDTH)  # fmt: skip
+            v = tl.where(kept, v * keep_scale, 0.0)
+        tl.store(y + at, v.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["layer", "threshold"])
+def _modulate_mp_silu_bwd_kernel(
+    grad_y, x, scale, gain, sample, seed, step, grad_x, grad_factor, scale_row, layer, threshold,
+    keep_scale,
+    CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, DROPS: tl.constexpr, BY_EIGHT: tl.constexpr,
+    GAIN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    n, first, c, own, factor = _place(scale, gain, scale_row, CHANNELS, WIDTH)
+    x += n * (CHANNELS * HW)
+    grad_y += n * (CHANNELS * HW)
+    grad_x += n * (CHANNELS * HW)
+    sample_n, seed_n, step_n = n, n, n
+    if DROPS:
+        sample_n, seed_n, step_n = tl.load(sample + n), tl.load(seed), tl.load(step)
+    sums = tl.zeros([PIXELS, WIDTH], tl.float32)
+    for i in tl.range(PIECE):
+        p = (tl.program_id(1) * PIECE + i) * PIXELS + tl.arange(0, PIXELS)
+        inside = (p < HW)[:, None] & own[None, :]
+        at = address(p, c, CHANNELS, HW, CHANNELS_LAST)
+        v = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+        grad = tl.load(grad_y + at, mask=inside, other=0).to(tl.float32)
+        if DROPS:
+            kept = _kept(p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS, BY_EIGHT,
+                         WIDTH)  # fmt: skip
+            grad = tl.where(kept, grad * keep_scale, 0.0)
+        grad = grad * scaled_silu_grad(v * factor[None, :], GAIN, ASM)
+        tl.store(grad_x + at, (grad * factor[None, :]).to(grad_x.dtype.element_ty), mask=inside)
+        sums += tl.where(inside, grad * v, 0.0)
+    piece = n * tl.num_programs(1) + tl.program_id(1)
+    tl.store(grad_factor + piece * CHANNELS + c, tl.sum(sums, 0), mask=own)
+
+
+# -- launchers ------------------------------------------------------------------------------------
+
+LANES = 2 << 10  # elements of a tile; half as many with a mask, whose random words take registers
+PROGRAMS = 1024  # enough of them to fill any GPU
+
+
+def _constants(shape, threshold, is_channels_last, asm):
+    n, c, h, w = shape
+    pixels, width = tile_for(c, h * w, widest=64)
+    pixels = min(pixels, max(1, (LANES >> (threshold > 0)) // width))
+    tiles, slabs = -(-h * w // pixels), -(-c // width)
+    # Fewer, longer pieces where there are programs enough: fewer sums remain to be added up.
+    piece = max(1, min(tiles, n * slabs * tiles // PROGRAMS))
+    piece = 1 << (piece.bit_length() - 1)  # few compiled forms, whatever the batch
+    constants = dict(
+        CHANNELS=c, HW=h * w, PIXELS=pixels, WIDTH=width, PIECE=piece,
+        CHANNELS_LAST=is_channels_last, DROPS=threshold > 0,
+        BY_EIGHT=threshold > 0 and c % 8 == 0 and width % 8 == 0,
+        GAIN=1 / MP_SILU, ASM=asm, num_warps=4,
+    )  # fmt: skip
+    return constants, (n, -(-tiles // piece), slabs)
+
+
+def _rows(scale):
+    """[N,C] with neighbouring channels side by side."""
+    return scale if scale.stride(1) == 1 else scale.contiguous()
+
+
+def _arguments(x, scale, gain, sample, seed, step, layer, threshold):
+    scale = _rows(scale)
+    key = given(x, sample, seed, step)
+    scalars = (scale.stride(0), layer, threshold, 65536 / (65536 - threshold))
+    return (scale, gain, *key), scalars
+
+
+def _fwd(x, scale, gain, sample, seed, step, layer, threshold):
+    layout = layout_of(x)
+    x = x.contiguous(memory_format=layout)
+    y = torch.empty_like(x)
+    constants, grid = _constants(x.shape, threshold, layout == torch.channels_last, has_asm(x))
+    tensors, scalars = _arguments(x, scale, gain, sample, seed, step, layer, threshold)
+    launch(_modulate_mp_silu_fwd_kernel, grid, x, *tensors, y, *scalars, **constants)
+    return y
+
+
+def _bwd(grad_y, x, scale, gain, sample, seed, step, layer, threshold):
+    layout = layout_of(x)
+    x, grad_y = (v.contiguous(memory_format=layout) for v in (x, grad_y))
+    grad_x = torch.empty_like(x)
+    constants, grid = _constants(x.shape, threshold, layout == torch.channels_last, has_asm(x))
+    n, pieces, _ = grid
+    sums = torch.empty((n, pieces, x.shape[1]), dtype=torch.float32, device=x.device)
+    tensors, scalars = _arguments(x, scale, gain, sample, seed, step, layer, threshold)
+    launch(
+        _modulate_mp_silu_bwd_kernel, grid, grad_y, x, *tensors, grad_x, sums, *scalars, **constants
+    )
+    grad_factor = sums.sum(1)
+    grad_scale = torch.empty(scale.shape, dtype=scale.dtype, device=scale.device)
+    torch.mul(grad_factor, gain, out=grad_scale)
+    # One number out of the whole batch: few products, and what is left of many that cancel.
+    grad_gain = (grad_factor.double() * scale).sum()
+    return grad_x, grad_scale, grad_gain.to(gain.dtype)
+
+
+def specialisations(capability: int) -> list[Variant]:
+    """The forms in which EDM2-S and -XL use the kernels at 64 x 64, in channels_last: with dropout at
+    16 pixels and below."""
+    variants = []
+    scalars = {"scale_row": "i32", "layer": "i32", "threshold": "i32", "keep_scale": "fp32"}
+    for size, c, dtype in edm2_sites():
+        threshold = 26214 if size <= 16 else 0
+        constants, grid = _constants((64, c, size, size), threshold, True, True)
+        key = dict.fromkeys(("sample", "seed", "step"), "i64" if threshold else dtype)
+        pointers = dict.fromkeys(("x", "scale"), dtype) | {"gain": "fp32"} | key
+        for kernel, more in (
+            (_modulate_mp_silu_fwd_kernel, {"y": dtype}),
+            (
+                _modulate_mp_silu_bwd_kernel,
+                {"grad_y": dtype, "grad_x": dtype, "grad_factor": "fp32"},
+            ),
+        ):
+            variants.append(
+                variant(
+                    f"{size}x{size}x{c} {dtype}", kernel, pointers | more, scalars, constants,
+                    programs=math.prod(grid), aligned=("scale_row",),
+                )
+            )  # fmt: skip
+    return variants
+
+
+# -- registration ---------------------------------------------------------------------------------
+
+_INPUTS = (
+    "Tensor x, Tensor scale, Tensor gain, Tensor? sample, Tensor? seed, Tensor? step, int layer, "
+    "int threshold"
+)
+torch.library.define("tcm_fast::modulate_mp_silu_fwd", f"({_INPUTS}) -> Tensor")
+torch.library.define(
+    "tcm_fast::modulate_mp_silu_bwd", f"(Tensor grad_y, {_INPUTS}) -> (Tensor, Tensor, Tensor)"
+)
+torch.library.impl("tcm_fast::modulate_mp_silu_fwd", ("cpu", "cuda"), _fwd)
+torch.library.impl("tcm_fast::modulate_mp_silu_bwd", ("cpu", "cuda"), _bwd)
+
+
+@torch.library.register_fake("tcm_fast::modulate_mp_silu_fwd")
+def _(x, *_):
+    return torch.empty_like(x.contiguous(memory_format=layout_of(x)))
+
+
+@torch.library.register_fake("tcm_fast::modulate_mp_silu_bwd")
+def _(grad_y, x, scale, gain, *_):
+    grad_x = torch.empty_like(x.contiguous(memory_format=layout_of(x)))
+    return grad_x, scale.new_empty(scale.shape), torch.empty_like(gain)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.layer, ctx.threshold = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_y):
+    grads = torch.ops.tcm_fast.modulate_mp_silu_bwd(
+        grad_y, *ctx.saved_tensors, ctx.layer, ctx.threshold
+    )
+    return *grads, None, None, None, None, None
+
+
+def _refuse(ctx, *_):
+    raise NotImplementedError("modulate_mp_silu: has no second derivative, got a double backward")
+
+
+torch.library.register_autograd("tcm_fast::modulate_mp_silu_fwd", _backward, setup_context=_save)
+torch.library.register_autograd("tcm_fast::modulate_mp_silu_bwd", _refuse)
+
+
+# -- public function ------------------------------------------------------------------------------
+
+
+def modulate_mp_silu(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    gain: torch.Tensor,
+    *,
+    dropout_p: float = 0.0,
+    dropout_key: DropoutKey | None = None,
+) -> torch.Tensor:
+    """dropout(silu(x · (1 + gain · scale)) / 0.596).
+
+    Args:
+        x: activations [N,C,H,W] of a floating dtype, contiguous or channels_last.
+        scale: per sample and channel, [N,C], any floating dtype.
+        gain: a scalar tensor, fp32 (or float64, with a float64 x).
+        dropout_p: share of the elements that is dropped, in [0, 1).
+        dropout_key: keys the mask; required where dropout_p > 0.
+
+    Returns:
+        [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64). Only the
+        inputs are kept for the backward pass.
+
+    Raises:
+        TypeError: not floating. ValueError: shapes or devices that do not fit, a dropout_p out of range
+            or without a key, a sample of 2**31 elements or more.
+    """
+    if not x.is_floating_point() or not scale.is_floating_point():
+        raise TypeError(
+            f"modulate_mp_silu: x and scale must be floating, got {x.dtype} and {scale.dtype}"
+        )
+    if x.ndim != 4:
+        raise ValueError(f"modulate_mp_silu: x must be [N,C,H,W], got {list(x.shape)}")
+    n, c, height, width = x.shape
+    if scale.shape != (n, c):
+        raise ValueError(f"modulate_mp_silu: scale must be [{n},{c}], got {list(scale.shape)}")
+    if gain.ndim != 0:
+        raise ValueError(f"modulate_mp_silu: gain must be a scalar, got {list(gain.shape)}")
+    for name, operand in (("scale", scale), ("gain", gain)):
+        if operand.device != x.device:
+            raise ValueError(
+                f"modulate_mp_silu: {name} must be on {x.device}, got {operand.device}"
+            )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"modulate_mp_silu: dropout_p must be in [0,1), got {dropout_p}")
+    if dropout_p > 0 and dropout_key is None:
+        raise ValueError("modulate_mp_silu: dropout_key is required where dropout_p > 0, got None")
+    size = c * height * width
+    is_served = x.dtype != torch.float64 and size > 0
+    if is_served and runs_triton("modulate_mp_silu", x.device.type):
+        if size >= 2**31:
+            raise ValueError(
+                f"modulate_mp_silu: a sample must have fewer than 2**31 elements, got {size}"
+            )
+        sample = seed = step = None
+        layer, threshold = 0, _threshold("modulate_mp_silu", dropout_p)
+        if threshold > 0:
+            assert dropout_key is not None
+            _check_samples("modulate_mp_silu", dropout_key, n, x.device)
+            key = dropout_key
+            sample, seed, step, layer = counters(
+                "modulate_mp_silu", key.seed, key.step, key.layer, key.sample
+            )
+        return torch.ops.tcm_fast.modulate_mp_silu_fwd(
+            x, scale, gain, sample, seed, step, layer, threshold
+        )
+    return modulate_mp_silu_reference(x, scale, gain, dropout_p=dropout_p, dropout_key=dropout_key)

@@ -1,0 +1,254 @@
+"""EDM2's magnitude-preserving concatenation and the activation after it (Karras et al. 2024, equation
+103): what a decoder block that takes in a skip connection begins with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from tcm_fast.kernels._pointwise import (
+    MP_SILU,
+    address,
+    edm2_sites,
+    empty,
+    given,
+    has_asm,
+    layout_of,
+    meet,
+    scaled_silu,
+    tile_for,
+    variant,
+)
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+
+# -- reference ------------------------------------------------------------------------------------
+
+
+def mp_cat_weights(channels_a: int, channels_b: int, t: float) -> tuple[float, float]:
+    """What a and b are multiplied by, so that both count in the proportion 1-t to t whatever their
+    widths, and the whole keeps its magnitude."""
+    norm = math.sqrt((channels_a + channels_b) / ((1 - t) ** 2 + t**2))
+    return norm / math.sqrt(channels_a) * (1 - t), norm / math.sqrt(channels_b) * t
+
+
+def mp_cat_mp_silu_reference(a, b, t=0.5):
+    wide = torch.promote_types(a.dtype, torch.float32)
+    weight_a, weight_b = mp_cat_weights(a.shape[1], b.shape[1], t)
+    z = torch.cat([a.to(wide) * weight_a, b.to(wide) * weight_b], 1)
+    z = z.contiguous(memory_format=layout_of(a))
+    return z.to(a.dtype), (F.silu(z) / MP_SILU).to(a.dtype)
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(PIXELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Pixels int64 and channels of the result that a program has."""
+    p = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    return p, tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+
+
+@triton.jit
+def _mp_cat_mp_silu_fwd_kernel(
+    a, b, z, h, pixels, weight_a, weight_b,
+    A: tl.constexpr, B: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, GAIN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    p, c = _tile(PIXELS, WIDTH)
+    there = (p < pixels)[:, None]
+    in_a, in_b = there & (c < A)[None, :], there & ((c >= A) & (c < A + B))[None, :]
+    from_a = tl.load(a + address(p, c, A, HW, CHANNELS_LAST), mask=in_a, other=0)
+    from_b = tl.load(b + address(p, c - A, B, HW, CHANNELS_LAST), mask=in_b, other=0)
+    v = from_a.to(tl.float32) * weight_a + from_b.to(tl.float32) * weight_b
+    at = address(p, c, A + B, HW, CHANNELS_LAST)
+    inside = there & (c < A + B)[None, :]
+    tl.store(z + at, v.to(z.dtype.element_ty), mask=inside)
+    tl.store(h + at, scaled_silu(v, GAIN, ASM).to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _mp_cat_mp_silu_bwd_kernel(
+    grad_z, grad_h, z, grad_a, grad_b, pixels, weight_a, weight_b,
+    A: tl.constexpr, B: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, HAS_PAST: tl.constexpr, HAS_ACT: tl.constexpr,
+    GAIN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    p, c = _tile(PIXELS, WIDTH)
+    there = (p < pixels)[:, None]
+    at = address(p, c, A + B, HW, CHANNELS_LAST)
+    inside = there & (c < A + B)[None, :]
+    v = tl.zeros([PIXELS, WIDTH], tl.float32)
+    if HAS_ACT:
+        v = tl.load(z + at, mask=inside, other=0).to(tl.float32)
+    grad = meet(v, grad_z, grad_h, at, inside, HAS_PAST, HAS_ACT, GAIN, ASM)
+    to_a, to_b = address(p, c, A, HW, CHANNELS_LAST), address(p, c - A, B, HW, CHANNELS_LAST)
+    in_a, in_b = there & (c < A)[None, :], there & ((c >= A) & (c < A + B))[None, :]
+    tl.store(grad_a + to_a, (grad * weight_a).to(grad_a.dtype.element_ty), mask=in_a)
+    tl.store(grad_b + to_b, (grad * weight_b).to(grad_b.dtype.element_ty), mask=in_b)
+
+
+# -- launchers ------------------------------------------------------------------------------------
+
+
+def _constants(pixels, channels_a, channels_b, hw, is_channels_last, asm):
+    tile, width = tile_for(channels_a + channels_b, pixels, widest=256)
+    constants = dict(
+        A=channels_a, B=channels_b, HW=hw, PIXELS=tile, WIDTH=width, CHANNELS_LAST=is_channels_last,
+        GAIN=1 / MP_SILU, ASM=asm, num_warps=4,
+    )  # fmt: skip
+    return constants, (-(-pixels // tile), -(-(channels_a + channels_b) // width))
+
+
+def _site(z, channels_a, is_channels_last):
+    n, c, h, w = z.shape
+    asm = has_asm(z)
+    return _constants(n * h * w, channels_a, c - channels_a, h * w, is_channels_last, asm)
+
+
+def _fwd(a, b, t):
+    layout = layout_of(a)
+    a, b = (v.contiguous(memory_format=layout) for v in (a, b))
+    n, channels_a, height, width = a.shape
+    shape = (n, channels_a + b.shape[1], height, width)
+    z, h = (empty(a, shape, layout) for _ in range(2))
+    constants, grid = _site(z, channels_a, layout == torch.channels_last)
+    launch(
+        _mp_cat_mp_silu_fwd_kernel, grid, a, b, z, h, n * height * width,
+        *mp_cat_weights(channels_a, b.shape[1], t), **constants,
+    )  # fmt: skip
+    return z, h
+
+
+def _bwd(grad_z, grad_h, z, t, channels_a):
+    layout = layout_of(z)
+    z = z.contiguous(memory_format=layout)
+    grads = [None if g is None else g.contiguous(memory_format=layout) for g in (grad_z, grad_h)]
+    n, channels, height, width = z.shape
+    channels_b = channels - channels_a
+    grad_a, grad_b = (empty(z, (n, c, height, width), layout) for c in (channels_a, channels_b))
+    constants, grid = _site(z, channels_a, layout == torch.channels_last)
+    launch(
+        _mp_cat_mp_silu_bwd_kernel, grid, *given(z, *grads), z, grad_a, grad_b, n * height * width,
+        *mp_cat_weights(channels_a, channels_b, t), **constants, HAS_PAST=grad_z is not None,
+        HAS_ACT=grad_h is not None,
+    )  # fmt: skip
+    return grad_a, grad_b
+
+
+def specialisations(capability: int) -> list[Variant]:
+    """Forms in which the decoders of EDM2-S and -XL use the kernels at 64 x 64, in channels_last."""
+    variants = []
+    scalars = {"pixels": "i32", "weight_a": "fp32", "weight_b": "fp32"}
+    for size, c, dtype in edm2_sites():
+        pixels = 64 * size**2
+        constants, grid = _constants(pixels, c, c, size**2, True, True)
+        for kernel, pointers, more in (
+            (_mp_cat_mp_silu_fwd_kernel, ("a", "b", "z", "h"), {}),
+            (
+                _mp_cat_mp_silu_bwd_kernel,
+                ("grad_z", "grad_h", "z", "grad_a", "grad_b"),
+                {"HAS_PAST": True, "HAS_ACT": True},
+            ),
+        ):
+            variants.append(
+                variant(
+                    f"{size}x{size}x{c}+{c} {dtype}", kernel, dict.fromkeys(pointers, dtype),
+                    scalars, constants | more, programs=math.prod(grid),
+                    aligned=("pixels",),
+                )
+            )  # fmt: skip
+    return variants
+
+
+# -- registration ---------------------------------------------------------------------------------
+
+torch.library.define(
+    "tcm_fast::mp_cat_mp_silu_fwd", "(Tensor a, Tensor b, float t) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "tcm_fast::mp_cat_mp_silu_bwd",
+    "(Tensor? grad_z, Tensor? grad_h, Tensor z, float t, SymInt channels_a) -> (Tensor, Tensor)",
+)
+torch.library.impl("tcm_fast::mp_cat_mp_silu_fwd", ("cpu", "cuda"), _fwd)
+torch.library.impl("tcm_fast::mp_cat_mp_silu_bwd", ("cpu", "cuda"), _bwd)
+
+
+@torch.library.register_fake("tcm_fast::mp_cat_mp_silu_fwd")
+def _(a, b, t):
+    n, channels_a, height, width = a.shape
+    shape = (n, channels_a + b.shape[1], height, width)
+    return empty(a, shape, layout_of(a)), empty(a, shape, layout_of(a))
+
+
+@torch.library.register_fake("tcm_fast::mp_cat_mp_silu_bwd")
+def _(grad_z, grad_h, z, t, channels_a):
+    parts = z[:, :channels_a], z[:, channels_a:]
+    return tuple(empty(z, part.shape, layout_of(z)) for part in parts)
+
+
+def _save(ctx, inputs, output):
+    a, _, ctx.t = inputs
+    ctx.channels_a = a.shape[1]
+    ctx.set_materialize_grads(False)
+    # The result, which the skip convolution keeps as well, and not a and b.
+    ctx.save_for_backward(output[0])
+
+
+def _backward(ctx, grad_z, grad_h):
+    if grad_z is None and grad_h is None:
+        return None, None, None
+    (z,) = ctx.saved_tensors
+    grads = torch.ops.tcm_fast.mp_cat_mp_silu_bwd(grad_z, grad_h, z, ctx.t, ctx.channels_a)
+    return *grads, None
+
+
+def _refuse(ctx, *_):
+    raise NotImplementedError("mp_cat_mp_silu: has no second derivative, got a double backward")
+
+
+torch.library.register_autograd("tcm_fast::mp_cat_mp_silu_fwd", _backward, setup_context=_save)
+torch.library.register_autograd("tcm_fast::mp_cat_mp_silu_bwd", _refuse)
+
+
+# -- public function ------------------------------------------------------------------------------
+
+
+def mp_cat_mp_silu(
+    a: torch.Tensor, b: torch.Tensor, t: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z, the channels of a and then those of b, weighted so that they contribute 1-t and t whatever
+    their numbers and z keeps their magnitude; and silu(z) / 0.596.
+
+    Args:
+        a, b: activations [N,A,H,W] and [N,B,H,W] of one floating dtype, contiguous or channels_last.
+        t: balance, in [0, 1].
+
+    Returns:
+        The two, [N,A+B,H,W] in a's dtype and memory format; all in between is fp32 (float64 for
+        float64).
+
+    Raises:
+        TypeError: not floating, or dtypes that differ. ValueError: shapes or devices that do not fit, t
+            out of range.
+    """
+    if not a.is_floating_point() or a.dtype != b.dtype:
+        raise TypeError(
+            f"mp_cat_mp_silu: a and b must be of one floating dtype, got {a.dtype} and {b.dtype}"
+        )
+    if a.ndim != 4 or a.shape[1] < 1:
+        raise ValueError(f"mp_cat_mp_silu: a must be [N,A,H,W], got {list(a.shape)}")
+    n, _, height, width = a.shape
+    fits = b.ndim == 4 and b.shape[1] >= 1 and (b.shape[0], *b.shape[2:]) == (n, height, width)
+    if not fits or a.device != b.device:
+        raise ValueError(
+            f"mp_cat_mp_silu: b must be [{n},B,{height},{width}] on {a.device}, "
+            f"got {list(b.shape)} on {b.device}"
+        )
+    if not 0 <= t <= 1:
+        raise ValueError(f"mp_cat_mp_silu: t must be in [0, 1], got {t}")
+    if a.dtype != torch.float64 and runs_triton("mp_cat_mp_silu", a.device.type):
+        return torch.ops.tcm_fast.mp_cat_mp_silu_fwd(a, b, t)
+    return mp_cat_mp_silu_reference(a, b, t)

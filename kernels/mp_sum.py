@@ -1,0 +1,245 @@
+"""EDM2's magnitude-preserving sum, with the clipping and the activation that follow it (Karras et al.
+2024, equation 88): what a residual branch ends with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from tcm_fast.kernels._pointwise import (
+    DTYPES,
+    MP_SILU,
+    TILE,
+    given,
+    has_asm,
+    layout_of,
+    meet,
+    scaled_silu,
+    variant,
+)
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+
+# -- reference ------------------------------------------------------------------------------------
+
+
+def mp_sum_weights(t: float) -> tuple[float, float]:
+    """What a and b are multiplied by: 1-t and t over √((1-t)² + t²)."""
+    norm = math.hypot(1 - t, t)
+    return (1 - t) / norm, t / norm
+
+
+def mp_sum_reference(a, b, t=0.5, *, clip=None, with_silu=False):
+    wide = torch.promote_types(a.dtype, torch.float32)
+    weight_a, weight_b = mp_sum_weights(t)
+    out = a.to(wide) * weight_a + b.to(wide) * weight_b
+    if clip is not None:
+        out = out.clamp(-clip, clip)
+    return out.to(a.dtype), (F.silu(out) / MP_SILU).to(a.dtype) if with_silu else None
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _mp_sum_fwd_kernel(
+    a, b, out, h, size, weight_a, weight_b, clip,
+    CLIPS: tl.constexpr, ACTIVATES: tl.constexpr, GAIN: tl.constexpr, ASM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    va = tl.load(a + at, mask=inside, other=0).to(tl.float32)
+    vb = tl.load(b + at, mask=inside, other=0).to(tl.float32)
+    v = va * weight_a + vb * weight_b
+    if CLIPS:
+        # A NaN stays: it must reach the loss, so that the step is skipped.
+        v = tl.minimum(v, clip, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.maximum(v, -clip, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + at, v.to(out.dtype.element_ty), mask=inside)
+    if ACTIVATES:
+        tl.store(h + at, scaled_silu(v, GAIN, ASM).to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _mp_sum_bwd_kernel(
+    grad_out, grad_h, out, grad_a, grad_b, size, weight_a, weight_b, clip,
+    CLIPS: tl.constexpr, HAS_PAST: tl.constexpr, HAS_ACT: tl.constexpr, GAIN: tl.constexpr,
+    ASM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    z = tl.zeros([BLOCK], tl.float32)
+    if CLIPS or HAS_ACT:
+        z = tl.load(out + at, mask=inside, other=0).to(tl.float32)
+    grad = meet(z, grad_out, grad_h, at, inside, HAS_PAST, HAS_ACT, GAIN, ASM)
+    if CLIPS:
+        grad = tl.where(tl.abs(z) >= clip, 0.0, grad)
+    tl.store(grad_a + at, (grad * weight_a).to(grad_a.dtype.element_ty), mask=inside)
+    tl.store(grad_b + at, (grad * weight_b).to(grad_b.dtype.element_ty), mask=inside)
+
+
+# -- launchers ------------------------------------------------------------------------------------
+
+BLOCK = TILE // 2
+
+
+def _grid(x):
+    return (-(-x.numel() // BLOCK),)
+
+
+def _constants(clip, asm):
+    return dict(CLIPS=clip is not None, GAIN=1 / MP_SILU, ASM=asm, BLOCK=BLOCK, num_warps=4)
+
+
+def _fwd(a, b, t, clip, with_silu):
+    layout = layout_of(a)
+    a, b = (v.contiguous(memory_format=layout) for v in (a, b))
+    out = torch.empty_like(a)
+    h = torch.empty_like(a) if with_silu else a.new_empty(0)
+    launch(
+        _mp_sum_fwd_kernel, _grid(a), a, b, out, h, a.numel(), *mp_sum_weights(t), clip or 0.0,
+        ACTIVATES=with_silu, **_constants(clip, has_asm(a)),
+    )  # fmt: skip
+    return out, h
+
+
+def _bwd(grad_out, grad_h, out, t, clip):
+    first = grad_out if grad_out is not None else grad_h
+    layout = layout_of(first if out is None else out)
+    grads = [None if g is None else g.contiguous(memory_format=layout) for g in (grad_out, grad_h)]
+    like = next(g for g in grads if g is not None)
+    if out is not None:
+        out = out.contiguous(memory_format=layout)
+    grad_a, grad_b = torch.empty_like(like), torch.empty_like(like)
+    launch(
+        _mp_sum_bwd_kernel, _grid(like), *given(like, *grads, out), grad_a, grad_b, like.numel(),
+        *mp_sum_weights(t), clip or 0.0, HAS_PAST=grad_out is not None, HAS_ACT=grad_h is not None,
+        **_constants(clip, has_asm(like)),
+    )  # fmt: skip
+    return grad_a, grad_b
+
+
+def specialisations(capability: int) -> list[Variant]:
+    """The forms in which EDM2 uses the kernels; the widths do not matter."""
+    variants = []
+    scalars = {"size": "i32"} | dict.fromkeys(("weight_a", "weight_b", "clip"), "fp32")
+    programs = 64 * 192 * 64**2 // BLOCK
+    for dtype in DTYPES.values():
+        for clip, activates in ((None, False), (256.0, False), (256.0, True)):
+            site = f"{'plain' if clip is None else 'clip'}{' silu' if activates else ''} {dtype}"
+            constants = _constants(clip, True)
+            for kernel, pointers, more in (
+                (_mp_sum_fwd_kernel, ("a", "b", "out", "h"), {"ACTIVATES": activates}),
+                (
+                    _mp_sum_bwd_kernel,
+                    ("grad_out", "grad_h", "out", "grad_a", "grad_b"),
+                    {"HAS_PAST": True, "HAS_ACT": activates},
+                ),
+            ):
+                variants.append(
+                    variant(
+                        site, kernel, dict.fromkeys(pointers, dtype), scalars, constants | more,
+                        programs=programs, aligned=("size",),
+                    )
+                )  # fmt: skip
+    return variants
+
+
+# -- registration ---------------------------------------------------------------------------------
+
+torch.library.define(
+    "tcm_fast::mp_sum_fwd",
+    "(Tensor a, Tensor b, float t, float? clip, bool with_silu) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "tcm_fast::mp_sum_bwd",
+    "(Tensor? grad_out, Tensor? grad_h, Tensor? out, float t, float? clip) -> (Tensor, Tensor)",
+)
+torch.library.impl("tcm_fast::mp_sum_fwd", ("cpu", "cuda"), _fwd)
+torch.library.impl("tcm_fast::mp_sum_bwd", ("cpu", "cuda"), _bwd)
+
+
+@torch.library.register_fake("tcm_fast::mp_sum_fwd")
+def _(a, b, t, clip, with_silu):
+    out = torch.empty_like(a.contiguous(memory_format=layout_of(a)))
+    return out, torch.empty_like(out) if with_silu else out.new_empty(0)
+
+
+@torch.library.register_fake("tcm_fast::mp_sum_bwd")
+def _(grad_out, grad_h, out, t, clip):
+    like = next(v for v in (out, grad_out, grad_h) if v is not None)
+    like = like.contiguous(memory_format=layout_of(like))
+    return torch.empty_like(like), torch.empty_like(like)
+
+
+def _save(ctx, inputs, output):
+    _, _, ctx.t, ctx.clip, with_silu = inputs
+    out, h = output
+    ctx.set_materialize_grads(False)
+    if not with_silu:
+        ctx.mark_non_differentiable(h)
+    if with_silu or ctx.clip is not None:
+        ctx.save_for_backward(out)
+
+
+def _backward(ctx, grad_out, grad_h):
+    if grad_out is None and grad_h is None:
+        return None, None, None, None, None
+    (out,) = ctx.saved_tensors or (None,)
+    grads = torch.ops.tcm_fast.mp_sum_bwd(grad_out, grad_h, out, ctx.t, ctx.clip)
+    return *grads, None, None, None
+
+
+def _refuse(ctx, *_):
+    raise NotImplementedError("mp_sum: has no second derivative, got a double backward")
+
+
+torch.library.register_autograd("tcm_fast::mp_sum_fwd", _backward, setup_context=_save)
+torch.library.register_autograd("tcm_fast::mp_sum_bwd", _refuse)
+
+
+# -- public function ------------------------------------------------------------------------------
+
+
+def mp_sum(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    t: float = 0.5,
+    *,
+    clip: float | None = None,
+    with_silu: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """((1-t) a + t b) / √((1-t)² + t²), clipped to [-clip, clip], and silu of it over 0.596.
+
+    Args:
+        a, b: of one shape and floating dtype.
+        t: balance, in [0, 1].
+        clip: bound of the result; no gradient flows where the result, in a's dtype, has reached it.
+        with_silu: return the activation as well.
+
+    Returns:
+        The sum in a's shape, dtype and memory format, and the activation or None; all in between is
+        fp32 (float64 for float64).
+
+    Raises:
+        TypeError: not floating, or dtypes that differ. ValueError: shapes or devices that differ, t or
+            clip out of range.
+    """
+    if not a.is_floating_point() or a.dtype != b.dtype:
+        raise TypeError(
+            f"mp_sum: a and b must be of one floating dtype, got {a.dtype} and {b.dtype}"
+        )
+    if a.shape != b.shape or a.device != b.device:
+        raise ValueError(
+            f"mp_sum: b must be {list(a.shape)} on {a.device} like a, got {list(b.shape)} on {b.device}"
+        )
+    if not 0 <= t <= 1:
+        raise ValueError(f"mp_sum: t must be in [0, 1], got {t}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"mp_sum: clip must be positive, got {clip}")
+    if a.dtype != torch.float64 and runs_triton("mp_sum", a.device.type):
+        out, h = torch.ops.tcm_fast.mp_sum_fwd(a, b, t, clip, with_silu)
+        return out, h if with_silu else None
+    return mp_sum_reference(a, b, t, clip=clip, with_silu=with_silu)

@@ -1,0 +1,209 @@
+"""EDM2's pixel normalisation and the activation after it (Karras et al. 2024, equations 30 and 81):
+what an encoder block begins with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from tcm_fast.kernels._pointwise import (
+    MP_SILU,
+    address,
+    edm2_sites,
+    given,
+    has_asm,
+    layout_of,
+    meet,
+    scaled_silu,
+    tile_for,
+    variant,
+)
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels.qkv_attention import NORM_EPS
+
+# -- reference ------------------------------------------------------------------------------------
+
+
+def pixel_norm_mp_silu_reference(x):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rms = torch.linalg.vector_norm(wide, dim=1, keepdim=True) / math.sqrt(x.shape[1])
+    u = wide / (NORM_EPS + rms)
+    return u.to(x.dtype), (F.silu(u) / MP_SILU).to(x.dtype)
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pixel_norm(x, eps, CHANNELS: tl.constexpr):
+    """-> rms and rms + eps of each pixel, [P, 1]."""
+    rms = tl.sqrt(tl.sum(x * x, 1) / CHANNELS)[:, None]
+    return rms, rms + eps
+
+
+@triton.jit
+def _pixel_norm_mp_silu_fwd_kernel(
+    x, u, h, pixels, eps,
+    CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, GAIN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.arange(0, WIDTH)
+    inside = (p < pixels)[:, None] & (c < CHANNELS)[None, :]
+    at = address(p, c, CHANNELS, HW, CHANNELS_LAST)
+    v = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    _, d = _pixel_norm(v, eps, CHANNELS)
+    v = v / d
+    tl.store(u + at, v.to(u.dtype.element_ty), mask=inside)
+    tl.store(h + at, scaled_silu(v, GAIN, ASM).to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pixel_norm_mp_silu_bwd_kernel(
+    grad_u, grad_h, x, grad_x, pixels, eps,
+    CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, HAS_PAST: tl.constexpr, HAS_ACT: tl.constexpr,
+    GAIN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.arange(0, WIDTH)
+    inside = (p < pixels)[:, None] & (c < CHANNELS)[None, :]
+    at = address(p, c, CHANNELS, HW, CHANNELS_LAST)
+    v = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    rms, d = _pixel_norm(v, eps, CHANNELS)
+    grad = meet(v / d, grad_u, grad_h, at, inside, HAS_PAST, HAS_ACT, GAIN, ASM)
+    # Of x/(rms + eps): grad/d - x (grad·x) / (C rms d²); nothing flows through the rms of zeros.
+    dot = tl.sum(grad * v, 1)[:, None]
+    slope = dot / tl.where(rms > 0, CHANNELS * rms * d, 1.0)
+    tl.store(grad_x + at, ((grad - v * slope) / d).to(grad_x.dtype.element_ty), mask=inside)
+
+
+# -- launchers ------------------------------------------------------------------------------------
+
+
+def _constants(shape, is_channels_last, asm, backward=False):
+    n, c, h, w = shape
+    pixels, width = tile_for(c, n * h * w, widest=1 << 30)
+    if backward:  # three tiles are in the registers at once
+        pixels = max(1, pixels // 2)
+    return dict(
+        CHANNELS=c, HW=h * w, PIXELS=pixels, WIDTH=width, CHANNELS_LAST=is_channels_last,
+        GAIN=1 / MP_SILU, ASM=asm, num_warps=4,
+    )  # fmt: skip
+
+
+def _fwd(x):
+    x = x.contiguous(memory_format=layout_of(x))
+    u, h = torch.empty_like(x), torch.empty_like(x)
+    constants = _constants(x.shape, layout_of(x) == torch.channels_last, has_asm(x))
+    pixels = x.numel() // x.shape[1]
+    grid = (-(-pixels // constants["PIXELS"]),)
+    launch(_pixel_norm_mp_silu_fwd_kernel, grid, x, u, h, pixels, NORM_EPS, **constants)
+    return u, h
+
+
+def _bwd(grad_u, grad_h, x):
+    layout = layout_of(x)
+    x = x.contiguous(memory_format=layout)
+    grads = [None if g is None else g.contiguous(memory_format=layout) for g in (grad_u, grad_h)]
+    grad_x = torch.empty_like(x)
+    constants = _constants(x.shape, layout == torch.channels_last, has_asm(x), backward=True)
+    pixels = x.numel() // x.shape[1]
+    grid = (-(-pixels // constants["PIXELS"]),)
+    launch(
+        _pixel_norm_mp_silu_bwd_kernel, grid, *given(x, *grads), x, grad_x, pixels, NORM_EPS,
+        **constants, HAS_PAST=grad_u is not None, HAS_ACT=grad_h is not None,
+    )  # fmt: skip
+    return grad_x
+
+
+def specialisations(capability: int) -> list[Variant]:
+    """The forms in which EDM2-S and -XL use the kernels at 64 x 64, in channels_last."""
+    variants = []
+    scalars = {"pixels": "i32", "eps": "fp32"}
+    for size, c, dtype in edm2_sites():
+        for kernel, pointers, more in (
+            (_pixel_norm_mp_silu_fwd_kernel, ("x", "u", "h"), {}),
+            (
+                _pixel_norm_mp_silu_bwd_kernel,
+                ("grad_u", "grad_h", "x", "grad_x"),
+                {"HAS_PAST": True, "HAS_ACT": True},
+            ),
+        ):
+            constants = _constants((64, c, size, size), True, True, bool(more))
+            variants.append(
+                variant(
+                    f"{size}x{size}x{c} {dtype}", kernel, dict.fromkeys(pointers, dtype), scalars,
+                    constants | more, programs=64 * size**2 // constants["PIXELS"],
+                    aligned=("pixels",),
+                )
+            )  # fmt: skip
+    return variants
+
+
+# -- registration ---------------------------------------------------------------------------------
+
+torch.library.define("tcm_fast::pixel_norm_mp_silu_fwd", "(Tensor x) -> (Tensor, Tensor)")
+torch.library.define(
+    "tcm_fast::pixel_norm_mp_silu_bwd", "(Tensor? grad_u, Tensor? grad_h, Tensor x) -> Tensor"
+)
+torch.library.impl("tcm_fast::pixel_norm_mp_silu_fwd", ("cpu", "cuda"), _fwd)
+torch.library.impl("tcm_fast::pixel_norm_mp_silu_bwd", ("cpu", "cuda"), _bwd)
+
+
+@torch.library.register_fake("tcm_fast::pixel_norm_mp_silu_fwd")
+def _(x):
+    x = x.contiguous(memory_format=layout_of(x))
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.register_fake("tcm_fast::pixel_norm_mp_silu_bwd")
+def _(grad_u, grad_h, x):
+    return torch.empty_like(x.contiguous(memory_format=layout_of(x)))
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_u, grad_h):
+    if grad_u is None and grad_h is None:
+        return None
+    return torch.ops.tcm_fast.pixel_norm_mp_silu_bwd(grad_u, grad_h, *ctx.saved_tensors)
+
+
+def _refuse(ctx, *_):
+    raise NotImplementedError("pixel_norm_mp_silu: has no second derivative, got a double backward")
+
+
+torch.library.register_autograd("tcm_fast::pixel_norm_mp_silu_fwd", _backward, setup_context=_save)
+torch.library.register_autograd("tcm_fast::pixel_norm_mp_silu_bwd", _refuse)
+
+
+# -- public function ------------------------------------------------------------------------------
+
+
+def pixel_norm_mp_silu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """u = x / (1e-4 + rms of x over the channels), and silu(u) / 0.596.
+
+    Args:
+        x: activations [N,C,H,W] of a floating dtype, contiguous or channels_last.
+
+    Returns:
+        The two, [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64).
+        Only x is kept for the backward pass.
+
+    Raises:
+        TypeError: x is not floating. ValueError: x is not [N,C,H,W].
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"pixel_norm_mp_silu: x must be floating, got {x.dtype}")
+    if x.ndim != 4:
+        raise ValueError(f"pixel_norm_mp_silu: x must be [N,C,H,W], got {list(x.shape)}")
+    is_served = x.dtype != torch.float64 and x.shape[1] > 0
+    if is_served and runs_triton("pixel_norm_mp_silu", x.device.type):
+        return torch.ops.tcm_fast.pixel_norm_mp_silu_fwd(x)
+    return pixel_norm_mp_silu_reference(x)

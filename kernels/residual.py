@@ -1,0 +1,273 @@
+"""The sum that ends a residual branch of DDPM++, NCSN++ and ADM: the convolution's bias, the skip
+connection and their common factor in one pass (Karras et al. 2022, appendix C)."""
+
+from __future__ import annotations
+
+import torch
+
+from tcm_fast.kernels._pointwise import (
+    DTYPES,
+    address,
+    given,
+    layout_of,
+    tile_for,
+    variant,
+)
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+
+# -- reference ------------------------------------------------------------------------------------
+
+
+def residual_reference(x, skip, scale, bias=None):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = x.to(wide) + skip.to(wide)
+    if bias is not None:
+        out = out + bias.to(wide)[:, None, None]
+    return out.mul_(scale).to(x.dtype) if scale != 1 else out.to(x.dtype)
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _residual_fwd_kernel(
+    x, skip, bias, out, pixels, scale,
+    CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    b = tl.zeros([WIDTH], tl.float32)
+    if HAS_BIAS:
+        b = tl.load(bias + c, mask=c < CHANNELS, other=0).to(tl.float32)
+    for i in tl.range(PIECE):
+        p = (tl.program_id(0).to(tl.int64) * PIECE + i) * PIXELS + tl.arange(0, PIXELS)
+        inside = (p < pixels)[:, None] & (c < CHANNELS)[None, :]
+        at = address(p, c, CHANNELS, HW, CHANNELS_LAST)
+        v = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+        v += tl.load(skip + at, mask=inside, other=0).to(tl.float32)
+        v = (v + b[None, :]) * scale
+        tl.store(out + at, v.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _residual_bwd_kernel(
+    grad_out, grad_x, grad_bias, pixels, scale,
+    CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    sums = tl.zeros([PIXELS, WIDTH], tl.float32)
+    for i in tl.range(PIECE):
+        p = (tl.program_id(0).to(tl.int64) * PIECE + i) * PIXELS + tl.arange(0, PIXELS)
+        inside = (p < pixels)[:, None] & (c < CHANNELS)[None, :]
+        at = address(p, c, CHANNELS, HW, CHANNELS_LAST)
+        grad = tl.load(grad_out + at, mask=inside, other=0).to(tl.float32) * scale
+        if SCALES:
+            tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
+        sums += grad
+    if HAS_BIAS:
+        row = tl.program_id(0).to(tl.int64) * CHANNELS
+        tl.store(grad_bias + row + c, tl.sum(sums, 0), mask=c < CHANNELS)
+
+
+# -- launchers ------------------------------------------------------------------------------------
+
+PROGRAMS = 1024  # enough of them to fill any GPU
+
+
+def _constants(shape, is_channels_last, has_bias):
+    n, c, h, w = shape
+    pixels, width = tile_for(c, n * h * w, widest=64)
+    tiles, slabs = -(-n * h * w // pixels), -(-c // width)
+    piece = max(1, min(tiles, tiles * slabs // PROGRAMS))
+    piece = 1 << (piece.bit_length() - 1)  # few compiled forms, whatever the batch
+    constants = dict(
+        CHANNELS=c, HW=h * w, PIXELS=pixels, WIDTH=width, PIECE=piece,
+        CHANNELS_LAST=is_channels_last, HAS_BIAS=has_bias, num_warps=4,
+    )  # fmt: skip
+    return constants, (-(-tiles // piece), slabs)
+
+
+def _fwd(x, skip, scale, bias):
+    layout = layout_of(x)
+    x, skip = (v.contiguous(memory_format=layout) for v in (x, skip))
+    out = torch.empty_like(x)
+    constants, grid = _constants(x.shape, layout == torch.channels_last, bias is not None)
+    bias = None if bias is None else bias.contiguous()
+    pixels = x.numel() // x.shape[1]
+    launch(_residual_fwd_kernel, grid, x, skip, *given(x, bias), out, pixels, scale, **constants)
+    return out
+
+
+def _bwd(grad_out, scale, wants_bias):
+    layout = layout_of(grad_out)
+    grad_out = grad_out.contiguous(memory_format=layout)
+    grad_x = torch.empty_like(grad_out)
+    constants, grid = _constants(grad_out.shape, layout == torch.channels_last, wants_bias)
+    n, c, h, w = grad_out.shape
+    rows = grid[0] if wants_bias else 0
+    sums = torch.empty((rows, c), dtype=torch.float32, device=grad_out.device)
+    launch(
+        _residual_bwd_kernel,
+        grid,
+        grad_out,
+        grad_x,
+        sums,
+        n * h * w,
+        scale,
+        **constants,
+        SCALES=True,
+    )
+    return grad_x, sums.sum(0)
+
+
+def _bias_grad(grad_out):
+    """Of a residual without a factor: its gradient is grad_out, only the bias has one of its own."""
+    layout = layout_of(grad_out)
+    grad_out = grad_out.contiguous(memory_format=layout)
+    constants, grid = _constants(grad_out.shape, layout == torch.channels_last, True)
+    n, c, h, w = grad_out.shape
+    sums = torch.empty((grid[0], c), dtype=torch.float32, device=grad_out.device)
+    launch(
+        _residual_bwd_kernel,
+        grid,
+        grad_out,
+        grad_out,
+        sums,
+        n * h * w,
+        1.0,
+        **constants,
+        SCALES=False,
+    )
+    return sums.sum(0)
+
+
+_SITES = ((32, 256, 0.7071), (64, 192, 1.0), (8, 768, 1.0))
+
+
+def specialisations(capability: int) -> list[Variant]:
+    """Forms in which DDPM++ on CIFAR-10 and ADM at 64 x 64 use the kernels, in channels_last."""
+    variants = []
+    scalars = {"pixels": "i32", "scale": "fp32"}
+    for size, c, scale in _SITES:
+        for dtype in DTYPES.values():
+            for has_bias in (True, False):
+                constants, grid = _constants((64, c, size, size), True, has_bias)
+                for kernel, pointers, more in (
+                    (
+                        _residual_fwd_kernel,
+                        {"x": dtype, "skip": dtype, "bias": dtype, "out": dtype},
+                        {},
+                    ),
+                    (
+                        _residual_bwd_kernel,
+                        {"grad_out": dtype, "grad_x": dtype, "grad_bias": "fp32"},
+                        {"SCALES": scale != 1},
+                    ),
+                ):
+                    if scale == 1 and not has_bias and more:
+                        continue  # the gradient is what came in
+                    variants.append(
+                        variant(
+                            f"{size}x{size}x{c}{' bias' if has_bias else ''} {dtype}", kernel,
+                            pointers, scalars, constants | more, programs=grid[0] * grid[1],
+                            aligned=("pixels",),
+                        )
+                    )  # fmt: skip
+    return variants
+
+
+# -- registration ---------------------------------------------------------------------------------
+
+torch.library.define(
+    "tcm_fast::residual_fwd", "(Tensor x, Tensor skip, float scale, Tensor? bias) -> Tensor"
+)
+torch.library.define(
+    "tcm_fast::residual_bwd", "(Tensor grad_out, float scale, bool wants_bias) -> (Tensor, Tensor)"
+)
+torch.library.define("tcm_fast::residual_bias_grad", "(Tensor grad_out) -> Tensor")
+torch.library.impl("tcm_fast::residual_fwd", ("cpu", "cuda"), _fwd)
+torch.library.impl("tcm_fast::residual_bwd", ("cpu", "cuda"), _bwd)
+torch.library.impl("tcm_fast::residual_bias_grad", ("cpu", "cuda"), _bias_grad)
+
+
+@torch.library.register_fake("tcm_fast::residual_fwd")
+def _(x, skip, scale, bias):
+    return torch.empty_like(x.contiguous(memory_format=layout_of(x)))
+
+
+@torch.library.register_fake("tcm_fast::residual_bwd")
+def _(grad_out, scale, wants_bias):
+    grad_x = torch.empty_like(grad_out.contiguous(memory_format=layout_of(grad_out)))
+    return grad_x, grad_out.new_empty(grad_out.shape[1], dtype=torch.float32)
+
+
+@torch.library.register_fake("tcm_fast::residual_bias_grad")
+def _(grad_out):
+    return grad_out.new_empty(grad_out.shape[1], dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    _, _, ctx.scale, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad_out):
+    wants_bias = ctx.needs_input_grad[3]
+    grad_x, grad_bias = grad_out, None
+    if ctx.scale != 1:
+        grad_x, grad_bias = torch.ops.tcm_fast.residual_bwd(grad_out, ctx.scale, wants_bias)
+    elif wants_bias:
+        grad_bias = torch.ops.tcm_fast.residual_bias_grad(grad_out)
+    return grad_x, grad_x, None, grad_bias.to(ctx.bias_dtype) if wants_bias else None
+
+
+def _refuse(ctx, *_):
+    raise NotImplementedError("residual: has no second derivative, got a double backward")
+
+
+torch.library.register_autograd("tcm_fast::residual_fwd", _backward, setup_context=_save)
+torch.library.register_autograd("tcm_fast::residual_bwd", _refuse)
+torch.library.register_autograd("tcm_fast::residual_bias_grad", _refuse)
+
+
+# -- public function ------------------------------------------------------------------------------
+
+
+def residual(
+    x: torch.Tensor, skip: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(x + bias + skip) · scale.
+
+    Args:
+        x, skip: activations [N,C,H,W] of one floating dtype, contiguous or channels_last.
+        scale: factor of the sum.
+        bias: that the convolution before has left out, [C], any floating dtype.
+
+    Returns:
+        [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64). The
+        gradients of x and skip are one tensor.
+
+    Raises:
+        TypeError: not floating, or dtypes that differ. ValueError: shapes or devices that do not fit.
+    """
+    if not x.is_floating_point() or x.dtype != skip.dtype:
+        raise TypeError(
+            f"residual: x and skip must be of one floating dtype, got {x.dtype} and {skip.dtype}"
+        )
+    if x.ndim != 4:
+        raise ValueError(f"residual: x must be [N,C,H,W], got {list(x.shape)}")
+    if x.shape != skip.shape or x.device != skip.device:
+        raise ValueError(
+            f"residual: skip must be {list(x.shape)} on {x.device} like x, got {list(skip.shape)} on "
+            f"{skip.device}"
+        )
+    if bias is not None and (bias.shape != x.shape[1:2] or bias.device != x.device):
+        raise ValueError(
+            f"residual: bias must be [{x.shape[1]}] on {x.device}, got {list(bias.shape)} on "
+            f"{bias.device}"
+        )
+    is_served = x.dtype != torch.float64 and x.shape[1] > 0
+    if is_served and runs_triton("residual", x.device.type):
+        return torch.ops.tcm_fast.residual_fwd(x, skip, scale, bias)
+    return residual_reference(x, skip, scale, bias)

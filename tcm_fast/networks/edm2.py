@@ -1,0 +1,252 @@
+"""EDM2's magnitude-preserving U-Net (Karras et al. 2024, configuration G) on the fused operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.modulate_mp_silu import modulate_mp_silu
+from tcm_fast.kernels.mp_cat_mp_silu import mp_cat_mp_silu
+from tcm_fast.kernels.mp_sum import mp_sum
+from tcm_fast.kernels.pixel_norm_mp_silu import pixel_norm_mp_silu
+from tcm_fast.kernels.qkv_attention import qkv_attention
+from tcm_fast.kernels.resample import resample
+from tcm_fast.networks.layers import heads, without_autocast
+from tcm_fast.networks.mp_layers import MPConv, MPFourier, mp_silu
+from tcm_fast.networks.recompute import after_norm, run_block
+from tcm_fast.networks.unet import UNet, level_resolutions
+
+RES_BALANCE = ATTN_BALANCE = 0.3
+CONCAT_BALANCE = LABEL_BALANCE = 0.5
+CLIP = 256.0
+
+
+class Block(nn.Module):
+    """A residual block of the encoder or the decoder, with self-attention after it where asked for.
+
+    `resampling` is "up", "down" or None; `layer` keys the block's dropout.
+    """
+
+    recompute_norms = recompute_whole = False
+    """What the backward pass computes again, see `tcm_fast.networks.recompute`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        *,
+        encoder: bool,
+        layer: int,
+        dropout: float,
+        resampling: str | None = None,
+        attention: bool = False,
+        channels_per_head: int = 64,
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.encoder, self.layer, self.dropout = encoder, layer, dropout
+        self.resampling = resampling
+        self.num_heads = heads(out_channels, channels_per_head) if attention else 0
+        self.emb_gain = nn.Parameter(torch.zeros(()))
+        self.conv_res0 = MPConv(out_channels if encoder else in_channels, out_channels, 3)
+        self.emb_linear = MPConv(emb_channels, out_channels)
+        self.conv_res1 = MPConv(out_channels, out_channels, 3)
+        self.conv_skip = (
+            MPConv(in_channels, out_channels, 1) if in_channels != out_channels else None
+        )
+        if attention:
+            self.attn_qkv = MPConv(out_channels, 3 * out_channels, 1)
+            self.attn_proj = MPConv(out_channels, out_channels, 1)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        emb: torch.Tensor,
+        key: DropoutKey | None = None,
+        *,
+        skip: torch.Tensor | None = None,
+        activated: torch.Tensor | None = None,
+        activates: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [N,in_channels,H,W], emb [N,emb_channels] -> [N,out_channels,H',W'], and mp_silu of it if
+        `activates`.
+
+        A decoder block merges `skip` into x, or has been given `activated`, mp_silu(x), or resamples.
+        """
+        run = partial(after_norm, recompute=self.recompute_norms)
+        if skip is not None:
+            h, x = run(_joined, self.conv_res0, x, skip)
+        elif self.encoder:
+            if self.resampling is not None:
+                x, _ = resample(x, self.resampling)
+            if self.conv_skip is not None:
+                x = self.conv_skip(x)
+            h, x = run(lambda x: pixel_norm_mp_silu(x)[::-1], self.conv_res0, x)
+        elif self.resampling is not None:
+            x, h = resample(x, self.resampling, with_silu=True)
+            h = self.conv_res0(h)
+        else:
+            assert activated is not None
+            h = self.conv_res0(activated)
+        p = self.dropout if self.training else 0.0
+        key = key.at_layer(self.layer) if p > 0 and key is not None else None
+        modulate = partial(modulate_mp_silu, dropout_p=p, dropout_key=key)
+        h = run(modulate, self.conv_res1, h, self.emb_linear(emb), self.emb_gain)
+        if not self.encoder and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        if not self.num_heads:
+            return mp_sum(x, h, RES_BALANCE, clip=CLIP, with_silu=activates)
+        x, _ = mp_sum(x, h, RES_BALANCE)
+        h = qkv_attention(self.attn_qkv(x), self.num_heads, normalize=True)
+        return mp_sum(x, self.attn_proj(h), ATTN_BALANCE, clip=CLIP, with_silu=activates)
+
+
+def _joined(x: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """mp_silu of x and skip joined, and the two joined."""
+    x, h = mp_cat_mp_silu(x, skip, CONCAT_BALANCE)
+    return h, x
+
+
+class EDM2UNet(UNet):
+    """The raw network F(x, c_noise) of EDM2.
+
+    Args:
+        img_resolution: height and width, divisible by 2^(levels - 1).
+        in_channels, out_channels: channels of the images.
+        label_dim: number of classes, 0 for an unconditional network.
+        model_channels: width; level i has model_channels * channel_mult[i] channels. At 64² XS, S, M, L
+            and XL are 128, 192, 256, 320 and 384.
+        channel_mult: widths of the levels; every level halves the resolution.
+        num_blocks: residual blocks of an encoder level (a decoder level has one more).
+        attn_resolutions: levels whose blocks have self-attention. The lowest level's first decoder
+            block has it always, those that resample never.
+        channels_per_head: of the attention.
+        dropout: share dropped before each second convolution.
+        dropout_resolutions: of the blocks that drop; None is all.
+        label_dropout: share of the labels set to 0 in training, for classifier-free guidance.
+
+    Raises:
+        ValueError: a resolution that cannot be halved often enough, widths that cannot be built.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (16, 8),
+        channels_per_head: int = 64,
+        dropout: float = 0.0,
+        dropout_resolutions: Sequence[int] | None = None,
+        label_dropout: float = 0.0,
+    ):
+        super().__init__(dropout, label_dropout, dropout_resolutions)
+        resolutions = level_resolutions(
+            img_resolution, model_channels, channel_mult, num_blocks, attn_resolutions,
+            dropout_resolutions,
+        )  # fmt: skip
+        widths = [model_channels * mult for mult in channel_mult]
+        emb_channels = max(widths)
+        self.label_dim = label_dim
+        self.out_gain = nn.Parameter(torch.zeros(()))
+        self.emb_fourier = MPFourier(widths[0])
+        self.emb_noise = MPConv(widths[0], emb_channels)
+        self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
+
+        layer = 0
+
+        def block(res: int, c_in: int, c_out: int, **options) -> Block:
+            nonlocal layer
+            layer += 1
+            return Block(
+                c_in, c_out, emb_channels,
+                layer=layer - 1, dropout=self.dropout_at(res), channels_per_head=channels_per_head,
+                **options,
+            )  # fmt: skip
+
+        self.enc = nn.ModuleDict()
+        width = widths[0]
+        # One more channel, of ones, in the place of a bias.
+        self.enc[f"{img_resolution}x{img_resolution}_conv"] = MPConv(in_channels + 1, width, 3)
+        skips = [width]
+        for res, c_out in zip(resolutions, widths, strict=True):
+            if res != img_resolution:
+                self.enc[f"{res}x{res}_down"] = block(
+                    res, width, width, encoder=True, resampling="down"
+                )
+                skips.append(width)
+            for index in range(num_blocks):
+                self.enc[f"{res}x{res}_block{index}"] = block(
+                    res, width, c_out, encoder=True, attention=res in attn_resolutions
+                )
+                skips.append(width := c_out)
+
+        self.dec = nn.ModuleDict()
+        for res, c_out in zip(reversed(resolutions), reversed(widths), strict=True):
+            if res == resolutions[-1]:
+                self.dec[f"{res}x{res}_in0"] = block(
+                    res, width, width, encoder=False, attention=True
+                )
+                self.dec[f"{res}x{res}_in1"] = block(res, width, width, encoder=False)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(
+                    res, width, width, encoder=False, resampling="up"
+                )
+            for index in range(num_blocks + 1):
+                self.dec[f"{res}x{res}_block{index}"] = block(
+                    res, width + skips.pop(), c_out, encoder=False,
+                    attention=res in attn_resolutions,
+                )  # fmt: skip
+                width = c_out
+        assert not skips
+        self.out_conv = MPConv(width, out_channels, 3)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        dropout_key: DropoutKey | None = None,
+    ) -> torch.Tensor:
+        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the compute dtype, noise_labels [N]
+        (c_noise) and class_labels one-hot [N,label_dim]."""
+        dropout_key = self.key_for(x, dropout_key)
+        emb = self.embed(noise_labels, class_labels, dropout_key).to(x.dtype)
+        stem, *encoder = self.enc.values()
+        x = stem(torch.cat([x, torch.ones_like(x[:, :1])], 1))
+        x = x.contiguous(memory_format=self.memory_format)
+        skips = [x]
+        activated = None
+        for index, block in enumerate(encoder, start=1):
+            is_last = index == len(encoder)  # the decoder's first block begins with an activation
+            x, activated = run_block(block, [x], emb, dropout_key, activates=is_last)
+            skips.append(x)
+        for index, block in enumerate(self.dec.values()):
+            skip = skips.pop() if block.in_channels != x.shape[1] else None
+            x, activated = run_block(
+                block, [x], emb, dropout_key, skip=skip, activated=activated, activates=index == 0
+            )
+        return self.out_conv(x) * self.out_gain.to(x.dtype)
+
+    def embed(
+        self,
+        noise_labels: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        dropout_key: DropoutKey | None = None,
+    ) -> torch.Tensor:
+        """The embedding [N,emb_channels] of noise level and class."""
+        with without_autocast(noise_labels.device):
+            emb = self.emb_noise(self.emb_fourier(noise_labels))
+            if self.emb_label is not None:
+                labels = self.dropped_labels(class_labels, dropout_key, emb.dtype)
+                emb, _ = mp_sum(emb, self.emb_label(labels * self.label_dim**0.5), LABEL_BALANCE)
+            return mp_silu(emb)

@@ -1,0 +1,68 @@
+"""The magnitude-preserving layers of EDM2 (Karras et al. 2024, section 2 and appendix B.4)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tcm_fast.kernels.mp_sum import MP_SILU
+from tcm_fast.kernels.normalized_copy import normalized_copy, normalized_rows
+
+
+class MPConv(nn.Module):
+    """A "same" convolution, or a linear layer (kernel_size 0), without bias, whose output rows count by
+    their direction only.
+
+    The parameter `weight` [out,in,k,k] or [out,in] is normalised in each forward, in the graph; `scaled`
+    takes the place of the normalised weight where somebody has computed it already
+    (`precision.cast_weights`, `in_precision`). A forward never writes `weight`: training forces its rows
+    to norm √fan_in once per optimizer step (`force_rows`), so that they do not grow.
+    """
+
+    scaled: torch.Tensor | None
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 0):
+        super().__init__()
+        kernel = (kernel_size, kernel_size) if kernel_size else ()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        self.register_buffer("scaled", None, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = normalized_copy(self.weight) if self.scaled is None else self.scaled
+        weight = weight.to(x.dtype)
+        if weight.ndim == 2:
+            return F.linear(x, weight)
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+@torch.no_grad()
+def force_rows(module: nn.Module) -> None:
+    """Normalise the rows of every MPConv in place: EDM2's forced weight normalisation, for training
+    loops of one's own; call it before the first step and after each optimizer step."""
+    for layer in module.modules():
+        if isinstance(layer, MPConv):
+            layer.weight.copy_(normalized_rows(layer.weight))
+
+
+class MPFourier(nn.Module):
+    """√2 cos(freqs v + phases) of v [N]: [N,C], in fp32 or wider. Random buffers, uniform phases."""
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.freqs: torch.Tensor
+        self.phases: torch.Tensor
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(num_channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
+
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(v.dtype, self.freqs.dtype)
+        angle = torch.outer(v.to(dtype), self.freqs.to(dtype)) + self.phases.to(dtype)
+        return math.sqrt(2) * angle.cos()
+
+
+def mp_silu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU over 0.596, its rms under unit Gaussian input."""
+    return F.silu(x) / MP_SILU

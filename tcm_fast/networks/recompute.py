@@ -1,0 +1,89 @@
+"""Activations that are computed again in the backward pass instead of being kept.
+
+Two amounts, which may be mixed: a block that recomputes its *norms* keeps what enters each normalisation
+and not what leaves it, so that only normalisations and activations run twice, while the convolutions and
+the attention do not; one that is recomputed *whole* keeps what enters the block, and costs one more
+forward pass. Neither changes a number: dropout is keyed, not drawn, so both passes drop the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+
+def set_recompute(model: nn.Module, *, norms: bool = False, blocks_from: int | None = None) -> int:
+    """Choose what a raw network computes again.
+
+    Args:
+        model: a network with `enc` and `dec`, whose blocks are named by their resolution.
+        norms: normalisations and activations of every block that is not recomputed whole.
+        blocks_from: whole blocks where they work at this resolution or above; None is none of them.
+
+    Returns:
+        How many blocks are recomputed whole.
+    """
+    count = 0
+    for part in (model.enc, model.dec):
+        assert isinstance(part, nn.ModuleDict)
+        for name, module in part.items():
+            block: Any = module
+            if hasattr(block, "recompute_norms"):
+                resolution = int(name.partition("x")[0]) * (2 if name.endswith("_down") else 1)
+                is_whole = blocks_from is not None and resolution >= blocks_from
+                block.recompute_whole, block.recompute_norms = is_whole, norms and not is_whole
+                count += is_whole
+    return count
+
+
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), of which only the arguments are kept for the backward pass. What happens in
+    `function` after the last tensor that a gradient needs is not repeated."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What a module computes with now, buffers included: normalised weights are such."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def run_block(block: Any, inputs: Sequence[torch.Tensor], *args: Any, **options: Any) -> Any:
+    """block(inputs, joined along the channels, *args, **options), recomputed where the block says so. The
+    second pass uses the weights that stand in the block now: those of a `functional_call` are gone by
+    then."""
+    weights = _weights(block) if block.recompute_whole else {}
+
+    def run(*inputs: torch.Tensor) -> Any:
+        x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
+        if not weights:
+            return block(x, *args, **options)
+        return functional_call(block, weights, (x, *args), options)
+
+    return recomputed(run, *inputs) if weights else run(*inputs)
+
+
+def after_norm(
+    norm: Callable[..., Any], conv: nn.Module, *args: Any, recompute: bool, **options: Any
+) -> Any:
+    """conv(norm(*args), **options), with the convolution's input computed again if `recompute`. A norm
+    that returns a pair hands its second half on."""
+    weights = _weights(conv) if recompute else {}
+
+    def run(*inputs: Any) -> Any:
+        normed = norm(*inputs)
+        normed, *past = normed if isinstance(normed, tuple) else (normed,)
+        out = (
+            functional_call(conv, weights, (normed,), options)
+            if weights
+            else conv(normed, **options)
+        )
+        return (out, *past) if past else out
+
+    return recomputed(run, *args) if recompute else run(*args)

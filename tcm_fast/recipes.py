@@ -1,0 +1,128 @@
+"""A long recipe scaled to a short budget, by rule.
+
+Every quantity follows from the ratio of the images (or arithmetic) at hand to those of the long recipe, with
+exponents chosen so that one rule gives both the published CIFAR-10 recipe (at its own length) and what was
+tuned by hand for the built-in digits, at a two-thousandth of the images. Nothing here is claimed for a
+budget that has not been run: see benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from tcm_fast.config import Config, ConsistencyConfig, EdmConfig, PhaseConfig
+
+SHARES = {"edm": 0.35, "ect": 0.40, "tcm": 0.25, "ict": 0.65, "cd": 0.40}  # of the time
+SHORT = 1 / 16  # of the recipe's arithmetic: below it, pre-training is part of the budget
+SMALLEST_BATCH, SMALLEST_WIDTH = 64, 32
+WIDTH_EXPONENT = 1 / 8  # of the arithmetic: 16 times less of it, a network 1.4 times narrower
+BATCH_EXPONENT = 1 / 3  # of the images: the rest of the shortening falls on the number of steps
+EPOCHS_OF_DROPOUT = 1000  # a network that sees an image less often needs less of it
+TF32_GAP = 0.004  # 1 - r/t from which on tf32's rounding stays well below the signal
+MAX_RATE = 2e-3  # of the consistency phases
+
+
+def scale_width(width: int, arithmetic: float, multiple: int = 32) -> int:
+    """A network's width for a share `arithmetic` (at most 1) of the recipe's operations: a multiple of 32, so
+    that 32 groups divide the widths of all joined levels."""
+    if arithmetic >= 1:
+        return width
+    wanted = width * arithmetic**WIDTH_EXPONENT
+    return min(max(round(wanted / multiple) * multiple, SMALLEST_WIDTH), width)
+
+
+def scale_recipe(
+    config: Config,
+    images: Mapping[str, int],
+    *,
+    width: int | None = None,
+    count: int = 50_000,
+    on_gpu: bool = True,
+) -> Config:
+    """The recipe for so many images of each phase; at the recipe's own lengths it stays what it is.
+
+    Args:
+        config: the long recipe.
+        images: of each of its phases that is to be run.
+        width: of the network; None leaves it.
+        count: images of the training set, which say how often each is seen.
+        on_gpu: whether tf32 can be chosen, where the schedule leaves it enough signal.
+    """
+    phases = tuple(name for name in config.phases if name in images)
+    given = config.network.model_channels
+    narrow = 1.0 if width is None or given is None else width / given
+    network = config.network if width is None else replace(config.network, model_channels=width)
+    scaled: dict[str, Any] = {"phases": phases, "network": network}
+    for name in phases:
+        phase = config.phase(name)
+        scaled[name] = _scale_phase(phase, min(images[name], phase.images), narrow, count)
+    if "ect" in scaled and "tcm" in scaled:  # one schedule over both, counted on
+        keep = {"double": scaled["ect"].double, "limit": scaled["ect"].limit, "q": scaled["ect"].q}
+        scaled["tcm"] = replace(scaled["tcm"], **keep)
+    gaps = [1 - p.limit for p in scaled.values() if isinstance(p, ConsistencyConfig)]
+    if on_gpu and config.precision == "fp32" and min(gaps, default=1.0) >= TF32_GAP:
+        scaled["precision"] = "tf32"
+    steps = [math.ceil(scaled[n].images / scaled[n].batch_size) for n in phases]
+    every = max(min(steps, default=1) // 4, 50)
+    scaled |= {
+        "save_every": min(config.save_every, every),
+        "grid_every": min(config.grid_every, every),
+        "log_every": min(config.log_every, max(every // 10, 1)),
+    }
+    return replace(config, **scaled)
+
+
+def _scale_phase(phase: PhaseConfig, images: int, narrow: float, count: int) -> PhaseConfig:
+    share = images / phase.images
+    if share == 1 and narrow == 1:
+        return phase
+    power = round(math.log2(phase.batch_size * share**BATCH_EXPONENT))
+    batch = min(max(2**power, SMALLEST_BATCH), phase.batch_size)
+    steps, before = max(images // batch, 1), phase.images / phase.batch_size
+    dropout = phase.dropout * min(1.0, images / count / EPOCHS_OF_DROPOUT)
+    rate = phase.lr / narrow * math.sqrt(batch / phase.batch_size)
+    changes: dict[str, Any] = {
+        "images": steps * batch,
+        "batch_size": batch,
+        "lr": rate,
+        "dropout": round(dropout, 2),
+        "ema": tuple(_scale_average(rule, steps) for rule in phase.ema),
+    }
+    if isinstance(phase, EdmConfig):
+        changes["warmup_images"] = int(phase.warmup_images * share)
+    elif isinstance(phase, ConsistencyConfig):
+        fewer = before / steps
+        changes["lr"] = max(min(rate * fewer ** (1 / 3), MAX_RATE), min(rate, phase.lr))
+        changes |= _scale_schedule(phase, steps, before)
+    return replace(phase, **changes)
+
+
+def _scale_schedule(phase: ConsistencyConfig, steps: int, before: float) -> dict[str, Any]:
+    """How close r comes to t, and how fast. The gap 1 - r/t at the end grows as 1/sqrt(steps): what
+    remains to be learnt from pairs so close together drowns in the noise of fewer steps. The schedule
+    reaches it after the same share of the phase."""
+    gap = min((1 - phase.limit) * math.sqrt(before / steps), 0.25)
+    stages = math.log(1 / (1 - phase.limit), phase.q)
+    share = phase.double * stages / before
+    stages = max(math.log(1 / gap, phase.q), 1.0)
+    return {"limit": 1 - gap, "double": max(round(share * steps / stages), 1)}
+
+
+def _scale_average(rule: str, steps: int) -> str:
+    """An average that remembers a tenth of the phase at most: one of a relative width where a constant
+    rate would remember more. A half-life in images adapts itself."""
+    kind, _, value = rule.partition(":")
+    if kind == "constant" and 1 / (1 - float(value)) > steps / 10:
+        return "power:6.94"
+    return rule
+
+
+def images_for(
+    seconds: float, rates: Mapping[str, float], phases: tuple[str, ...]
+) -> dict[str, int]:
+    """Images of each phase in a span of time, at so many images per second."""
+    total = sum(SHARES[name] for name in phases)
+    return {name: int(seconds * SHARES[name] / total * rates[name]) for name in phases}

@@ -1,0 +1,127 @@
+"""Bad numbers: noticed on the device in the step itself, judged on the host now and then.
+
+A step writes its losses and its gradient's norm into a row on the device; the host reads the rows of
+many steps at once, so that no step waits for it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tcm_fast.config import GuardConfig
+
+ROWS = 100  # steps after which the host reads at the latest
+MEMORY = 200  # gradient norms whose median a spike is measured by
+ENOUGH = 20  # norms before there is talk of spikes
+
+
+class Gauge:
+    """Losses [2] and gradient norm of each step since the last reading, on the device.
+
+    Writing keeps its places in memory and can be captured in a graph."""
+
+    def __init__(self, device: torch.device, rows: int = ROWS) -> None:
+        self.size = rows
+        self._rows = torch.zeros(rows, 3, dtype=torch.float64, device=device)
+        self._next = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def write(self, losses: torch.Tensor, norm: torch.Tensor) -> None:
+        """Note a step: mean losses off and on the boundary [2], norm of the gradient."""
+        row = torch.cat([losses.double(), norm.double().reshape(1)])
+        self._rows.index_copy_(0, self._next, row[None])
+        self._next += 1
+
+    def set_back(self, row: int) -> None:
+        """The next step writes to this row."""
+        self._next.fill_(row)
+
+    def read(self, steps: int, over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+        """float64 [steps,3] of the last `steps` steps, all since the last reading: losses summed over
+        the processes, and norms, which are equal on all. Waits for the device."""
+        rows = self._rows[:steps]
+        rows = torch.cat([over_ranks(rows[:, :2].contiguous()), rows[:, 2:]], 1)
+        self._next.zero_()
+        return rows.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A gradient far larger than usual."""
+
+    step: int
+    norm: float
+    usual: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the rows of some steps say.
+
+    rows: as `Gauge.read` gave them.
+    bad: numbers of the steps whose losses or gradient were not finite.
+    streak: how many bad steps in a row the run stands at.
+    """
+
+    rows: np.ndarray
+    bad: list[int]
+    spikes: list[Spike]
+    streak: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Good steps in short: mean losses [2], median and largest norm of the gradient, NaN where no step
+    was good; and the number of the others."""
+
+    losses: np.ndarray
+    norm: float
+    largest: float
+    skipped: int
+
+
+def summarise(rows: np.ndarray) -> Summary:
+    """Rows as `Gauge.read` gives them."""
+    is_good = np.isfinite(rows).all(1)
+    good = rows[is_good] if is_good.any() else np.full((1, 3), np.nan)
+    return Summary(
+        losses=good[:, :2].mean(0),
+        norm=float(np.median(good[:, 2])),
+        largest=float(good[:, 2].max()),
+        skipped=int((~is_good).sum()),
+    )
+
+
+class Watch:
+    """Judges the steps of a phase, in their order."""
+
+    def __init__(self, guard: GuardConfig) -> None:
+        self.guard = guard
+        self.streak = 0
+        self._norms: deque[float] = deque(maxlen=MEMORY)
+
+    def judge(self, rows: np.ndarray, first: int) -> Reading:
+        """Rows as `Gauge.read` gives them; the first is that of step number `first`."""
+        is_good = np.isfinite(rows).all(1)
+        bad, spikes = [], []
+        for number, (row, good) in enumerate(zip(rows, is_good, strict=True), start=first):
+            self.streak = 0 if good else self.streak + 1
+            if not good:
+                bad.append(number)
+                continue
+            usual = statistics.median(self._norms) if len(self._norms) >= ENOUGH else 0.0
+            if self.guard.spike and usual and row[2] > self.guard.spike * usual:
+                spikes.append(Spike(number, float(row[2]), usual))
+            self._norms.append(float(row[2]))
+        return Reading(rows, bad, spikes, self.streak)
+
+
+def poison(loss: torch.Tensor) -> torch.Tensor:
+    """1, or NaN for a loss that is not finite: its gradient then is not finite either, whatever the
+    loss lost on its way there, and the optimizer skips it."""
+    return 1 + 0 * loss.detach()

@@ -1,0 +1,118 @@
+"""The embedding's gain, activation and dropout of an EDM2 block against the formula in float64."""
+
+import importlib
+from functools import partial
+
+import pytest
+import torch
+
+from tcm_fast.kernels.dropout import DropoutKey, dropout_mask
+from tcm_fast.kernels.modulate_mp_silu import modulate_mp_silu, modulate_mp_silu_reference
+
+module = importlib.import_module(
+    "tcm_fast.kernels.modulate_mp_silu"
+)  # the package has the function
+CL, NCHW = torch.channels_last, torch.contiguous_format
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(2, 24, 4, 3), (1, 192, 8, 8), (3, 7, 5, 3), (2, 20, 3, 3)]
+
+
+def case(shape=(2, 24, 4, 3), gain=0.7):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    scale = torch.randn(shape[:2], generator=generator, dtype=torch.float64)
+    return [1.5 * x, scale, torch.tensor(gain, dtype=torch.float64)]
+
+
+def pair(n, p=0.0, device="cpu"):
+    sample = torch.arange(5, 5 + n, device=device)
+    key = DropoutKey(seed=3, step=4, layer=2, sample=sample) if p else None
+    options = {"dropout_p": p, "dropout_key": key}
+    return (partial(f, **options) for f in (modulate_mp_silu, modulate_mp_silu_reference))
+
+
+def test_the_reference_is_the_formula():
+    x, scale, gain = case()
+    z = x * (scale * gain + 1)[:, :, None, None]
+    expected = z / (1 + (-z).exp()) / 0.596
+    assert torch.allclose(modulate_mp_silu_reference(x, scale, gain), expected, rtol=1e-12)
+    key = DropoutKey(seed=3, step=4, layer=2, sample=torch.arange(2))
+    kept = dropout_mask(key, 0.4, x.shape)
+    y = modulate_mp_silu_reference(x, scale, gain, dropout_p=0.4, dropout_key=key)
+    realised = 65536 / (65536 - round(0.4 * 65536))
+    assert torch.allclose(y, torch.where(kept, expected * realised, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [CL, NCHW], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels(compare, triton_device, dtype, layout, p, shape):
+    compare(*pair(shape[0], p, triton_device), case(shape), [shape], dtype, layout)
+
+
+def test_kernels_whose_sums_come_in_pieces(compare, triton_device, monkeypatch):
+    """Several tiles a program, several programs a sample, and a last piece that is not full."""
+    monkeypatch.setattr(module, "LANES", 64)
+    monkeypatch.setattr(module, "PROGRAMS", 8)
+    shape = (2, 16, 9, 7)
+    constants, grid = module._constants(shape, 1, True, False)
+    assert constants["PIECE"] > 1
+    assert grid[1] > 1
+    compare(*pair(2, 0.4, triton_device), case(shape), [shape], torch.float32)
+
+
+@pytest.mark.parametrize("gain", [0.0, -2.0])
+def test_gains(compare, triton_device, gain):
+    shape = (2, 24, 4, 3)
+    compare(*pair(2, 0.0, triton_device), case(shape, gain), [shape], torch.float16)
+
+
+def test_every_element_is_written(compare, triton_device, poisoned):
+    shape = (3, 7, 5, 3)
+    compare(*pair(3, 0.4, triton_device), case(shape), [shape], torch.float32)
+
+
+def test_masks_do_not_depend_on_layout_or_batch(triton_device):
+    x, scale, gain = (v.float().to(triton_device) for v in case((3, 16, 4, 4)))
+    sample = torch.tensor([9, 2, 5], device=triton_device)
+    key = DropoutKey(seed=1, step=2, layer=3, sample=sample)
+    whole = modulate_mp_silu(x, scale, gain, dropout_p=0.3, dropout_key=key)
+    rows = torch.tensor([2, 0], device=triton_device)
+    part = modulate_mp_silu(
+        x[rows].contiguous(memory_format=CL), scale[rows], gain,
+        dropout_p=0.3, dropout_key=key.select(rows),
+    )  # fmt: skip
+    assert torch.equal(whole[rows] == 0, part == 0)
+
+
+def test_empty_batches_strided_rows_and_the_operators(triton_device):
+    x, scale, gain = (v.float().to(triton_device) for v in case())
+    assert modulate_mp_silu(x[:0], scale[:0], gain).shape == (0, 24, 4, 3)
+    wide = torch.cat([scale, scale], 1)[:, :24]
+    assert torch.equal(modulate_mp_silu(x, wide, gain), modulate_mp_silu(x, scale, gain))
+    x.requires_grad_()
+    arguments = (x, scale, gain, None, None, None, 0, 0)
+    torch.library.opcheck(torch.ops.tcm_fast.modulate_mp_silu_fwd.default, arguments)
+
+
+def test_compiles_to_one_graph():
+    compiled = torch.compile(modulate_mp_silu, fullgraph=True, backend="aot_eager")
+    x, scale, gain = (v.float() for v in case())
+    assert torch.allclose(compiled(x, scale, gain), modulate_mp_silu(x, scale, gain), atol=1e-6)
+
+
+def test_refuses():
+    x, scale, gain = case()
+    with pytest.raises(ValueError, match=r"scale must be \[2,24\], got \[2, 3\]"):
+        modulate_mp_silu(x, scale[:, :3], gain)
+    with pytest.raises(ValueError, match=r"gain must be a scalar, got \[1\]"):
+        modulate_mp_silu(x, scale, gain[None])
+    with pytest.raises(ValueError, match=r"dropout_p must be in \[0,1\), got 1"):
+        modulate_mp_silu(x, scale, gain, dropout_p=1)
+    with pytest.raises(ValueError, match="dropout_key is required where dropout_p > 0, got None"):
+        modulate_mp_silu(x, scale, gain, dropout_p=0.1)
+    with pytest.raises(TypeError, match=r"must be floating, got torch\.int64"):
+        modulate_mp_silu(x.long(), scale, gain)
+    with pytest.raises(ValueError, match=r"x must be \[N,C,H,W\], got \[2, 24\]"):
+        modulate_mp_silu(scale, scale, gain)
