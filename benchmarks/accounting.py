@@ -12,7 +12,7 @@ import json
 import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,11 @@ from torch.optim.optimizer import (
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from tcm_fast.benchmarks.optimizers import BYTES_PER_PARAMETER
 from tcm_fast.benchmarks.steps import OurStep
+from tcm_fast.kernels import qkv_attention  # noqa: F401  defines the operators
 from tcm_fast.optim import FusedOptimizer
 from tcm_fast.plan import Ceilings
 
@@ -71,6 +72,21 @@ def category(name: str) -> str:
         if any(mark in lower for mark in marks):
             return found
     return "normalisation and pointwise"
+
+
+def _attention_flops(qkv: Sequence[int], products: int) -> int:
+    n, channels, height, width = qkv
+    return products * 2 * n * (height * width) ** 2 * channels // 3
+
+
+@register_flop_formula(torch.ops.tcm_fast.qkv_attention_fwd)
+def _(qkv, *_, **__) -> int:
+    return _attention_flops(qkv, 2)
+
+
+@register_flop_formula(torch.ops.tcm_fast.qkv_attention_bwd)
+def _(grad_out, qkv, *_, **__) -> int:
+    return _attention_flops(qkv, 4)
 
 
 # ---- counting -----------------------------------------------------------------------------------

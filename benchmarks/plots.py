@@ -86,7 +86,8 @@ def _roofline(results: Results) -> str:
     figure, axes = _figure(7, 4)
     names = _names(rows)
     points = [(r.flops / r.bytes, r.flops / r.median / 1e9) for r in rows]
-    low = min(x for x, _ in points) / 3
+    bends = [roof / ceilings.copy for roof in ceilings.matmul.values()]
+    low = min(*bends, *(x for x, _ in points)) / 3
     high = max(max(x for x, _ in points), max(ceilings.matmul.values()) / ceilings.copy) * 3
     for precision in sorted({row.precision for row in rows}):
         roof = ceilings.matmul.get(precision, max(ceilings.matmul.values()))

@@ -81,7 +81,8 @@ def amount(row: Row, value: float) -> str:
 
 def title_of(results: Results) -> str:
     env = results.environment
-    where = "" if env["device"] == "cuda" else f" (CPU, {env['threads']} threads)"
+    threads = f"{env['threads']} thread{'' if env['threads'] == 1 else 's'}"
+    where = "" if env["device"] == "cuda" else f" (CPU, {threads})"
     return f"{env['name']}{where}"
 
 

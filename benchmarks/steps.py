@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from tcm_fast.benchmarks.cases import CIFAR10, DIGITS, NARROW, NetworkShape
+from tcm_fast.benchmarks.official_edm2 import OfficialStyleEdm2
 from tcm_fast.benchmarks.official_style import OfficialStyleStep, OfficialStyleUNet, denoise
 from tcm_fast.config import Config, PhaseConfig
 from tcm_fast.data import ImageData, ImageStream
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension_gap
-from tcm_fast.networks import Precond, build_network
-from tcm_fast.networks.precision import make_copies
+from tcm_fast.networks import Precond, build_network, force_rows
+from tcm_fast.networks.precision import is_derived, make_copies
 from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
 from tcm_fast.optim import Ema, FusedOptimizer, build_optimizer, learning_rate, set_rate
 from tcm_fast.sampler import PRECISIONS, Sampler, default_times, multistep
@@ -102,22 +103,59 @@ def use_tf32(precision: str) -> None:
 # ---- providers of a training step ---------------------------------------------------------------
 
 
+HAVE_STYLE = ("ddpmpp", "edm2")  # networks that are written plainly here
+
+
+def style_gap(shape: NetworkShape) -> str:
+    """Why there is no plainly written network to compare with; empty where there is one."""
+    if shape.name not in HAVE_STYLE or (shape.name == "ddpmpp" and shape.label_dim):
+        return f"official_style has no {shape.name}{' with classes' if shape.label_dim else ''}"
+    return ""
+
+
+def published_precision(shape: NetworkShape) -> str:
+    """DDPM++ is published in fp32 without TF32, EDM2 in fp16."""
+    return "fp16" if shape.name == "edm2" else "fp32"
+
+
+def official_network(case: StepCase, precision: str, dropout: float) -> torch.nn.Module:
+    """The plainly written network with the weights of ours. EDM2's computes in its precision by itself,
+    DDPM++'s under autocast."""
+    shape = case.network
+    if gap := style_gap(shape):
+        raise ValueError(gap)
+    options = dict(shape.architecture) | {"dropout": dropout}
+    torch.manual_seed(0)
+    net: torch.nn.Module
+    if shape.name == "edm2":
+        net = OfficialStyleEdm2(
+            shape.img_resolution, shape.img_channels, shape.label_dim, dtype=PRECISIONS[precision],
+            **options,
+        )  # fmt: skip
+    else:
+        net = OfficialStyleUNet(shape.img_resolution, shape.img_channels, **options)
+    net.load_state_dict(case.build().model.state_dict(), strict=True)
+    return net.to(case.device)
+
+
+def one_hot(case: StepCase, count: int) -> torch.Tensor | None:
+    """Classes in turn, fp32 [count,K]; None for a network without."""
+    classes = case.network.label_dim
+    numbers = torch.arange(count, device=case.device)
+    return torch.nn.functional.one_hot(numbers % classes, classes).float() if classes else None
+
+
 def official_style_step(
-    case: StepCase, *, precision: str = "fp32", channels_last: bool = False, compiled: bool = False
+    case: StepCase, *, precision: str = "", channels_last: bool = False, compiled: bool = False
 ) -> Step:
     """The step as published, or in another precision, in channels_last, compiled."""
-    if case.network.name != "ddpmpp" or case.network.label_dim:
-        raise ValueError(
-            f"official_style: has DDPM++ without classes only, got {case.network.name}"
-        )
-    config, shape = case.config, case.network
-    architecture = dict(shape.architecture) | {"dropout": config.dropout}
-    torch.manual_seed(0)
-    net = OfficialStyleUNet(shape.img_resolution, shape.img_channels, **architecture)
-    net.load_state_dict(case.build().model.state_dict(), strict=True)
-    net = net.to(case.device)
+    config = case.config
+    precision = precision or published_precision(case.network)
+    net = official_network(case, precision, config.dropout)
     if channels_last:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if case.network.label_dim:
+        net.labels = one_hot(case, case.batch_size)  # type: ignore[assignment]
     stage1 = copy.deepcopy(net) if case.phase == "tcm" else None
     if compiled:
         net.compile()
@@ -131,10 +169,11 @@ def official_style_step(
     images = torch.from_numpy(case.images()[: case.batch_size]).permute(0, 3, 1, 2).contiguous()
     images = images.to(case.device)
     dtype = PRECISIONS[precision]
+    casts = dtype != torch.float32 and case.network.name != "edm2"
 
     def run() -> None:
         use_tf32(precision)
-        with torch.autocast(case.device, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(case.device, dtype, enabled=casts):
             step(images)
 
     return run
@@ -167,8 +206,8 @@ class OurStep:
             if self.objective.frozen is not None:
                 self.objective.frozen.model.compile()
         self.ema = Ema(config.ema[0] if config.ema else "constant:0.9999", net.parameters())
-        if dtype != torch.float32 and not extension_gap(device):
-            self.objective.copies = make_copies(net, dtype)
+        if is_derived(net, dtype) and not extension_gap(device):
+            self.objective.copies = make_copies(net, dtype, rows_too=False)
         scale = LOSS_SCALE if case.precision == "fp16" and not extension_gap(device) else None
         self.optimizer = build_optimizer(
             net.parameters(), config, emas=[self.ema], copies=self.objective.copies, scale=scale,
@@ -195,6 +234,7 @@ class OurStep:
 
     def work(self, batch: Batch) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
+        force_rows(self.net)
         loss, stats = self.objective(batch)
         fused = isinstance(self.optimizer, FusedOptimizer)
         (self.optimizer.loss_scale.scale(loss) if fused else loss).backward()
@@ -228,10 +268,10 @@ class OurStep:
 def step_providers(case: StepCase) -> dict[str, tuple[Callable[[], Step], str]]:
     """Name -> (what builds the step, why it cannot run here)."""
     is_cuda = case.device == "cuda"
-    has_official = case.network.name == "ddpmpp" and not case.network.label_dim
-    no_official = "" if has_official else f"official_style.py has no {case.network.name}"
+    no_official = style_gap(case.network)
     no_gpu = "" if is_cuda else "needs a GPU"
-    same = "" if case.precision != "fp32" else "is official_style itself in fp32"
+    published = published_precision(case.network)
+    same = "" if case.precision != published else f"is official_style itself in {published}"
     cannot_graph = (
         "a graph cannot choose a loss scale without the extension"
         if case.precision == "fp16" and is_cuda and extension_gap(torch.device("cuda"))
@@ -263,20 +303,22 @@ def step_providers(case: StepCase) -> dict[str, tuple[Callable[[], Step], str]]:
 def check_networks(case: StepCase) -> str:
     """Whether official_style's network and ours are the same function on this device; empty where they
     are. (Loss and gradients of whole steps: tests/benchmarks/test_official_style.py.)"""
-    if case.network.name != "ddpmpp" or case.network.label_dim:
+    if style_gap(case.network):
         return ""
     use_tf32("fp32")
-    ours = case.build().to(case.device)
+    ours, shape = case.build().to(case.device), case.network
     for parameter in ours.parameters():
         parameter += 0.02 * torch.randn_like(parameter)
-    shape = case.network
-    theirs = OfficialStyleUNet(shape.img_resolution, shape.img_channels, **dict(shape.architecture))
+    theirs = official_network(case, "fp32", 0.0)
     theirs.load_state_dict(ours.model.state_dict(), strict=True)
-    theirs = theirs.to(case.device).eval()
+    labels = one_hot(case, 4)
+    if labels is not None:
+        theirs.labels = labels  # type: ignore[assignment]
     side = shape.img_resolution
     x = torch.randn(4, shape.img_channels, side, side, device=case.device)
     t = torch.tensor([0.01, 0.5, 2.0, 60.0], device=case.device)
-    found, wanted = ours.eval()(x, t), denoise(theirs, x, t, None)  # type: ignore[arg-type]
+    found = ours.eval()(x, t, labels)
+    wanted = denoise(theirs.eval(), x, t, None)  # type: ignore[arg-type]
     error = ((found - wanted).norm() / wanted.norm()).item()
     return "" if error < 1e-3 else f"official_style's network differs by {error:.2g}"
 

@@ -144,7 +144,7 @@ class Assembly:
             shards = Shards(student, self.device)
             if frozen is not None:
                 in_use = shard(copy.deepcopy(frozen), shards.mesh)
-        loss = Objective(name, config, student, in_use, dtype=dtype)
+        loss = Objective(name, config, student, in_use, dtype=dtype, plain=shards is not None)
         if frozen is not None and loss.frozen is not frozen:
             frozen.to("cpu")  # for checkpoints; the device holds the objective's copy alone
         objective: torch.nn.Module = loss
@@ -160,8 +160,8 @@ class Assembly:
         emas = [Ema(rule, weights) for rule in config.ema]
         scaled = self.config.precision == "fp16"
         loss.apart = self.config.is_lean
-        if is_derived(student, dtype) and not extension_gap(self.device):
-            loss.folded = self.config.folds_rows and shards is None
+        if shards is None and is_derived(student, dtype) and not extension_gap(self.device):
+            loss.folded = self.config.folds_rows
             loss.copies = make_copies(student, dtype, rows_too=loss.folded)
             loss.narrow_gradients = self.config.gradients == "16bit"
         optimizer = build_optimizer(

@@ -97,11 +97,12 @@ class Eval:
 
 @dataclass
 class Pack:
-    """Pack images into a zip that both this program and EDM's can read."""
+    """Pack images: into a .zip that both this program and EDM's can read, or into a folder whose images are
+    mapped into memory, for sets that do not fit there."""
 
     source: Positional[str]
     destination: Positional[Path]
-    resolution: int | None = None
+    resolution: Annotated[int | None, arg(aliases=["--size"])] = None
     """Centre-crop and resize to this many pixels."""
     skip_corrupt: bool = False
     overwrite: bool = False
@@ -662,6 +663,8 @@ DEPENDENCIES = {
     "safetensors": "checkpoints",
     "tensorboard": "curves, optional: the [log] extra",
     "pyarrow": "image parquet, optional: the [hf] extra",
+    "diffusers": "convert --to diffusers, optional: the [diffusers] extra",
+    "onnx": "convert to .onnx, optional: the [onnx] extra",
     "matplotlib": "plots, optional: the [plot] extra",
     "torch-fidelity": "Inception features, optional: the [eval] extra",
 }

@@ -132,9 +132,12 @@ def load_foreign(path: str | Path, *, weights: str | None = None) -> tuple[Preco
     try:
         found = find_network(read(path), weights)
         spec = architecture(found)
+        _check(spec, found)
         with torch.random.fork_rng(devices=[]):  # loading must not move the caller's generator
             net = build_network(**spec)
-        _fill(net, found)
+        with torch.no_grad():
+            for name, target in net.state_dict().items():
+                target.copy_(found.tensors[name].load().reshape(target.shape))
     except Refused as error:
         text = str(error)
         raise ValueError(
@@ -205,14 +208,15 @@ def find_network(content: Any, weights: str | None = None) -> Found:
         _collect(network, "", tensors, [0], 0)
         # ECT and TCM have a class of one name; what tells them apart is in the source, as text.
         found = Found(
-            tensors, chosen, network.kind, _arguments(network), others=others,
+            tensors, chosen, network.kind[:80], _arguments(network), others=others,
             is_shifted=network.kind == CONSISTENCY and "sigma - self.sigma_min" in network.source,
         )  # fmt: skip
     else:
-        found = Found(
-            {name: t for name, t in network.items() if isinstance(t, FileTensor)},
-            chosen, others=others,
-        )  # fmt: skip
+        tensors = {
+            name: t for name, t in network.items()
+            if isinstance(name, str) and isinstance(t, FileTensor)
+        }  # fmt: skip
+        found = Found(tensors, chosen, others=others)
     loss = content.get("loss_fn") if isinstance(content, dict) else None
     if isinstance(loss, Record):
         found.loss = {"class": loss.kind, **loss.state}
@@ -236,7 +240,8 @@ def _candidates(content: Any) -> list[tuple[str, Any]]:
         named = {f"ema-{std:g}": v for std, v in zip(stds, averages["emas"], strict=False)
                  if isinstance(std, float)}  # fmt: skip
         content = content | named
-    return [(name, v) for name, v in content.items() if isinstance(name, str) and _is_network(v)]
+    names = [n for n in content if isinstance(n, str) and re.fullmatch(r"[\w.\-]{1,40}", n)]
+    return [(name, content[name]) for name in names if _is_network(content[name])]
 
 
 def _is_network(value: Any) -> bool:
@@ -292,6 +297,8 @@ def _arguments(network: Record) -> dict[str, Any]:
 
 def _our_name(name: str) -> str:
     """`unet.` of EDM2's own snapshots is our `model.`; wrappers of torch's are left off."""
+    if not re.fullmatch(r"[\w.\-]{1,200}", name):
+        raise Refused(f"a weight has the name {shown(name)}")
     name = re.sub(r"^(module\.|_orig_mod\.|net\.)+", "", name)
     name = re.sub(r"^unet\.", "model.", name)
     return name if re.match(r"model\.|logvar_|noise_scheduler\.", name) else f"model.{name}"
@@ -479,27 +486,30 @@ def _whole_numbers(value: Any) -> list[int]:
 # ---- its weights ------------------------------------------------------------------------------------
 
 
-def _fill(net: Precond, found: Found) -> None:
-    """Load the tensors, one by one, into a network, which has to have just these."""
-    state = net.state_dict()
-    found.dropped += [n for n in found.tensors if n not in state and DROPPED.match(n)]
-    if "logvar_linear.weight" in found.tensors and "logvar_linear.weight" not in state:
-        found.dropped += [n for n in found.tensors if n.startswith("logvar_")]
-    problems = [f"{n} is missing" for n in state if n not in found.tensors]
+def _check(spec: dict[str, Any], found: Found) -> None:
+    """Refused unless the network of a specification has just the tensors that were found. Nothing is
+    allocated for it: the shapes may be anything."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            shapes = {n: v.shape for n, v in build_network(**spec).state_dict().items()}
+    except (ValueError, TypeError, RuntimeError, OverflowError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"its network cannot be built, {reason}") from None
+    given = {n: t.shape for n, t in found.tensors.items()}
+    found.dropped += [n for n in given if n not in shapes and DROPPED.match(n)]
+    if "logvar_linear.weight" not in shapes:
+        found.dropped += [n for n in given if n.startswith("logvar_")]
+    problems = [f"{n} is missing" for n in shapes if n not in given]
+    problems += [f"{n} is unknown" for n in given if n not in shapes and n not in found.dropped]
     problems += [
-        f"{n} is unknown" for n in found.tensors if n not in state and n not in found.dropped
-    ]
-    for name, tensor in found.tensors.items():
+        f"{n} is {list(shape)} instead of {list(shapes[n])}"
+        for n, shape in given.items()
         # FastGen keeps gains as [1].
-        is_scalar = name in state and state[name].ndim == 0 and tensor.shape == (1,)
-        if name in state and state[name].shape != tensor.shape and not is_scalar:
-            problems.append(f"{name} is {list(tensor.shape)} instead of {list(state[name].shape)}")
+        if n in shapes and shape != shapes[n] and (shape, len(shapes[n])) != ((1,), 0)
+    ]
     if problems:
         rest = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise Refused(
-            f"its network is not the {net.spec['name']} that it looks like: "
+            f"its network is not the {spec['name']} that it looks like: "
             f"{', '.join(problems[:3])}{rest}"
         )
-    with torch.no_grad():
-        for name, target in state.items():
-            target.copy_(found.tensors[name].load().reshape(target.shape))

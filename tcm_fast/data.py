@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -25,7 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from tcm_fast import image_files
+from tcm_fast import image_files, packed
 from tcm_fast.image_files import ImageArrays, ImageFiles, reason
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ SHOW_PROGRESS_FROM = 10_000  # images; fewer are there before one would read the
 PAUSES = (0.1, 1.0, 3.0)  # seconds before a read that has failed is tried again
 RETRIES = 30  # of all reads of a set
 SLOW = 30.0  # seconds of a read that is worth a warning
+MOST_AHEAD = 256  # batches that are read in advance
 NAMED = 3  # unreadable images that an error names
 
 
@@ -119,6 +120,7 @@ def load_images(
             - a zip of such a folder, or one with EDM's dataset.json (unpacked, too);
             - an npz: uint8 [N,H,W] or [N,H,W,C] under `images` or `arr_0`, labels [N], if any,
               under `labels` or `arr_1`;
+            - a folder that `pack` has written: its images are mapped into memory, not read;
             - cifar-10-binary.tar.gz as published: the 50 000 training images;
             - a Hugging Face image parquet, or a folder of them (needs pyarrow, the `hf` extra).
         skip_corrupt: go on without images that cannot be read, with a warning that says how many.
@@ -138,7 +140,8 @@ def load_images(
     if not path.exists():
         raise FileNotFoundError(f"data: {source} does not exist, expected {image_files.KINDS}")
     try:
-        found = image_files.open_source(path)
+        is_packed = path.is_dir() and packed.is_packed(path)
+        found = packed.open_packed(path) if is_packed else image_files.open_source(path)
     except OSError as error:
         raise OSError(f"data: cannot read {source}: {reason(error)}") from error
     if isinstance(found, ImageFiles):
@@ -156,15 +159,7 @@ def _decode_all(
     files: ImageFiles, source: str, skip_corrupt: bool, resolution: int | None
 ) -> ImageArrays:
     """Decode encoded files in parallel, straight into one array."""
-    patience = _Patience()
-
-    def decode(item: tuple[str, Callable[[], bytes]]) -> tuple[str, np.ndarray | Exception]:
-        name, read = item
-        try:
-            return name, image_files.decode(patience.read(name, read), resolution)
-        except Exception as error:  # damaged files raise nearly anything in Pillow's decoders
-            return name, error
-
+    decode = partial(_decode_item, patience=_Patience(), resolution=resolution)
     images: np.ndarray | None = None
     first_name = ""
     kept, bad = np.ones(files.count, bool), []
@@ -172,7 +167,7 @@ def _decode_all(
     for number, (name, result) in enumerate(_parallel(decode, files.items, files.count)):
         if isinstance(result, Exception):
             kept[number] = False
-            bad.append(f"{name} ({_why_unreadable(result)})")
+            bad.append(f"{name} ({reason(result)})")
             continue
         height, width = result.shape[:2]
         if images is None:
@@ -309,7 +304,8 @@ class ImageStream:
     of ranks or whether the run was resumed.
 
     On CUDA the images are resident when they take less than a quarter of the free memory; otherwise
-    each batch is gathered into pinned host memory and copied without waiting.
+    each batch is gathered into pinned host memory and copied without waiting. What `prefetch` was told is
+    gathered by a thread meanwhile: the pages of a mapped file may have to come from a disk.
 
     Args:
         data: the images.
@@ -331,6 +327,8 @@ class ImageStream:
         images = torch.from_numpy(np.require(data.images, requirements=("C", "W")))
         self.resident = self.device.type != "cuda" or _fits(images, self.device)
         self._images = images.to(self.device) if self.resident else images
+        self._ahead: dict[bytes, Future[torch.Tensor]] = {}
+        self._reader = ThreadPoolExecutor(1, "images") if not self.resident else None
 
     def indices(self, start: int, count: int) -> np.ndarray:
         """Dataset indices int64 [count] of the images start … start+count-1 of the stream."""
@@ -374,14 +372,30 @@ class ImageStream:
         one_hot = torch.zeros(len(index), self.data.num_classes, device=self.device)
         return images, one_hot.scatter_(1, table[1][:, None], 1.0)
 
+    def prefetch(self, positions: np.ndarray) -> None:
+        """Read the images at these positions in the background: the next batch but one of a set that is
+        not resident. Nothing for one that is."""
+        if self._reader is not None:
+            index = torch.from_numpy(self.index_of(positions))
+            key = index.numpy().tobytes()
+            if key not in self._ahead:
+                self._ahead[key] = self._reader.submit(self._read, index)
+            while len(self._ahead) > MOST_AHEAD:  # asked for and never fetched
+                self._ahead.pop(next(iter(self._ahead)))
+
     def _gather(self, index: torch.Tensor, index_on_device: torch.Tensor) -> torch.Tensor:
         """uint8 [n,R,R,C] on the device."""
         if self.resident:
             return self._images.index_select(0, index_on_device)
-        shape = (len(index), *self._images.shape[1:])
-        pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        torch.index_select(self._images, 0, index, out=pinned)
-        return pinned.to(self.device, non_blocking=True)
+        ready = self._ahead.pop(index.numpy().tobytes(), None)
+        read = self._read(index) if ready is None else ready.result()
+        return read.to(self.device, non_blocking=True)
+
+    def _read(self, index: torch.Tensor) -> torch.Tensor:
+        """uint8 [n,R,R,C] on the host, in pinned memory for a GPU."""
+        shape, pinned = (len(index), *self._images.shape[1:]), self.device.type == "cuda"
+        rows = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        return torch.index_select(self._images, 0, index, out=rows)
 
 
 def _permutation(seed: int, count: int, epoch: int) -> np.ndarray:
@@ -420,22 +434,32 @@ def pack(
     skip_corrupt: bool = False,
     overwrite: bool = False,
 ) -> int:
-    """Write any source that `load_images` reads as a zip of PNGs with dataset.json, which EDM's
-    tools read as well. The same images give the same bytes; the file is complete or not there.
+    """Write any source that `load_images` reads in a form that is quickly there: a zip of PNGs with
+    dataset.json, which EDM's tools read as well, or a folder whose images are mapped into memory
+    (`tcm_fast.packed`), for sets that do not fit there. The same images give the same bytes; what is
+    written is complete or not there. A folder that was interrupted goes on where it stood.
 
     Returns:
         The number of images.
 
     Raises:
         FileExistsError: the destination is there and `overwrite` is False.
-        ValueError, FileNotFoundError: as `load_images`, or a destination that is not called .zip.
+        ValueError, FileNotFoundError: as `load_images`, or a destination that is neither called .zip nor
+            a folder's name.
         OSError: the file cannot be written; what was there before is untouched.
     """
     destination = Path(destination)
-    if destination.suffix.lower() != ".zip" or destination.is_dir():
-        raise ValueError(f"pack: the destination must be a file called .zip, got {destination}")
+    is_zip = destination.suffix.lower() == ".zip"
+    is_taken = destination.exists() and destination.is_dir() == is_zip  # by the other kind
+    if is_taken or (destination.suffix and not is_zip):
+        raise ValueError(
+            "pack: the destination must be a file called .zip or a folder (a name without a dot), "
+            f"got {destination}"
+        )
     if destination.exists() and not overwrite:
         raise FileExistsError(f"pack: {destination} exists already, --overwrite replaces it")
+    if not is_zip:
+        return _pack_folder(source, destination, resolution, skip_corrupt)
     data = load_images(source, skip_corrupt=skip_corrupt, resolution=resolution)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -444,6 +468,56 @@ def pack(
     except OSError as error:
         raise OSError(f"pack: cannot write {destination}: {reason(error)}") from error
     return len(data)
+
+
+def _pack_folder(
+    source: str | Path, destination: Path, resolution: int | None, skip_corrupt: bool
+) -> int:
+    """`pack` into a folder, image by image where the source is encoded files."""
+    path = Path(source)
+    found = image_files.open_source(path) if path.exists() and not packed.is_packed(path) else None
+    decode: Callable[[Any], tuple[str, np.ndarray | Exception]]
+    if isinstance(found, ImageFiles):
+        if resolution is None:
+            raise ValueError(f"pack: {destination} needs a size for its images, add --resolution R")
+        size, decode = (
+            resolution,
+            partial(_decode_item, patience=_Patience(), resolution=resolution),
+        )
+    else:
+        data = load_images(source, skip_corrupt=skip_corrupt, resolution=resolution)
+        rows: Any = ((f"image {i}", i) for i in range(len(data)))
+        found = ImageFiles(len(data), rows, data.labels, data.class_names)
+        size = data.resolution
+
+        def decode(item: tuple[str, int]) -> tuple[str, np.ndarray | Exception]:
+            image = data.images[item[1]]
+            return item[0], image if image.shape[2] == 3 else image[..., 0]
+
+    count = found.count
+
+    def refuse(unreadable: list[str]) -> None:
+        _report_unreadable(unreadable, count, str(source), skip_corrupt)
+
+    try:
+        return packed.write_packed(
+            found, destination, decode, _parallel, resolution=size,
+            about={"source": str(source), "resolution": size, "classes": list(found.class_names)},
+            refuse=refuse,
+        )  # fmt: skip
+    except OSError as error:
+        raise OSError(f"pack: cannot write {destination}: {reason(error)}") from error
+
+
+def _decode_item(
+    item: tuple[str, Callable[[], bytes]], patience: _Patience, resolution: int | None
+) -> tuple[str, np.ndarray | Exception]:
+    """A file's name, and its image or what is wrong with it."""
+    name, read = item
+    try:
+        return name, image_files.decode(patience.read(name, read), resolution)
+    except Exception as error:  # damaged files raise nearly anything in Pillow's decoders
+        return name, ValueError(_why_unreadable(error))
 
 
 def describe(

@@ -121,7 +121,7 @@ def _onnx(program: nn.Module, example: tuple, shapes: list, path: Path) -> None:
             __import__(package)
         except ImportError:
             raise ModuleNotFoundError(
-                f"export: .onnx needs the package {package}: pip install onnx onnxscript"
+                f"export: .onnx needs the package {package}: pip install 'tcm-fast[onnx]'"
             ) from None
     names = ["noise", "labels"][: len(example)]
     with warnings.catch_warnings():

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tcm_fast.config import Config
+from tcm_fast.config import Config, ConsistencyConfig, IctConfig, phase_name
 from tcm_fast.kernels._triton import assuming_kernels
 from tcm_fast.networks import LOGVAR_CHANNELS, Precond, build_network
 from tcm_fast.networks.precision import is_derived, make_copies
@@ -37,6 +37,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0 + 2 / 128}
+END = 1 << 20  # an iteration after every schedule's end
 FROZEN = ("tcm", "cd")
 KINDS = (
     "weights", "gradients", "moments", "averages", "frozen", "activations", "workspace", "images",
@@ -209,6 +210,29 @@ def dry_step(
         on_gpu: with the kernels and layouts of a GPU, instead of a CPU's.
         last: at the end of the schedule t -> r, where most targets need a network; else at its start.
     """
+    return _dry_step(_what_counts(config, name), name, shape, on_gpu, last)
+
+
+def _what_counts(config: Config, name: str) -> Config:
+    """The configuration without what makes no difference to the tensors of a phase's step, so that steps
+    that are alike are counted once."""
+    phase = config.phase(name)
+    plain = dataclasses.replace(
+        phase, images=0, lr=1.0, warmup_images=0, decay_start=None, ema=("constant:0",), moments="fp32",
+        dropout=0.1 * (phase.dropout > 0), weight_decay=0.0,
+    )  # fmt: skip
+    if isinstance(plain, ConsistencyConfig) and not isinstance(plain, IctConfig):
+        plain = dataclasses.replace(plain, double=1)
+    levers = {
+        key: getattr(config, key)
+        for key in ("micro_batches", "recompute_norms", "recompute_blocks", "offload", "gradients")
+    }
+    kept: dict[str, Any] = {name: plain, "precision": config.precision, **levers}
+    return Config(network=config.network, phases=(phase_name(name),), **kept)
+
+
+@functools.lru_cache(maxsize=256)
+def _dry_step(config: Config, name: str, shape: ImageShape, on_gpu: bool, last: bool) -> DryStep:
     phase, dtype = config.phase(name), DTYPES[config.precision]
     net = build_on_meta(config, shape, name)
     augmentation = getattr(net.model, "map_augment", None)
@@ -277,10 +301,8 @@ def _tagged(net: Precond, objective: Objective, counter: Counter) -> Iterator[No
 def _batches(config: Config, name: str, shape: ImageShape, on_gpu: bool, last: bool) -> list[Batch]:
     """The first of a step's micro-batches, and the second where there is one."""
     phase = config.phase(name)
-    steps = config.steps(name)
-    plan = plan_times(
-        phase, seed=0, images_seen=0, iteration=steps - 1 if last else 0, iterations=max(steps, 1)
-    )
+    iteration = END if last else 0
+    plan = plan_times(phase, seed=0, images_seen=0, iteration=iteration, iterations=END)
     batches = []
     for part in plan.parts(config.micro_batches)[:2]:
         size = (len(part), shape.channels, shape.resolution, shape.resolution)

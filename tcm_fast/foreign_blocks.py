@@ -126,16 +126,21 @@ EDM_PARTS: tuple[str, ...] = (
 
 
 def _edm_obstacle(module: Any) -> str:
-    if module.num_heads and not has(_attention(module), "norm2", "qkv", "proj"):
+    attention = _attention(module) if module.num_heads else None
+    if module.num_heads and attention is None:
         return "its attention has other parts"
     norms = [module.norm0, module.norm1]
-    norms += [_attention(module).norm2] if module.num_heads else []
+    norms += [attention[0]] if attention else []
     return next(filter(None, map(norm_obstacle, norms)), "")
 
 
-def _attention(block: Any) -> Any:
-    """Where norm2, qkv and proj are: PhysicsNeMo has a module for them."""
-    return block.attn if hasattr(block, "attn") else block
+def _attention(block: Any) -> tuple[Any, Any, Any] | None:
+    """norm2, qkv and proj; PhysicsNeMo has a module for them, whose norm had two names."""
+    owner = block.attn if hasattr(block, "attn") else block
+    for norm in ("norm2", "norm"):
+        if has(owner, norm, "qkv", "proj"):
+            return getattr(owner, norm), owner.qkv, owner.proj
+    return None
 
 
 def _edm_forward(self: Any, x: torch.Tensor, emb: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -154,9 +159,9 @@ def _edm_forward(self: Any, x: torch.Tensor, emb: torch.Tensor, *args: Any, **kw
     h = self.conv1(h)
     x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
     if self.num_heads:
-        inner = _attention(self)
-        h, x = normalise(x, inner.norm2, silu=False, with_x=True)
-        x = (inner.proj(qkv_attention(inner.qkv(h), self.num_heads)) + x) * self.skip_scale
+        norm, qkv, proj = _attention(self)  # type: ignore[misc]
+        h, x = normalise(x, norm, silu=False, with_x=True)
+        x = (proj(qkv_attention(qkv(h), self.num_heads)) + x) * self.skip_scale
     return x
 
 
@@ -193,7 +198,7 @@ def _edm2_forward(self: Any, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor
     else:
         h = F.silu(x) * (1 / MP_SILU)
     h = self.conv_res0(h)
-    gain = self.emb_gain.to(torch.promote_types(h.dtype, torch.float32))
+    gain = self.emb_gain.to(torch.promote_types(h.dtype, torch.float32)).reshape(())  # FastGen: [1]
     h = modulate_mp_silu(h, self.emb_linear(emb), gain, **dropped(self, h, self.dropout))
     h = self.conv_res1(h)
     if self.flavor == "dec" and self.conv_skip is not None:
@@ -270,7 +275,7 @@ def _resnet_example(module: Any) -> tuple[torch.Tensor | None, ...]:
 
 BLOCKS = (
     Block("EDM UNetBlock", "UNetBlock", EDM_PARTS, _edm_obstacle, _edm_forward, _edm_example,
-          ("norm0", "norm1", "norm2", "attn", "attn.norm2")),
+          ("norm0", "norm1", "norm2", "attn", "attn.norm2", "attn.norm")),
     Block("EDM2 Block", "Block", EDM2_PARTS, _edm2_obstacle, _edm2_forward, _edm2_example, ()),
     Block("diffusers ResnetBlock2D", "ResnetBlock2D", RESNET_PARTS, _resnet_obstacle,
           _resnet_forward, _resnet_example, ("norm1", "norm2", "dropout")),

@@ -30,9 +30,13 @@ class Refused(ValueError):
     """The file holds something that is not data, is damaged, or asks for too much."""
 
 
-def shown(text: object) -> str:
-    """A name out of a file, fit to be printed."""
-    return repr(text if len(str(text)) <= 80 else f"{str(text)[:77]}...")
+def shown(value: object) -> str:
+    """Something out of a file, fit to be printed: containers could take for ever, names could be long
+    or hold control characters."""
+    if not isinstance(value, str | int | float | Global | type(None)):
+        return type(value).__name__
+    text = str(value)
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
 @dataclass(frozen=True)

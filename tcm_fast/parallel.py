@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tcm_fast.networks import Precond
+from tcm_fast.networks.mp_layers import MPConv, normalize_rows
 from tcm_fast.tensor_files import Tensors
 
 COMPRESS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
@@ -46,7 +47,7 @@ class Shards:
     optimizer, averages and 16-bit moments work on them as on whole ones.
 
     Rows stay whole (the first dimension is cut), so what is normalised by rows is, by each process for
-    its own.
+    its own. Single numbers and what lies beside the raw network are whole everywhere.
 
     Args:
         net: the network, on the device or the CPU, with equal weights everywhere; it is cut in place.
@@ -57,21 +58,9 @@ class Shards:
         self.whole = copy.deepcopy(net).to("meta")
         marks = [vars(p) for p in net.parameters()]  # such as how an optimizer shall treat them
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        self.net = shard(net, self.mesh)
+        self.net = shard(net, self.mesh).to(device)
         self.names = [name for name, _ in net.named_parameters()]
-        self.parts = [self._part(p, m) for p, m in zip(self._sharded(), marks, strict=True)]
-
-    def _sharded(self) -> list[DTensor]:
-        return [cast(DTensor, p) for p in self.net.parameters()]
-
-    @staticmethod
-    def _part(parameter: DTensor, marks: dict[str, Any]) -> nn.Parameter:
-        """This process's part, in the same memory."""
-        local = cast(DTensor, parameter.detach()).to_local()
-        part = nn.Parameter(local, requires_grad=parameter.requires_grad)
-        for key, value in marks.items():
-            setattr(part, key, value)
-        return part
+        self.parts = [_part(p, m) for p, m in zip(net.parameters(), marks, strict=True)]
 
     def take_gradients(
         self, scale: torch.Tensor | float = 1.0, max_norm: float | None = None
@@ -83,24 +72,44 @@ class Shards:
             scale: the loss scale, by which the gradients are still multiplied.
             max_norm: None does not clip.
         """
-        grads = []
-        for part, parameter in zip(self.parts, self._sharded(), strict=True):
-            grad = parameter.grad
-            part.grad = None if grad is None else cast(DTensor, grad).to_local()
-            grads += [] if part.grad is None else [part.grad]
-        squares = [norm.double().square() for norm in torch._foreach_norm(grads)]
-        total = torch.stack(squares).sum()
+        cut: list[torch.Tensor] = []
+        whole: list[torch.Tensor] = []
+        for part, parameter in zip(self.parts, self.net.parameters(), strict=True):
+            part.grad = None if parameter.grad is None else _local(parameter.grad)
+            if part.grad is not None:
+                (cut if isinstance(parameter, DTensor) else whole).append(part.grad)
+        self._average(whole)
+        total = _square(cut)
         dist.all_reduce(total)
-        norm = total.sqrt() / scale
+        norm = (total + _square(whole)).sqrt() / scale if whole else total.sqrt() / scale
         factor = 1 + 0 * norm
         if max_norm is not None:
             factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, factor.float())
+        torch._foreach_mul_(cut + whole, factor.float())
         return norm
+
+    def _average(self, grads: list[torch.Tensor]) -> None:
+        """The mean over the processes, in place, as FSDP gives it for what is cut."""
+        if not grads:
+            return
+        joined = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(joined)
+        joined /= dist.get_world_size()
+        parts = joined.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [p.view(g.shape) for p, g in zip(parts, grads, strict=True)])
+
+    @torch.no_grad()
+    def force_rows(self) -> None:
+        """`networks.force_rows` of the parts: each process has whole rows."""
+        for module in self.net.modules():
+            if isinstance(module, MPConv):
+                rows = _local(module.weight)
+                if len(rows):
+                    rows.copy_(normalize_rows(rows))
 
     def drop_gradients(self) -> None:
         """Free the gradients, of the network and of the parts."""
-        for tensor in (*self.parts, *self._sharded()):
+        for tensor in (*self.parts, *self.net.parameters()):
             tensor.grad = None
 
     def reshard(self) -> None:
@@ -114,14 +123,18 @@ class Shards:
             DTensor.from_local(
                 part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
             ).full_tensor()
-            for part, p in zip(parts, self._sharded(), strict=True)
+            if isinstance(p, DTensor)
+            else part
+            for part, p in zip(parts, self.net.parameters(), strict=True)
         ]
 
     def part_of(self, whole: torch.Tensor, index: int) -> torch.Tensor:
         """This process's part of a tensor like parameter `index`, which all processes hold."""
-        placements = self._sharded()[index].placements
-        device = torch.device(self.mesh.device_type)
-        cut = distribute_tensor(whole.to(device), self.mesh, placements, src_data_rank=None)
+        parameter = list(self.net.parameters())[index]
+        whole = whole.to(torch.device(self.mesh.device_type))
+        if not isinstance(parameter, DTensor):
+            return whole
+        cut = distribute_tensor(whole, self.mesh, parameter.placements, src_data_rank=None)
         return cut.to_local()
 
     def assembled(self, parts: Sequence[torch.Tensor], device: torch.device | str) -> Precond:
@@ -157,11 +170,30 @@ class Shards:
 
 def shard(net: Precond, mesh: DeviceMesh) -> Precond:
     """Cut a network's weights over the processes of a mesh, in place: those of a block come together
-    when it runs."""
+    when it runs. Single numbers cannot be cut."""
     model = net.model
+    single = {p for p in model.parameters() if p.ndim == 0}
     for blocks in (model.enc, model.dec):
         for block in cast(nn.ModuleDict, blocks).values():
-            if any(True for _ in block.parameters()):
-                fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+            if any(p not in single for p in block.parameters()):
+                fully_shard(block, mesh=mesh, ignored_params=single)
+    fully_shard(model, mesh=mesh, ignored_params=single)
     return net
+
+
+def _part(parameter: nn.Parameter, marks: dict[str, Any]) -> nn.Parameter:
+    """This process's part, in the same memory."""
+    part = nn.Parameter(_local(parameter.detach()), requires_grad=parameter.requires_grad)
+    for key, value in marks.items():
+        setattr(part, key, value)
+    return part
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _square(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Sum of squares over tensors, fp64 scalar."""
+    return torch.stack([norm.double().square() for norm in torch._foreach_norm(tensors)]).sum()

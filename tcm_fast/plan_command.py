@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tcm_fast.footprint import ImageShape
 
 GIB = 2**30
-FEW_IMAGES, MANY_EPOCHS = 1000, 10_000
+FEW_IMAGES, MANY_EPOCHS = 100, 20_000
 SHAPES = {"cifar10": (32, 3, 10, 50_000), "imagenet64": (64, 3, 1000, 1_281_167)}
 
 
@@ -83,7 +83,9 @@ def run(args: Plan) -> int:
     if card.has_rates:
         console.print(time_table(plan, price))
         basis = "measured here" if rates else card.basis
-        console.print(f"Speeds {basis}.", soft_wrap=True, highlight=False)
+        here = args.gpu is None and not rates
+        advice = " --calibrate measures instead (with --data)." if here else ""
+        console.print(f"Speeds {basis}.{advice}", soft_wrap=True, highlight=False)
     else:
         console.print(
             "No times: of this card only the memory is known. Add --gpu NAME, or run plan on it.",

@@ -57,10 +57,10 @@ class CheckpointWriter:
             arrival = torch.cuda.Event()
             arrival.record()
         self._arriving = arrival, copied, options
-        self.poll()
+        self._start()
 
-    def poll(self) -> Saved | None:
-        """Get on; the end of a save, told once. Costs next to nothing and never waits."""
+    def _start(self) -> None:
+        """Hand what has arrived to the thread."""
         if self._arriving is not None:
             arrival, contents, options = self._arriving
             if arrival is None or arrival.query():
@@ -69,6 +69,10 @@ class CheckpointWriter:
                     target=self._write, args=(contents, options), name="checkpoint", daemon=True
                 )
                 self._thread.start()
+
+    def poll(self) -> Saved | None:
+        """Get on; the end of a save, told once. Costs next to nothing and never waits."""
+        self._start()
         if self._thread is None or self._thread.is_alive():
             return None
         self._thread.join()

@@ -62,7 +62,7 @@ def fit_hours(
         width = scale_width(config.network.model_channels, seconds / whole.seconds)
     plan = whole
     known = dict(rates or {})
-    for _ in range(3):  # width, batch and precision decide the speed, and the speed the length
+    for _ in range(2):  # width, batch and precision decide the speed, and the speed the length
         found = {p.name: known.get(p.name, p.rate) for p in plan.phases}
         images = images_for(seconds, found, config.phases)
         scaled = scale_recipe(

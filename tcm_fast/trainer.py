@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tcm_fast import checkpoint, distributed, metrics, run_folder
+from tcm_fast import checkpoint, distributed, run_folder
 from tcm_fast.assembly import Assembly
 from tcm_fast.budget import choose_levers
 from tcm_fast.cards import this_device, with_memory
@@ -27,6 +27,7 @@ from tcm_fast.data import ImageStream, load_images
 from tcm_fast.diagnosis import diagnose
 from tcm_fast.features import feature_space
 from tcm_fast.footprint import ImageShape
+from tcm_fast.gallery import Gallery
 from tcm_fast.keeping import Keeper
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.kernels._triton import compiling_together, runs_triton
@@ -34,17 +35,12 @@ from tcm_fast.memory import MicroBatches
 from tcm_fast.networks import Precond, force_rows
 from tcm_fast.objectives import Batch, make_batch, row_granule
 from tcm_fast.optim import FusedOptimizer, learning_rate, set_rate
-from tcm_fast.phase import CONSISTENCY, Phase, PhaseResult, TrainingError
-from tcm_fast.pictures import save_grid
+from tcm_fast.phase import Phase, PhaseResult, TrainingError
 from tcm_fast.runlog import timed
-from tcm_fast.sampler import sample
 from tcm_fast.stopping import StopRequest
-from tcm_fast.times import plan_times, ratio
+from tcm_fast.times import TimePlan, plan_times, ratio
 from tcm_fast.watch import Reading, poison, summarise
 
-COLLAPSED = 0.25  # share of their widest spread below which one-step samples are nearly alike
-INFLATED = 1.1  # multiple of the data's spread above which they have left the data
-GRID = 64  # images of a sample grid, at most: its rows are full
 TALK_EVERY = 10  # steps after which several processes ask one another whether to stop or save
 LAST_STREAK = 5  # bad steps in a row at which a phase does not end well
 
@@ -98,9 +94,16 @@ class Trainer:
         self.space = feature_space(features, device=self.device) if features else None
 
         self.keeper = Keeper(
-            self.out, config, self.workers, self.data.class_names, self._frechet_distance
+            self.out,
+            config,
+            self.workers,
+            self.data.class_names,
+            measure=lambda phase: self.gallery.frechet_distance(phase),
         )
         self.log, self.spent = self.keeper.log, self.keeper.spent
+        self.gallery = Gallery(
+            self.out, config, self.data, self.space, self.workers, self.log, self.spent
+        )
         for found in opened.passed_over:
             self.log.warn("passed_over", f"resume: passed over {found.path.name}: {found.reason}")
         if gap := extension_gap(self.device):
@@ -197,7 +200,7 @@ class Trainer:
         config, log = self.config, self.log
         stream = ImageStream(self.data, seed=phase.seed, device=self.device, flip=config.data.flip)
         self.keeper.start_phase(phase)
-        self._grid(phase)
+        self.gallery.draw(phase)
         log.start_phase(phase.name, phase.steps, phase.step)
         read = logged = phase.step
         rows: list[np.ndarray] = []  # the steps' numbers since the last line of the log
@@ -240,7 +243,7 @@ class Trainer:
             log.step(phase.step)
             pause = time.monotonic()
             if phase.step % config.grid_every == 0 and not is_last:
-                self._grid(phase)
+                self.gallery.draw(phase)
             if may_save and phase.watch.streak == 0 and not is_last:
                 self.keeper.save(phase, unsaved, micro_batches=self.micro.count)
                 unsaved, saved, owes_save = [], time.monotonic(), False
@@ -252,6 +255,7 @@ class Trainer:
         log.end_phase()
         if is_new:
             self.keeper.save(phase, unsaved, micro_batches=self.micro.count, is_last=True)
+        log.write("spent", phase=phase.name, training=phase.seconds, **self.spent)
         if stopped:
             raise Interrupted(
                 f"{phase.name}: stopped after {phase.images:,} images, saved "
@@ -269,16 +273,9 @@ class Trainer:
         """This rank's micro-batches of a step, by default the next: what the host has to do for it."""
         step = phase.step if step is None else step
         seen, iteration = step * phase.config.batch_size, phase.first_iteration + step
-        plan = plan_times(
-            phase.config,
-            seed=phase.seed,
-            images_seen=seen,
-            iteration=iteration,
-            iterations=phase.first_iteration + phase.steps,
-        )
-        micro = self.micro.of(phase.config.batch_size)
+        plan, parts = self._plan(phase, step)
         batches = []
-        for part in plan.parts(self.workers.world * micro)[self.workers.rank * micro :][:micro]:
+        for part in parts:
             images, labels = stream.batch(seen + part)
             if not self.config.network.class_conditional:
                 labels = None
@@ -288,7 +285,23 @@ class Trainer:
                 granule=row_granule(len(part), self.device),
             )  # fmt: skip
             batches.append(batch)
+        if not stream.resident and step + 1 < phase.steps:
+            for part in self._plan(phase, step + 1)[1]:
+                stream.prefetch(seen + phase.config.batch_size + part)
         return batches
+
+    def _plan(self, phase: Phase, step: int) -> tuple[TimePlan, list[np.ndarray]]:
+        """The plan of a step, and which of its samples make up each of this rank's micro-batches."""
+        plan = plan_times(
+            phase.config,
+            seed=phase.seed,
+            images_seen=step * phase.config.batch_size,
+            iteration=phase.first_iteration + step,
+            iterations=phase.first_iteration + phase.steps,
+        )
+        micro = self.micro.of(phase.config.batch_size)
+        parts = plan.parts(self.workers.world * micro)
+        return plan, parts[self.workers.rank * micro :][:micro]
 
     def _step(self, phase: Phase, batches: list[Batch]) -> None:
         """One optimizer step; its numbers go to the phase's gauge."""
@@ -337,11 +350,13 @@ class Trainer:
         phase.optimizer.zero_grad(set_to_none=True)
         if phase.shards is not None:
             phase.shards.drop_gradients()
-        for name, part in phase.student.named_children():
-            if (
-                name != "model" or not phase.inner.folded
-            ):  # else the optimizer leaves them normalised
-                force_rows(part)
+            phase.shards.force_rows()
+        elif phase.inner.folded:  # the optimizer leaves the network's rows normalised
+            for name, part in phase.student.named_children():
+                if name != "model":
+                    force_rows(part)
+        else:
+            force_rows(phase.student)
         for batch in batches:
             module, is_last = phase.objective, batch is batches[-1]
             waits = isinstance(module, DistributedDataParallel) and not is_last
@@ -430,68 +445,12 @@ class Trainer:
     def _finish(self, phase: Phase) -> PhaseResult:
         """The grid and the numbers at the end of a phase."""
         net = phase.average()
-        self._grid(phase, net)
-        result = PhaseResult(phase.name, phase.images, phase.seconds)
-        if self.space is not None:
-            steps: tuple[int | None, ...] = (1, 2) if phase.name in CONSISTENCY else (None,)
-            result.reports = {k: self._evaluate(net, k) for k in steps}
-            frechet = {str(k or "heun"): r.frechet for k, r in result.reports.items()}
-            self.log.write("eval", phase=phase.name, images=phase.images, frechet=frechet)
+        self.gallery.draw(phase, net)
+        result = PhaseResult(
+            phase.name, phase.images, phase.seconds, self.gallery.judge(phase, net)
+        )
         self.workers.barrier()
         return result
-
-    def _evaluate(self, net: Precond, steps: int | None) -> metrics.Report:
-        """Quality in so many steps, None for the Heun solver; all processes have to call it."""
-        assert self.space is not None
-        return metrics.evaluate_network(
-            net, self.data, self.space, steps=steps, num=self.config.eval.num, workers=self.workers
-        )
-
-    def _frechet_distance(self, phase: Phase) -> float:
-        """Of the first average's samples, for the choice of the best checkpoint."""
-        steps = 1 if phase.name in CONSISTENCY else None
-        with timed(self.spent, "pictures"):
-            distance = self._evaluate(phase.average(), steps).frechet
-        self.log.write(
-            "eval", phase=phase.name, images=phase.images, frechet={str(steps or "heun"): distance}
-        )
-        return distance
-
-    def _grid(self, phase: Phase, net: Precond | None = None) -> None:
-        """Samples of the first average as a picture; a warning where they are all alike."""
-        if phase.shards is not None:
-            net = net or phase.average()
-        if not self.workers.is_main:
-            return
-        with timed(self.spent, "pictures"):
-            steps = 1 if phase.name in CONSISTENCY else None
-            classes = phase.student.label_dim
-            columns = classes if 0 < classes <= 16 else 8  # a column for each of few classes
-            images = sample(net or phase.average(), GRID // columns * columns, steps=steps)
-            if phase.step:
-                name = f"{phase.name}-{phase.images:09d}.png"
-                try:
-                    save_grid(images, self.out / "grids" / name, columns, overwrite=True)
-                except OSError as error:
-                    self.log.warn("grid_failed", f"{error}; training goes on")
-            if phase.name in CONSISTENCY:
-                self._watch_spread(phase, metrics.spread(images.numpy()))
-
-    def _watch_spread(self, phase: Phase, spread: float) -> None:
-        """Warn where one-step samples become nearly alike, or vary more than the data: a consistency
-        function that nothing ties to the data drifts to one that only agrees with itself."""
-        self.log.write("spread", phase=phase.name, images=phase.images, samples=spread)
-        phase.widest_spread = max(phase.widest_spread, spread)
-        data_spread = metrics.spread(self.data.images)
-        if COLLAPSED * phase.widest_spread <= spread <= INFLATED * data_spread:
-            return
-        how = "are nearly alike" if spread < data_spread else "vary more than the data"
-        self.log.warn(
-            "collapse",
-            f"{phase.name}: one-step samples {how} after {phase.images:,} images (standard deviation "
-            f"{spread:.2g}, once {phase.widest_spread:.2g}, the data's {data_spread:.2g}): the "
-            "consistency function is collapsing; raise --tcm.boundary-weight or lower the rate",
-        )
 
     # ---- watching -------------------------------------------------------------------------------
 

@@ -136,11 +136,11 @@ class PhysicsNeMo:
         def __init__(self, channels):
             super().__init__()
             self.num_heads = 1
-            self.norm2 = PhysicsNeMo.GroupNorm(channels)
+            self.norm = PhysicsNeMo.GroupNorm(channels)
             self.qkv, self.proj = Conv2d(channels, 3 * channels, 1), Conv2d(channels, channels, 1)
 
         def forward(self, x):
-            return self.proj(attend(self.qkv(self.norm2(x)), 1)) + x
+            return self.proj(attend(self.qkv(self.norm(x)), 1)) + x
 
     class UNetBlock(nn.Module):
         def __init__(self, c_in, c_out, emb, *, attention=False, adaptive=False):

@@ -200,7 +200,7 @@ def test_phases_of_snapshots(others, tmp_path):
 
 
 def test_stage_1_starts_from_a_converted_network(others, tmp_path):
-    from tcm_fast.trainer import load_weights
+    from tcm_fast.phase import load_weights
 
     net = tiny(augment_dim=9)
     (tmp_path / "a.pkl").write_bytes(theirs.snapshot(net))
@@ -233,7 +233,7 @@ def test_other_networks_are_refused_by_what_they_differ_in(others, tmp_path):
         )
     edm2 = tiny("edm2", model_channels=64)
     options = {"res_balance": 0.5}
-    convert_fails(edm2, tmp_path, "its res_balance is '?0.5'?, ours 0.3", options=options)
+    convert_fails(edm2, tmp_path, "its res_balance is '0.5', ours 0.3", options=options)
     options = {"img_resolution": 16}
     convert_fails(
         tiny(), tmp_path, "img_resolution is '?16'? by its arguments, 8 by", options=options
@@ -565,6 +565,38 @@ def test_any_stream_of_operations_is_refused_or_read(pieces):
     with suppress(inert_pickle.Refused):
         machine.run(io.BytesIO(b"".join(pieces) + b"."))
     assert _watched.pop() == []
+
+
+def test_shapes_allocate_nothing_before_they_fit(tmp_path):
+    """A few megabytes that call for a network of terabytes."""
+    state = tiny().state_dict()
+    wide = 1_000_000
+    state["model.enc.8x8_conv.weight"] = torch.zeros(wide, 3, 1, 1)
+    state["model.map_layer0.weight"] = torch.zeros(4 * wide, 1)
+    for index in ("8x8_block0", "4x4_block0"):
+        state[f"model.enc.{index}.conv1.weight"] = torch.zeros(wide, 1, 1, 1)
+    torch.save(state, tmp_path / "wide.pth")
+    with pytest.raises(
+        ValueError, match=r"not the ddpmpp that it looks like|no multiples|cannot be"
+    ):
+        convert.load_foreign(tmp_path / "wide.pth")
+    state = tiny().state_dict() | {"model.enc.8x8_conv.weight": torch.zeros(2**39, 3, 0, 0)}
+    torch.save(state, tmp_path / "empty.pth")
+    with pytest.raises(ValueError, match=r"cannot be built|no multiples|looks like"):
+        convert.load_foreign(tmp_path / "empty.pth")
+
+
+def test_arguments_out_of_a_file_are_not_printed_in_full(others, tmp_path):
+    laughs = ()
+    for _ in range(40):
+        laughs = (laughs, laughs)
+    for name in ("img_resolution", "sigma_data", "dropout_resolutions", "label_dropout"):
+        convert_fails(tiny(), tmp_path, "is tuple", options={name: laughs})
+    state = {**tiny().state_dict(), "model.\x1b[31m": torch.zeros(1)}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="a weight has the name") as caught:
+        convert.load_foreign(tmp_path / "a.pth")
+    assert "\x1b" not in str(caught.value)
 
 
 def test_names_out_of_a_file_are_shown_harmlessly(tmp_path):

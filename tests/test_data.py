@@ -10,6 +10,7 @@ import tarfile
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -754,6 +755,24 @@ def test_cuda_batches_equal_those_of_the_cpu(monkeypatch, fits):
         assert torch.equal(found.cpu(), wanted)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_what_is_read_ahead_is_what_is_asked_for(flip):
+    expected = ImageStream(numbered(100), seed=2, device="cpu", flip=flip)
+    stream = ImageStream(numbered(100), seed=2, device="cpu", flip=flip)
+    stream.prefetch(np.arange(4))  # of a resident set: nothing
+    stream.resident, stream._reader = False, ThreadPoolExecutor(1)
+    first, second = np.arange(30, 60), np.arange(60, 90)
+    stream.prefetch(first)
+    stream.prefetch(second)
+    for positions in (second, first, np.arange(90, 95)):
+        for found, wanted in zip(stream.batch(positions), expected.batch(positions), strict=True):
+            assert torch.equal(found, wanted)
+    assert not stream._ahead
+    for start in range(300):  # asked for and never fetched: not kept for ever
+        stream.prefetch(np.arange(start, start + 3))
+    assert len(stream._ahead) == data_module.MOST_AHEAD
+
+
 # ---- halves -------------------------------------------------------------------------------------
 
 
@@ -843,9 +862,11 @@ def test_pack_refuses_to_overwrite(tmp_path):
 
 
 def test_pack_wants_a_zip(tmp_path):
-    for name in ("a.tar", "a"):
-        with pytest.raises(ValueError, match=r"called \.zip"):
-            pack("digits", tmp_path / name)
+    with pytest.raises(ValueError, match=r"called \.zip or a folder"):
+        pack("digits", tmp_path / "a.tar")
+    (tmp_path / "a.zip").mkdir()
+    with pytest.raises(ValueError, match=r"called \.zip or a folder"):
+        pack("digits", tmp_path / "a.zip", overwrite=True)
 
 
 def test_pack_leaves_nothing_behind_when_the_disk_is_full(tmp_path, monkeypatch):

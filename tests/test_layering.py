@@ -15,6 +15,7 @@ ORDER = """
 _C
 kernels
 config distributed runlog stopping run_lock image_files graphs
+packed
 data
 times augment
 networks
@@ -33,7 +34,7 @@ plan footprint
 cards recipes
 budget
 phase memory summary
-keeping assembly
+keeping assembly gallery
 trainer
 timebox
 foreign_blocks

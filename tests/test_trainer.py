@@ -14,11 +14,12 @@ import pytest
 import torch
 from tiny_runs import assert_equal, assert_same_run, events, tiny, train, weights, write_images
 
-from tcm_fast import assembly, optim, saving
+from tcm_fast import assembly, metrics, optim, saving
 from tcm_fast import trainer as trainer_module
 from tcm_fast.checkpoint import load_checkpoint, load_network
 from tcm_fast.config import Config, from_dict, load_config
 from tcm_fast.data import load_images
+from tcm_fast.gallery import Gallery
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension
 from tcm_fast.phase import TrainingError
@@ -36,7 +37,7 @@ def images(tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They would take most of the time."""
-    monkeypatch.setattr(Trainer, "_grid", lambda *_: None)
+    monkeypatch.setattr(Gallery, "draw", lambda *_: None)
 
 
 def test_three_phases_leave_everything_behind(images, tmp_path):
@@ -288,18 +289,18 @@ def test_numbers_that_are_not_finite_stop_the_run(images, tmp_path):
 def test_collapse_is_noticed(images, tmp_path):
     run = Trainer(tiny(images), tmp_path / "run")
     phase = run.assembly.begin("edm", None)
-    data = trainer_module.metrics.spread(run.data.images)
+    data = metrics.spread(run.data.images)
     log = tmp_path / "run" / "log.jsonl"
 
     def warnings():
         return sum(json.loads(line)["event"] == "collapse" for line in log.open())
 
     for share in (0.1, 1.0, 0.5):  # samples differ little at first: that is no collapse
-        run._watch_spread(phase, share * data)
+        run.gallery.watch_spread(phase, share * data)
     assert warnings() == 0
-    run._watch_spread(phase, 0.2 * data)
+    run.gallery.watch_spread(phase, 0.2 * data)
     assert warnings() == 1
-    run._watch_spread(phase, 1.2 * data)
+    run.gallery.watch_spread(phase, 1.2 * data)
     assert warnings() == 2
 
 
@@ -627,7 +628,7 @@ def test_resuming_needs_no_more_memory_than_running(images, no_pictures, tmp_pat
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in gc.get_objects()
-            if issubclass(type(t), torch.Tensor) and t.ndim and not t.is_meta
+            if type(t) in (torch.Tensor, torch.nn.Parameter) and t.ndim and not t.is_meta
         }
         counts.append((phase.name, sum(storages.values())))
         return phase

@@ -13,6 +13,7 @@ from tcm_fast import trainer as trainer_module
 from tcm_fast.checkpoint import load_checkpoint
 from tcm_fast.config import GuardConfig
 from tcm_fast.data import ImageStream
+from tcm_fast.gallery import Gallery
 from tcm_fast.kernels._backend import extension
 from tcm_fast.objectives import Objective
 from tcm_fast.phase import Phase, TrainingError
@@ -28,7 +29,7 @@ def images(tmp_path):
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They would take most of the time."""
-    monkeypatch.setattr(Trainer, "_grid", lambda *_: None)
+    monkeypatch.setattr(Gallery, "draw", lambda *_: None)
 
 
 @pytest.fixture(params=["fused", "torch"])

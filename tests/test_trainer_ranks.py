@@ -120,6 +120,33 @@ def test_weights_in_parts_train_alike(ranks, micro_batches, start, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_normalised_rows_and_a_learned_variance(engine, start, tmp_path):
+    """EDM2: rows are forced by each process for its own; gains are single numbers, which are not cut."""
+    network = {
+        "name": "edm2", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
+        "attn_resolutions": [4], "channels_per_head": 8, "class_conditional": True,
+    }  # fmt: skip
+    phase = {"images": 16 * 5, "optimizer": "adam", "lr": 1e-3, "dropout": 0.0}
+    pairs = phase | {"c": 0.06, "limit": 0.9375, "q": 16.0}
+    config = config_of(
+        start, network=network, edm=phase | {"learned_variance": True}, ect=pairs, tcm=pairs,
+        phases=["edm", "ect", "tcm"], save_every=5,
+    )  # fmt: skip
+    train(config, tmp_path / "one")
+    run_ranks(2, dataclasses.replace(config, engine=engine), tmp_path / "two")
+    for name in ("edm", "ect", "tcm"):
+        saved = [
+            load_checkpoint(tmp_path / out / "checkpoints" / f"{name}-000000080")
+            for out in ("one", "two")
+        ]
+        for file in ("model", "ema-0"):
+            one, two = (checkpoint.network_tensors(file) for checkpoint in saved)
+            assert one.keys() == two.keys()
+            assert relative_difference(one, two) <= 1e-5
+
+
+@pytest.mark.slow
 def test_gradients_can_be_exchanged_in_16_bits(start, single, tmp_path):
     config = config_of(start, gradient_dtype="fp16", micro_batches=2)
     run_ranks(2, config, tmp_path / "run", start[1])

@@ -108,8 +108,10 @@ def test_bytes_by_formula_are_those_of_the_operators(case, monkeypatch):
     """Within 2 %: the last sum over the batch of a normalisation's gradients is left out, and operators
     are given numbers on the device that the formulas round."""
     for direction in case.directions:
-        counted = sum(tally.bytes for tally in operators(case, direction, monkeypatch).values())
+        tallies = operators(case, direction, monkeypatch).values()
+        counted = sum(tally.bytes for tally in tallies)
         assert counted > 0
+        assert sum(tally.flops for tally in tallies) == work(case, direction).flops
         assert work(case, direction).bytes == pytest.approx(counted, rel=0.02)
 
 
