@@ -7,6 +7,11 @@
 // tensor the coefficients of its update. (3) The update itself, by chunks: moments, weights, averages
 // and 16-bit copies, each element read and written once.
 //
+// Of a tensor whose rows are normalised (Karras et al. 2024) only each row's direction counts. With
+// normalize(w) = w / (rms(w) + 1e-4) over a row of n elements, the network computes with
+// normalize(w)/√n, which is this tensor's copy, and its gradient is with respect to that: part 1 finds
+// for each row what takes it to w, and part 3 normalises the new row in place.
+//
 // kernels/fused_step.py states the same in PyTorch. Sums and products are not fused, so that both halves
 // round alike.
 #pragma once
@@ -30,11 +35,14 @@ enum Field {
   kNumel,
   kGroup,  // row of the groups' options
   kFlags,
+  kRow,  // elements of a row, where rows are normalised; else 0
   kFields
 };
 constexpr int64_t kAligned = 1;  // all addresses allow accesses of 4 elements at once
 constexpr int64_t kBfloat = 2;   // the copy is bf16, else fp16
 constexpr int64_t kMoments16 = 4;  // the moments are bf16, rounded at random
+constexpr int64_t kFloatCopy = 8;  // the copy is fp32
+constexpr int64_t kAverageNormalized = 16;  // averages see new rows normalised, else as updated
 
 // The options are fp64: these, then one beta for each average, then kGroupFields for each group.
 enum Option { kMaxNorm, kGrowth, kBackoff, kInterval, kSeed, kOptions };
@@ -43,6 +51,8 @@ constexpr int kRAdam = 1, kDecoupled = 2;  // bits of kKind
 
 // A pass over the table takes this many elements of one tensor at a time; sums are kept for each.
 constexpr int64_t kChunk = 8192;
+
+constexpr double kNormEpsilon = 1e-4;
 
 // What one step changes besides the tensors. `scale` and `tracker` are null without a loss scale.
 struct Control {
@@ -68,6 +78,11 @@ struct Coefficients {
   float root_scale;  // of the second moment's root
   float epsilon;
   int32_t adapted;
+};
+
+// Of one row's gradient: across · grad - along · param is with respect to the row itself.
+struct Projection {
+  float across, along;
 };
 
 #if defined(__CUDA_ARCH__)
@@ -151,6 +166,35 @@ TCM_FAST_INLINE void update_element_16(float& param, float grad, uint16_t& exp_a
   update_element(param, grad, first, second, factor, c);
   exp_avg = to_bfloat_at_random(first, word & 0xFFFFu);
   exp_avg_sq = to_bfloat_at_random(second, word >> 16);
+}
+
+// What a row is multiplied by, from its sum of squares: to be normalised, and to be the copy.
+TCM_FAST_INLINE double row_factor(double squares, int64_t n) {
+  return 1 / (sqrt(squares / static_cast<double>(n)) + kNormEpsilon);
+}
+TCM_FAST_INLINE double copy_factor(double squares, int64_t n) {
+  return row_factor(squares, n) / sqrt(static_cast<double>(n));
+}
+
+TCM_FAST_INLINE float projected(float grad, float param, const Projection& p) {
+  return add(mul(p.across, grad), -mul(p.along, param));
+}
+
+// A row's projection, and its projected gradient's sum of squares in place of the gradient's, from the
+// sums of grad², param² and grad · param. Where finite gradients' squares overflow the sum is infinite,
+// and the step's factor 0.
+TCM_FAST_INLINE Projection projection_of(double& grads, double params, double product, int64_t n) {
+  const double rms = sqrt(params / static_cast<double>(n));
+  const double across = copy_factor(params, n);
+  double along = rms > 0 ? across * product / (n * rms * (rms + kNormEpsilon)) : 0;
+  double left = across * across * grads - 2 * across * along * product + along * along * params;
+  if (grads != grads) {
+    left = grads;
+  } else if (!(left - left == 0)) {
+    left = INFINITY, along = 0;
+  }
+  grads = left < 0 ? 0 : left;  // a NaN stays
+  return {static_cast<float>(across), static_cast<float>(along)};
 }
 
 // The coefficients of a tensor's step number `step`, in fp64 as torch has them.

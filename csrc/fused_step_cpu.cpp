@@ -22,9 +22,11 @@ constexpr int64_t kSerial = 1 << 15;
 // Weights that stay in the first-level cache until averages and copy have taken them.
 constexpr int64_t kRun = 1024;
 
+// Elements of one tensor; where its rows are normalised, whole rows, and `line` is the first's number
+// among all such.
 struct Chunk {
   const int64_t* row;
-  int64_t tensor, first, count;
+  int64_t tensor, first, count, line;
 };
 
 template <typename T>
@@ -43,6 +45,21 @@ double sum_of_squares(const float* x, int64_t count) {
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane] * x[i + lane];
   }
   for (int lane = 0; i + lane < count; ++lane) lanes[lane] += x[i + lane] * x[i + lane];
+  double sum = 0;
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+TCM_FAST_VECTOR
+double sum_of_products(const float* x, const float* y, int64_t count) {
+  constexpr int kLanes = 32;
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane] * y[i + lane];
+  }
+  for (int lane = 0; i + lane < count; ++lane) lanes[lane] += x[i + lane] * y[i + lane];
   double sum = 0;
   for (float lane : lanes) sum += lane;
   return sum;
@@ -92,6 +109,18 @@ void follow(float* average, const float* param, int64_t count, float weight, flo
 }
 
 TCM_FAST_VECTOR
+void project(float* out, const float* grad, const float* param, int64_t count, Projection p) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = projected(grad[i], param[i], p);
+}
+
+TCM_FAST_VECTOR
+void multiply(float* out, const float* x, int64_t count, float factor) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = mul(x[i], factor);
+}
+
+TCM_FAST_VECTOR
 void copy_half(uint16_t* copy, const float* param, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) copy[i] = to_half(param[i]);
@@ -103,33 +132,108 @@ void copy_bfloat(uint16_t* copy, const float* param, int64_t count) {
   for (int64_t i = 0; i < count; ++i) copy[i] = to_bfloat(param[i]);
 }
 
-void step_chunk(const Chunk& chunk, const Coefficients& coefficients, float factor,
-                const double* options, int averages) {
-  const int64_t* row = chunk.row;
-  const double* betas = options + kOptions;
-  const bool sixteen = row[kFlags] & kMoments16;
-  uint32_t words[kRun];
-  for (int64_t i = chunk.first; i < chunk.first + chunk.count; i += kRun) {
-    const int64_t count = std::min(kRun, chunk.first + chunk.count - i);
-    float* param = at<float>(row, kParam) + i;
-    if (row[kGrad] && sixteen) {
+// What a step does to a tensor's elements i ... i + count, count at most kRun.
+struct Run {
+  const int64_t* row;
+  const double* options;
+  int averages;
+  uint32_t tensor;
+  float factor;
+  Coefficients coefficients;
+
+  float* param(int64_t i) const { return at<float>(row, kParam) + i; }
+
+  void update_with(const float* grad, int64_t i, int64_t count) const {
+    if (row[kFlags] & kMoments16) {
+      uint32_t words[kRun + 4];
       const Stream stream = moments_stream(options, *at<float>(row, kStep));
-      random_words(words, i / 4, blocks_of(count, 4), static_cast<uint32_t>(chunk.tensor), stream);
-      update_16(param, at<float>(row, kGrad) + i, at<uint16_t>(row, kExpAvg) + i,
-                at<uint16_t>(row, kExpAvgSq) + i, words, count, factor, coefficients);
-    } else if (row[kGrad]) {
-      update(param, at<float>(row, kGrad) + i, at<float>(row, kExpAvg) + i,
-             at<float>(row, kExpAvgSq) + i, count, factor, coefficients);
-    }
-    for (int k = 0; k < averages; ++k) {
-      follow(at<float>(row, kFields + k) + i, param, count, static_cast<float>(1 - betas[k]),
-             static_cast<float>(betas[k]));
-    }
-    if (row[kCopy]) {
-      uint16_t* copy = at<uint16_t>(row, kCopy) + i;
-      row[kFlags] & kBfloat ? copy_bfloat(copy, param, count) : copy_half(copy, param, count);
+      const int64_t before = i % 4;  // elements of the first block that come before
+      random_words(words, i / 4, blocks_of(before + count, 4), tensor, stream);
+      update_16(param(i), grad, at<uint16_t>(row, kExpAvg) + i, at<uint16_t>(row, kExpAvgSq) + i,
+                words + before, count, factor, coefficients);
+    } else {
+      update(param(i), grad, at<float>(row, kExpAvg) + i, at<float>(row, kExpAvgSq) + i, count,
+             factor, coefficients);
     }
   }
+  void move_averages(int64_t i, int64_t count) const {
+    const double* betas = options + kOptions;
+    for (int k = 0; k < averages; ++k) {
+      follow(at<float>(row, kFields + k) + i, param(i), count, static_cast<float>(1 - betas[k]),
+             static_cast<float>(betas[k]));
+    }
+  }
+  void copy_from(const float* values, int64_t i, int64_t count) const {
+    uint16_t* copy = at<uint16_t>(row, kCopy) + i;
+    row[kFlags] & kBfloat ? copy_bfloat(copy, values, count) : copy_half(copy, values, count);
+  }
+};
+
+template <typename Do>
+void by_runs(int64_t first, int64_t count, const Do& act) {
+  for (int64_t i = first; i < first + count; i += kRun) {
+    act(i, std::min(kRun, first + count - i));
+  }
+}
+
+void step_chunk(const Chunk& chunk, const Run& run) {
+  by_runs(chunk.first, chunk.count, [&](int64_t i, int64_t count) {
+    if (chunk.row[kGrad]) run.update_with(at<float>(chunk.row, kGrad) + i, i, count);
+    run.move_averages(i, count);
+    if (chunk.row[kCopy]) run.copy_from(run.param(i), i, count);
+  });
+}
+
+// Update, normalise, copy: the row stays in the second-level cache between the three.
+void step_row(const int64_t* row, int64_t first, const Projection& projection, const Run& run) {
+  const int64_t n = row[kRow];
+  const bool early = row[kGrad] && !(row[kFlags] & kAverageNormalized);
+  float values[kRun];
+  double squares = 0;
+  if (row[kGrad]) {
+    by_runs(first, n, [&](int64_t i, int64_t count) {
+      project(values, at<float>(row, kGrad) + i, run.param(i), count, projection);
+      run.update_with(values, i, count);
+      if (early) run.move_averages(i, count);
+      squares += sum_of_squares(run.param(i), count);
+    });
+    const float factor = static_cast<float>(row_factor(squares, n));
+    squares = 0;
+    by_runs(first, n, [&](int64_t i, int64_t count) {
+      multiply(run.param(i), run.param(i), count, factor);
+    });
+  }
+  by_runs(first, n, [&](int64_t i, int64_t count) {
+    if (!early) run.move_averages(i, count);
+    squares += sum_of_squares(run.param(i), count);
+  });
+  if (!row[kCopy]) return;
+  const float factor = static_cast<float>(copy_factor(squares, n));
+  by_runs(first, n, [&](int64_t i, int64_t count) {
+    const bool wide = row[kFlags] & kFloatCopy;
+    float* out = wide ? at<float>(row, kCopy) + i : values;
+    multiply(out, run.param(i), count, factor);
+    if (!wide) run.copy_from(values, i, count);
+  });
+}
+
+// Sum of squares of the gradient of a chunk of rows, projected; and how.
+double project_rows(const Chunk& chunk, Projection* projections) {
+  const int64_t n = chunk.row[kRow];
+  double all = 0;
+  for (int64_t first = chunk.first; first < chunk.first + chunk.count; first += n) {
+    double grads = 0, params = 0, product = 0;
+    by_runs(first, n, [&](int64_t i, int64_t count) {
+      const float* grad = at<float>(chunk.row, kGrad) + i;
+      const float* param = at<float>(chunk.row, kParam) + i;
+      grads += checked_sum_of_squares(grad, count);
+      params += sum_of_squares(param, count);
+      product += sum_of_products(grad, param, count);
+    });
+    *projections++ = projection_of(grads, params, product, n);
+    all += grads;
+  }
+  return all;
 }
 
 }  // namespace
@@ -138,22 +242,27 @@ void fused_step_cpu(const int64_t* table, int64_t tensors, int averages, const d
                     double* norm, int64_t* skips, float* scale, int32_t* tracker, int threads) {
   const int64_t width = kFields + averages;
   std::vector<Chunk> chunks;
-  int64_t elements = 0;
+  int64_t elements = 0, lines = 0;
   for (int64_t t = 0; t < tensors; ++t) {
     const int64_t* row = table + t * width;
     elements += row[kNumel];
-    for (int64_t first = 0; first < row[kNumel]; first += kChunk) {
-      chunks.push_back({row, t, first, std::min(kChunk, row[kNumel] - first)});
+    const int64_t together = row[kRow] ? std::max<int64_t>(kChunk / row[kRow], 1) : 0;
+    const int64_t size = together ? together * row[kRow] : kChunk;
+    for (int64_t first = 0; first < row[kNumel]; first += size, lines += together) {
+      chunks.push_back({row, t, first, std::min(size, row[kNumel] - first), lines});
     }
   }
   const int64_t n = static_cast<int64_t>(chunks.size());
   const int team = elements < kSerial ? 1 : static_cast<int>(std::min<int64_t>(threads, n));
 
   std::vector<double> sums(n);
+  std::vector<Projection> projections(lines);
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
   for (int64_t i = 0; i < n; ++i) {
     const int64_t* row = chunks[i].row;
-    if (row[kGrad]) {
+    if (row[kGrad] && row[kRow]) {
+      sums[i] = project_rows(chunks[i], &projections[chunks[i].line]);
+    } else if (row[kGrad]) {
       sums[i] = checked_sum_of_squares(at<float>(row, kGrad) + chunks[i].first, chunks[i].count);
     }
   }
@@ -173,7 +282,13 @@ void fused_step_cpu(const int64_t* table, int64_t tensors, int averages, const d
   }
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
   for (int64_t i = 0; i < n; ++i) {
-    step_chunk(chunks[i], coefficients[chunks[i].tensor], shared.factor, options, averages);
+    const Chunk& chunk = chunks[i];
+    const Run run{chunk.row,     options, averages, static_cast<uint32_t>(chunk.tensor),
+                  shared.factor, coefficients[chunk.tensor]};
+    if (!chunk.row[kRow]) step_chunk(chunk, run);
+    for (int64_t row = 0; row * chunk.row[kRow] < chunk.count && chunk.row[kRow]; ++row) {
+      step_row(chunk.row, chunk.first + row * chunk.row[kRow], projections[chunk.line + row], run);
+    }
   }
 }
 

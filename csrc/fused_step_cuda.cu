@@ -11,6 +11,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPrepareThreads = 512;
 static_assert(kChunk % (4 * kThreads) == 0, "a chunk is a whole number of rounds");
+// Elements of a row that a block keeps on chip; further ones it reads again from the second-level cache.
+constexpr int64_t kKept = 11776;
 
 template <typename T>
 __device__ __forceinline__ T* at(const int64_t* row, int64_t field) {
@@ -41,19 +43,71 @@ __device__ double block_sum(double x) {
   return x;
 }
 
+// What a block works on: some elements of one tensor, one row where rows are normalised.
+struct Span {
+  const int64_t* row;
+  int64_t first;
+  int count, vectors;
+
+  // chunk: (tensor, number of the span within it)
+  __device__ __forceinline__ Span(const int64_t* table, int64_t width, int2 chunk)
+      : row(table + chunk.x * width) {
+    const int64_t size = row[kRow] ? row[kRow] : kChunk;
+    first = chunk.y * size;
+    count = static_cast<int>(min(size, row[kNumel] - first));
+    vectors = row[kFlags] & kAligned ? count / 4 : 0;
+  }
+};
+
+// The sum of squares of a row's gradient, projected, in thread 0; and how it is projected.
+__device__ double project_row(const Span& span, Projection* projection) {
+  float grads = 0, params = 0, product = 0;
+  const float* grad = at<float>(span.row, kGrad);
+  const float* param = global(at<float>(span.row, kParam) + span.first);
+  if (!grad) return 0;
+  grad = global(grad + span.first);
+  bool good = true;
+  const auto take = [&](float g, float w) {
+    good &= finite(g);
+    grads += g * g, params += w * w, product += g * w;
+  };
+#pragma unroll 2
+  for (int i = threadIdx.x; i < span.vectors; i += kThreads) {
+    const float4 g = reinterpret_cast<const float4*>(grad)[i];
+    const float4 w = reinterpret_cast<const float4*>(param)[i];
+    take(g.x, w.x), take(g.y, w.y), take(g.z, w.z), take(g.w, w.w);
+  }
+  for (int i = 4 * span.vectors + threadIdx.x; i < span.count; i += kThreads) {
+    take(grad[i], param[i]);
+  }
+  good = __syncthreads_and(good);
+  double squares = block_sum<kThreads>(good ? grads : NAN);
+  __syncthreads();
+  const double of_params = block_sum<kThreads>(params);
+  __syncthreads();
+  const double of_products = block_sum<kThreads>(product);
+  if (threadIdx.x == 0) *projection = projection_of(squares, of_params, of_products, span.count);
+  return squares;
+}
+
 // One block for each chunk: (tensor, its number among the tensor's chunks).
 __global__ void __launch_bounds__(kThreads)
-sum_squares(const int64_t* table, int64_t width, const int2* chunks, double* sums) {
-  const int2 chunk = chunks[blockIdx.x];
-  const int64_t* row = table + chunk.x * width;
-  const int64_t first = chunk.y * kChunk;
-  const int count = static_cast<int>(min(kChunk, row[kNumel] - first));
+sum_squares(const int64_t* table, int64_t width, const int2* chunks, double* sums,
+            Projection* projections) {
+  const Span span(table, width, chunks[blockIdx.x]);
+  const int64_t* row = span.row;
+  const int count = span.count;
+  if (row[kRow]) {
+    const double total = project_row(span, projections + blockIdx.x);
+    if (threadIdx.x == 0) sums[blockIdx.x] = total;
+    return;
+  }
   const float* grad = at<float>(row, kGrad);
   float sum = 0;
   bool good = true;
   if (grad) {
-    grad = global(grad + first);
-    const int vectors = row[kFlags] & kAligned ? count / 4 : 0;
+    grad = global(grad + span.first);
+    const int vectors = span.vectors;
 #pragma unroll 4
     for (int i = threadIdx.x; i < vectors; i += kThreads) {
       const float4 x = reinterpret_cast<const float4*>(grad)[i];
@@ -139,6 +193,27 @@ struct Elements {
       *global(to) = of[0];
     }
   }
+  __device__ __forceinline__ void load_kept(const float* from) {
+    if constexpr (kWide == 4) {
+      const float4 x = *reinterpret_cast<const float4*>(from);
+      of[0] = x.x, of[1] = x.y, of[2] = x.z, of[3] = x.w;
+    } else {
+      of[0] = *from;
+    }
+  }
+  __device__ __forceinline__ void keep(float* to) const {
+    if constexpr (kWide == 4) {
+      *reinterpret_cast<float4*>(to) = make_float4(of[0], of[1], of[2], of[3]);
+    } else {
+      *to = of[0];
+    }
+  }
+  __device__ __forceinline__ float multiply(float factor) {
+    float squares = 0;
+    for (int j = 0; j < kWide; ++j) of[j] = mul(of[j], factor);
+    for (int j = 0; j < kWide; ++j) squares += of[j] * of[j];
+    return squares;
+  }
   __device__ __forceinline__ void store(uint16_t* to, bool bfloat) const {
     uint16_t bits[kWide];
     for (int j = 0; j < kWide; ++j) bits[j] = to_16_bits(of[j], bfloat);
@@ -151,6 +226,7 @@ struct Places {
   float *param, *grad, *exp_avg, *exp_avg_sq, *average;
   uint16_t* copy;
   bool bfloat, moments_16;
+  double beta;  // of the first average
   uint32_t tensor;
   Stream stream;  // of random bits, for moments of 16
 
@@ -164,6 +240,7 @@ struct Places {
         copy(at<uint16_t>(row, kCopy)),
         bfloat(row[kFlags] & kBfloat),
         moments_16(grad && row[kFlags] & kMoments16),
+        beta(averages ? options[kOptions] : 0),
         tensor(static_cast<uint32_t>(tensor)),
         stream(moments_stream(options, moments_16 ? *at<float>(row, kStep) : 0.0f)) {}
 };
@@ -175,19 +252,20 @@ __device__ __forceinline__ void move_average(Elements<kWide>& average, const Ele
   for (int j = 0; j < kWide; ++j) average.of[j] = lerp(average.of[j], param.of[j], weight, keep);
 }
 
-// Most runs have one average: its load is under way with the others.
-template <int kWide>
-__device__ __forceinline__ void step_elements(const Places& at_row, int64_t i, int averages,
-                                              const int64_t* row, const double* betas, double beta,
-                                              float factor, const Coefficients& c) {
-  Elements<kWide> param, grad, exp_avg, exp_avg_sq, average;
-  param.load(at_row.param + i);
-  if (at_row.average) average.load(at_row.average + i);
+// Reads weights, gradient and moments; writes the moments. kRows: the gradient is projected.
+template <int kWide, bool kRows>
+__device__ __forceinline__ void update_elements(const Places& at_row, int64_t i,
+                                                Elements<kWide>& param, float factor,
+                                                const Coefficients& c, const Projection& projection) {
+  Elements<kWide> grad, exp_avg, exp_avg_sq;
+  grad.load(at_row.grad + i);
+  if (kRows) {
+    for (int j = 0; j < kWide; ++j) grad.of[j] = projected(grad.of[j], param.of[j], projection);
+  }
   if (at_row.moments_16) {
     uint16_t first[kWide], second[kWide];
     uint16_t* firsts = reinterpret_cast<uint16_t*>(at_row.exp_avg) + i;
     uint16_t* seconds = reinterpret_cast<uint16_t*>(at_row.exp_avg_sq) + i;
-    grad.load(at_row.grad + i);
     load_16(first, firsts);
     load_16(second, seconds);
     const Words words = philox(static_cast<uint32_t>(i / 4), at_row.tensor, at_row.stream);
@@ -197,22 +275,26 @@ __device__ __forceinline__ void step_elements(const Places& at_row, int64_t i, i
       const uint32_t word = lane == 0 ? of[0] : lane == 1 ? of[1] : lane == 2 ? of[2] : of[3];
       update_element_16(param.of[j], grad.of[j], first[j], second[j], factor, c, word);
     }
-    param.store(at_row.param + i);
     store_16(first, firsts);
     store_16(second, seconds);
-  } else if (at_row.grad) {
-    grad.load(at_row.grad + i);
+  } else {
     exp_avg.load(at_row.exp_avg + i);
     exp_avg_sq.load(at_row.exp_avg_sq + i);
     for (int j = 0; j < kWide; ++j) {
       update_element(param.of[j], grad.of[j], exp_avg.of[j], exp_avg_sq.of[j], factor, c);
     }
-    param.store(at_row.param + i);
     exp_avg.store(at_row.exp_avg + i);
     exp_avg_sq.store(at_row.exp_avg_sq + i);
   }
+}
+
+template <int kWide>
+__device__ __forceinline__ void move_averages(const Places& at_row, int64_t i, int averages,
+                                              const int64_t* row, const double* betas,
+                                              Elements<kWide>& average,
+                                              const Elements<kWide>& param) {
   if (at_row.average) {
-    move_average(average, param, beta);
+    move_average(average, param, at_row.beta);
     average.store(at_row.average + i);
   }
   for (int k = 1; k < averages; ++k) {
@@ -221,6 +303,21 @@ __device__ __forceinline__ void step_elements(const Places& at_row, int64_t i, i
     move_average(average, param, betas[k]);
     average.store(further);
   }
+}
+
+// Most runs have one average: its load is under way with the others.
+template <int kWide>
+__device__ __forceinline__ void step_elements(const Places& at_row, int64_t i, int averages,
+                                              const int64_t* row, const double* betas, float factor,
+                                              const Coefficients& c) {
+  Elements<kWide> param, average;
+  param.load(at_row.param + i);
+  if (at_row.average) average.load(at_row.average + i);
+  if (at_row.grad) {
+    update_elements<kWide, false>(at_row, i, param, factor, c, {});
+    param.store(at_row.param + i);
+  }
+  move_averages(at_row, i, averages, row, betas, average, param);
   if (at_row.copy) param.store(at_row.copy + i, at_row.bfloat);
 }
 
@@ -230,20 +327,115 @@ update_tensors(const int64_t* table, int64_t width, const int2* chunks, int aver
   const Shared all = *shared;
   if (all.skip) return;
   const int2 chunk = chunks[blockIdx.x];
-  const int64_t* row = table + chunk.x * width;
-  const int64_t first = chunk.y * kChunk;
-  const int count = static_cast<int>(min(kChunk, row[kNumel] - first));
-  const int vectors = row[kFlags] & kAligned ? count / 4 : 0;
-  const Places places(row, averages, chunk.x, options);
+  const Span span(table, width, chunk);
+  const Places places(span.row, averages, chunk.x, options);
   const Coefficients c = coefficients[chunk.x];
   const double* betas = options + kOptions;
-  const double beta = averages ? betas[0] : 0;
-  for (int i = threadIdx.x; i < vectors; i += kThreads) {
-    step_elements<4>(places, first + 4 * i, averages, row, betas, beta, all.factor, c);
+  for (int i = threadIdx.x; i < span.vectors; i += kThreads) {
+    step_elements<4>(places, span.first + 4 * i, averages, span.row, betas, all.factor, c);
   }
-  for (int i = 4 * vectors + threadIdx.x; i < count; i += kThreads) {
-    step_elements<1>(places, first + i, averages, row, betas, beta, all.factor, c);
+  for (int i = 4 * span.vectors + threadIdx.x; i < span.count; i += kThreads) {
+    step_elements<1>(places, span.first + i, averages, span.row, betas, all.factor, c);
   }
+}
+
+// A row's update, its normalisation and its copy. Between them a thread keeps its elements in shared
+// memory, as many as fit; the others go through `param`.
+struct RowStep {
+  const Places& at_row;
+  const Span& span;
+  int averages;
+  const double* betas;
+  float* kept;
+  int capacity;
+  bool early;  // averages see the row before it is normalised
+
+  template <int kWide>
+  __device__ __forceinline__ void load(Elements<kWide>& param, int i) const {
+    const bool is_kept = at_row.grad && i + kWide <= capacity;
+    is_kept ? param.load_kept(kept + i) : param.load(at_row.param + span.first + i);
+  }
+  template <int kWide>
+  __device__ __forceinline__ float update(int i, float factor, const Coefficients& c,
+                                          const Projection& projection) const {
+    Elements<kWide> param, average;
+    const int64_t e = span.first + i;
+    param.load(at_row.param + e);
+    if (early && at_row.average) average.load(at_row.average + e);
+    update_elements<kWide, true>(at_row, e, param, factor, c, projection);
+    i + kWide <= capacity ? param.keep(kept + i) : param.store(at_row.param + e);
+    if (early) move_averages(at_row, e, averages, span.row, betas, average, param);
+    return param.multiply(1);
+  }
+  template <int kWide>
+  __device__ __forceinline__ float normalize(int i, float factor) const {
+    Elements<kWide> param, average;
+    const int64_t e = span.first + i;
+    if (!early && at_row.average) average.load(at_row.average + e);
+    load(param, i);
+    const float squares = param.multiply(factor);
+    if (at_row.grad) {
+      param.store(at_row.param + e);
+      if (i + kWide <= capacity) param.keep(kept + i);
+    }
+    if (!early) move_averages(at_row, e, averages, span.row, betas, average, param);
+    return squares;
+  }
+  template <int kWide>
+  __device__ __forceinline__ void copy(int i, float factor) const {
+    Elements<kWide> param;
+    const int64_t e = span.first + i;
+    load(param, i);
+    param.multiply(factor);
+    if (span.row[kFlags] & kFloatCopy) {
+      param.store(reinterpret_cast<float*>(at_row.copy) + e);
+    } else {
+      param.store(at_row.copy + e, at_row.bfloat);
+    }
+  }
+};
+
+__global__ void __launch_bounds__(kThreads)
+update_rows(const int64_t* table, int64_t width, const int2* chunks, int averages,
+            const double* options, const Shared* shared, const Coefficients* coefficients,
+            const Projection* projections, int capacity) {
+  extern __shared__ float4 kept[];
+  __shared__ float common;
+  const Shared all = *shared;
+  if (all.skip) return;
+  const int2 chunk = chunks[blockIdx.x];
+  const Span span(table, width, chunk);
+  const Places places(span.row, averages, chunk.x, options);
+  const bool early = places.grad && !(span.row[kFlags] & kAverageNormalized);
+  const RowStep step{places,   span, averages, options + kOptions, reinterpret_cast<float*>(kept),
+                     capacity, early};
+  const int rest = 4 * span.vectors + threadIdx.x;
+  float factor = 1;
+  if (places.grad) {
+    const Coefficients c = coefficients[chunk.x];
+    const Projection projection = projections[blockIdx.x];
+    float sum = 0;
+    for (int i = threadIdx.x; i < span.vectors; i += kThreads) {
+      sum += step.update<4>(4 * i, all.factor, c, projection);
+    }
+    for (int i = rest; i < span.count; i += kThreads) {
+      sum += step.update<1>(i, all.factor, c, projection);
+    }
+    const double squares = block_sum<kThreads>(sum);
+    if (threadIdx.x == 0) common = static_cast<float>(row_factor(squares, span.count));
+    __syncthreads();
+    factor = common;
+  }
+  float sum = 0;
+  for (int i = threadIdx.x; i < span.vectors; i += kThreads) sum += step.normalize<4>(4 * i, factor);
+  for (int i = rest; i < span.count; i += kThreads) sum += step.normalize<1>(i, factor);
+  if (!places.copy) return;
+  const double squares = block_sum<kThreads>(sum);
+  if (threadIdx.x == 0) common = static_cast<float>(copy_factor(squares, span.count));
+  __syncthreads();
+  factor = common;
+  for (int i = threadIdx.x; i < span.vectors; i += kThreads) step.copy<4>(4 * i, factor);
+  for (int i = rest; i < span.count; i += kThreads) step.copy<1>(i, factor);
 }
 
 // Options travel as kernel arguments: nothing on the host has to outlive the call or be waited for.
@@ -274,29 +466,38 @@ const char* store_options_cuda(double* to, const double* values, int64_t count, 
 }
 
 int64_t fused_step_scratch(int64_t tensors, int64_t chunks) {
-  const int64_t bytes = chunks * sizeof(double) + sizeof(Shared) + tensors * sizeof(Coefficients);
+  const int64_t bytes = chunks * (sizeof(double) + sizeof(Projection)) + sizeof(Shared) +
+                        tensors * sizeof(Coefficients);
   return (bytes + 7) / 8;
 }
 
 const char* fused_step_cuda(const int64_t* table, int64_t tensors, int averages,
-                            const int32_t* chunks, int64_t num_chunks, const double* options,
-                            double* norm, int64_t* skips, float* scale, int32_t* tracker,
-                            double* scratch, void* stream) {
+                            const int32_t* chunks, int64_t num_chunks, int64_t num_rows,
+                            int64_t longest, const double* options, double* norm, int64_t* skips,
+                            float* scale, int32_t* tracker, double* scratch, void* stream) {
   const int64_t width = kFields + averages;
   const auto pairs = reinterpret_cast<const int2*>(chunks);
-  const auto shared = reinterpret_cast<Shared*>(scratch + num_chunks);
+  const auto projections = reinterpret_cast<Projection*>(scratch + num_chunks);
+  const auto shared = reinterpret_cast<Shared*>(projections + num_chunks);
   const auto coefficients = reinterpret_cast<Coefficients*>(shared + 1);
   const Control control{norm, skips, scale, tracker};
   const auto on = static_cast<cudaStream_t>(stream);
-  const auto blocks = static_cast<unsigned>(num_chunks);
-  if (num_chunks) {
-    sum_squares<<<blocks, kThreads, 0, on>>>(table, width, pairs, scratch);
+  const auto blocks = static_cast<unsigned>(num_chunks), rows = static_cast<unsigned>(num_rows);
+  if (blocks) {
+    sum_squares<<<blocks, kThreads, 0, on>>>(table, width, pairs, scratch, projections);
   }
   prepare_step<<<1, kPrepareThreads, 0, on>>>(table, tensors, width, scratch, num_chunks, averages,
                                               options, control, shared, coefficients);
-  if (num_chunks) {
-    update_tensors<<<blocks, kThreads, 0, on>>>(table, width, pairs, averages, options, shared,
-                                                coefficients);
+  if (blocks > rows) {
+    update_tensors<<<blocks - rows, kThreads, 0, on>>>(table, width, pairs, averages, options,
+                                                       shared, coefficients);
+  }
+  if (rows) {
+    const int64_t before = num_chunks - num_rows;
+    const int capacity = static_cast<int>(std::min((longest + 3) / 4 * 4, kKept));
+    update_rows<<<rows, kThreads, capacity * sizeof(float), on>>>(
+        table, width, pairs + before, averages, options, shared, coefficients,
+        projections + before, capacity);
   }
   return status();
 }

@@ -125,10 +125,14 @@ void fused_step_check(Address table, int64_t tensors, int averages, int64_t grou
     for (int k = 0; k < averages; ++k) {
       require(row[kFields + k] != 0, name, "addresses must not be null, got 0" + where);
     }
+    require(row[kRow] >= 0 && (row[kRow] == 0 || row[kNumel] % row[kRow] == 0), name,
+            "elements must be whole rows, got others" + where);
+    const bool wide = row[kFlags] & kFloatCopy;
+    require(!wide || row[kRow], name, "only normalised rows have fp32 copies, got one" + where);
     if (row[kFlags] & kAligned) {
       const int half = row[kFlags] & kMoments16 ? 1 : 0;  // 4 elements of 16 bits are 8 bytes
       int64_t any = row[kParam] | row[kGrad] | (row[kExpAvg] | row[kExpAvgSq]) << half |
-                    row[kCopy] << 1;
+                    row[kCopy] << (wide ? 0 : 1) | row[kRow] << 2;
       for (int k = 0; k < averages; ++k) any |= row[kFields + k];
       require(any % 16 == 0, name, "an address is not aligned as the flags say" + where);
     }
@@ -179,21 +183,25 @@ void dropout_mask_cuda(Address out, Address sample, int64_t n, int64_t elements,
 }
 
 void fused_step_cuda(Address table, int64_t tensors, int averages, Address chunks,
-                     int64_t num_chunks, Address options, int64_t groups, Address norm,
-                     Address skips, Address scale, Address tracker, Address scratch,
-                     int64_t scratch_size, Address stream) {
+                     int64_t num_chunks, int64_t num_rows, int64_t longest, Address options,
+                     int64_t groups, Address norm, Address skips, Address scale, Address tracker,
+                     Address scratch, int64_t scratch_size, Address stream) {
   const char* name = "fused_step_cuda";
   check_counts(name, tensors, averages, groups);
   check_scale(name, {table, chunks, options, norm, skips, scratch}, scale, tracker);
   require(num_chunks >= 0 && num_chunks < int64_t{1} << 31, name,
           "chunks must be fewer than 2**31, got " + std::to_string(num_chunks));
+  require(num_rows >= 0 && num_rows <= num_chunks && longest >= 0 && longest < int64_t{1} << 31, name,
+          "rows must be among the chunks and below 2**31, got " + std::to_string(num_rows) + " of " +
+              std::to_string(longest));
   const int64_t needed = tcm_fast::fused_step_scratch(tensors, num_chunks);
   require(scratch_size >= needed, name,
           "scratch must hold " + std::to_string(needed) + ", got " + std::to_string(scratch_size));
   launched(name, tcm_fast::fused_step_cuda(
                      at<int64_t>(table), tensors, averages, at<int32_t>(chunks), num_chunks,
-                     at<double>(options), at<double>(norm), at<int64_t>(skips), at<float>(scale),
-                     at<int32_t>(tracker), at<double>(scratch), at<void>(stream)));
+                     num_rows, longest, at<double>(options), at<double>(norm), at<int64_t>(skips),
+                     at<float>(scale), at<int32_t>(tracker), at<double>(scratch),
+                     at<void>(stream)));
 }
 
 void store_options_cuda(Address to, const std::vector<double>& values, Address stream) {
@@ -265,9 +273,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("fused_step_scratch", &tcm_fast::fused_step_scratch, py::arg("tensors"),
         py::arg("num_chunks"));
   m.def("fused_step_cuda", &fused_step_cuda, release(), py::arg("table"), py::arg("tensors"),
-        py::arg("averages"), py::arg("chunks"), py::arg("num_chunks"), py::arg("options"),
-        py::arg("groups"), py::arg("norm"), py::arg("skips"), py::arg("scale"), py::arg("tracker"),
-        py::arg("scratch"), py::arg("scratch_size"), py::arg("stream"));
+        py::arg("averages"), py::arg("chunks"), py::arg("num_chunks"), py::arg("num_rows"),
+        py::arg("longest"), py::arg("options"), py::arg("groups"), py::arg("norm"),
+        py::arg("skips"), py::arg("scale"), py::arg("tracker"), py::arg("scratch"),
+        py::arg("scratch_size"), py::arg("stream"));
   m.def("store_options_cuda", &store_options_cuda, release(), py::arg("to"), py::arg("values"),
         py::arg("stream"));
   m.def("philox_bits_cuda", &philox_bits_cuda, release(), py::arg("out"), py::arg("sample"),

@@ -41,13 +41,14 @@ const char* dropout_mask_cuda(uint8_t* out, const int64_t* sample, int64_t n, in
                               const int64_t* seed, const int64_t* step, uint32_t layer,
                               uint32_t threshold, void* stream);
 
-// All addresses are the device's. chunks: int32 [num_chunks, 2], tensor and number within the tensor;
-// scratch: fp64 [fused_step_scratch(...)], zeros at first.
+// All addresses are the device's. chunks: int32 [num_chunks, 2], tensor and number within the tensor,
+// the last num_rows of them rows that are normalised, of `longest` elements at most; scratch: fp64
+// [fused_step_scratch(...)], zeros at first.
 int64_t fused_step_scratch(int64_t tensors, int64_t num_chunks);
 const char* fused_step_cuda(const int64_t* table, int64_t tensors, int averages,
-                            const int32_t* chunks, int64_t num_chunks, const double* options,
-                            double* norm, int64_t* skips, float* scale, int32_t* tracker,
-                            double* scratch, void* stream);
+                            const int32_t* chunks, int64_t num_chunks, int64_t num_rows,
+                            int64_t longest, const double* options, double* norm, int64_t* skips,
+                            float* scale, int32_t* tracker, double* scratch, void* stream);
 // `values` on the host to `to` on the device.
 const char* store_options_cuda(double* to, const double* values, int64_t count, void* stream);
 #endif

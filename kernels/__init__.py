@@ -8,6 +8,7 @@ from tcm_fast.kernels.modulate_mp_silu import modulate_mp_silu
 from tcm_fast.kernels.mp_cat_mp_silu import mp_cat_mp_silu
 from tcm_fast.kernels.mp_sum import mp_sum
 from tcm_fast.kernels.noise_pair import noise_pair
+from tcm_fast.kernels.normalized_copy import normalized_copy
 from tcm_fast.kernels.philox import philox_bits, philox_normal
 from tcm_fast.kernels.pixel_norm_mp_silu import pixel_norm_mp_silu
 from tcm_fast.kernels.precondition import preconditioning
@@ -30,6 +31,7 @@ __all__ = [
     "mp_cat_mp_silu",
     "mp_sum",
     "noise_pair",
+    "normalized_copy",
     "philox_bits",
     "philox_normal",
     "pixel_norm_mp_silu",

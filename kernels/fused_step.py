@@ -1,6 +1,6 @@
 """One optimizer step on all tensors of a network: gradient norm, unscaling, skipping of non-finite
-gradients, clipping, Adam, AdamW or RAdam, weight averages and 16-bit copies of the new weights, each
-element read and written once.
+gradients, clipping, Adam, AdamW or RAdam, normalisation of rows (Karras et al. 2024), weight averages
+and 16-bit copies of the new weights, each element read and written once.
 
 The formulas are torch.optim's (Kingma & Ba 2015; Loshchilov & Hutter 2019; Liu et al. 2020), clipping is
 torch.nn.utils.clip_grad_norm_'s, the loss scale moves by torch.amp.GradScaler's rules.
@@ -14,13 +14,19 @@ from typing import Any, Literal
 import torch
 
 from tcm_fast.kernels._backend import extension_for
+from tcm_fast.kernels.normalized_copy import (
+    normalized_copy,
+    normalized_rows,
+    projected_gradient,
+    row_size,
+)
 from tcm_fast.kernels.philox import philox_words_reference
 
 COPY_DTYPES = (torch.float16, torch.bfloat16)
 KINDS = {"adam": 0, "radam": 1}
 _DECOUPLED = 2
-_FIELDS = 9  # csrc/fused_step.h: Field
-_ALIGNED, _BFLOAT, _MOMENTS_16 = 1, 2, 4
+_NUMEL, _ROW = 6, 9  # csrc/fused_step.h: Field
+_ALIGNED, _BFLOAT, _MOMENTS_16, _FLOAT_COPY, _AVERAGE_NORMALIZED = 1, 2, 4, 8, 16
 _MOMENTS_LAYER = 0x6D6F6D74
 _CONTROL_DTYPES = {
     "norm": torch.float64,
@@ -46,6 +52,11 @@ class StepTensors:
     copy: torch.Tensor | None = None
     """fp16 or bf16; receives the new weights."""
     group: int = 0
+    normalized: Literal["", "exact", "fused"] = ""
+    """Only the direction of each row of the parameter [out, ...] counts: the network computes with its
+    `normalized_copy`, which is `copy` (or fp32), and `grad` is with respect to that. A step takes the
+    gradient to the parameter and normalises the new rows in place; averages see them before ("exact": as
+    in EDM2, which normalises when the next step begins) or after ("fused")."""
 
     def like_param(self) -> list[tuple[str, torch.Tensor | None]]:
         """What has the parameter's dtype and layout, by name."""
@@ -127,9 +138,10 @@ def fused_step_reference(
     max_norm: float = math.inf,
 ) -> None:
     """Tensor by tensor in plain PyTorch, in the parameters' dtype; waits for the device."""
-    grads = [t.grad for t in tensors if t.grad is not None]
+    moved: list[Any] = [t for t in tensors if t.grad is not None]
+    finite = all(bool(t.grad.isfinite().all()) for t in moved)
+    grads = [projected_gradient(t.grad, t.param) if t.normalized else t.grad for t in moved]
     squares = [grad.double().square().sum() for grad in grads]
-    finite = all(bool(grad.isfinite().all()) for grad in grads)
     scale = 1.0 if control.scale is None else control.scale.item()
     norm = math.sqrt(sum(s.item() for s in squares)) / scale if finite else math.nan
     control.norm.fill_(norm)
@@ -146,12 +158,16 @@ def fused_step_reference(
         return
     factor = min(max_norm / (norm + 1e-6), 1.0) / scale
     for index, t in enumerate(tensors):
+        updated = t.param
         if t.grad is not None:
             _update_reference(t, groups[t.group], factor, control.seed, index)
+            if t.normalized:
+                updated = t.param.clone() if t.normalized == "exact" else t.param
+                t.param.copy_(normalized_rows(t.param))
         for average, beta in zip(t.averages, average_betas, strict=True):
-            average.lerp_(t.param, 1 - beta)
+            average.lerp_(updated, 1 - beta)
         if t.copy is not None:
-            t.copy.copy_(t.param)
+            t.copy.copy_(normalized_copy(t.param) if t.normalized else t.param)
 
 
 def _update_reference(t: Any, options: StepOptions, factor: float, seed: int, index: int) -> None:
@@ -159,7 +175,7 @@ def _update_reference(t: Any, options: StepOptions, factor: float, seed: int, in
     step = int(t.step.item())
     size, root_scale, adapted = step_size_reference(options, step)
     beta1, beta2 = options.betas
-    grad = t.grad * factor
+    grad = (projected_gradient(t.grad, t.param) if t.normalized else t.grad) * factor
     if options.decoupled:
         t.param *= 1 - options.lr * options.weight_decay
     else:
@@ -232,6 +248,10 @@ class StepTable:
     host: torch.Tensor | None = None
     device: torch.Tensor | None = None
     chunks: torch.Tensor | None = None
+    rows: int = 0
+    """How many of the chunks, the last ones, are rows that are normalised."""
+    longest: int = 0
+    """Elements of the longest such row."""
     options: torch.Tensor | None = None
     """fp64, on the device."""
     stored: tuple[float, ...] = ()
@@ -257,6 +277,7 @@ class StepTable:
                 None if t.step is None else t.step.data_ptr(),
                 None if t.copy is None else t.copy.data_ptr(),
                 t.group,
+                t.normalized,
                 *(average.data_ptr() for average in t.averages),
             )
         ]
@@ -281,8 +302,12 @@ class StepTable:
             ]
 
     def _to_device(self, ext, host: torch.Tensor, device: torch.device, capturing: bool) -> None:
-        sizes = -(-host[:, 6] // ext.FUSED_STEP_CHUNK)
-        number = torch.arange(len(host)).repeat_interleave(sizes)
+        numel, row = host[:, _NUMEL], host[:, _ROW]
+        sizes = -(-numel // row.where(row > 0, torch.tensor(ext.FUSED_STEP_CHUNK)))
+        self.rows, self.longest = int(sizes[row > 0].sum()), int(row.max())
+        order = (row > 0).to(torch.int32).argsort(stable=True)  # rows come last
+        sizes = sizes[order]
+        number = order.repeat_interleave(sizes)
         first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         within = torch.arange(len(number)) - first
         chunks = torch.stack([number, within], 1).to(torch.int32)
@@ -332,10 +357,13 @@ def _row(t: StepTensors) -> list[int]:
     averages = [average.data_ptr() for average in t.averages]
     is_short = t.exp_avg is not None and t.exp_avg.dtype == torch.bfloat16
     moments = [address << is_short for address in addresses[2:4]]
-    wide = [*addresses[:2], *moments, *averages, 2 * addresses[5]]
+    copy = torch.float16 if t.copy is None else t.copy.dtype
+    row = row_size(t.param) if t.normalized else 0
+    wide = [*addresses[:2], *moments, *averages, addresses[5] * 4 // copy.itemsize, 4 * row]
     flags = _ALIGNED * all(a % 16 == 0 for a in wide) | _MOMENTS_16 * is_short
-    flags |= _BFLOAT * (t.copy is not None and t.copy.dtype == torch.bfloat16)
-    return [*addresses, t.param.numel(), t.group, flags, *averages]
+    flags |= _BFLOAT * (copy == torch.bfloat16) | _FLOAT_COPY * (copy == torch.float32)
+    flags |= _AVERAGE_NORMALIZED * (t.normalized == "fused")
+    return [*addresses, t.param.numel(), t.group, flags, row, *averages]
 
 
 def _options(groups, control: StepControl, average_betas, max_norm: float) -> tuple[float, ...]:
@@ -361,7 +389,8 @@ def launch_fused_step(ext, tensors, groups, control, average_betas, max_norm, ta
     chunks, scratch = table.chunks, table.scratch
     with torch.cuda.device(device):
         ext.fused_step_cuda(
-            *(table.device.data_ptr(), *sizes, chunks.data_ptr(), len(chunks), *options, *decided),
+            *(table.device.data_ptr(), *sizes),
+            *(chunks.data_ptr(), len(chunks), table.rows, table.longest, *options, *decided),
             *(scratch.data_ptr(), len(scratch), torch.cuda.current_stream().cuda_stream),
         )
 
@@ -407,9 +436,18 @@ def _check_tensors(tensors: Sequence[StepTensors], groups: int) -> None:
             got = f"{t.step.dtype} {list(t.step.shape)} on {t.step.device}"
             _require(fits, f"step {where} must be an fp32 scalar on {p.device}, got {got}")
         if t.copy is not None:
-            fits = t.copy.dtype in COPY_DTYPES and t.copy.device == p.device
-            _require(fits, f"copy {where} must be fp16 or bf16 on {p.device}, got {t.copy.dtype}")
+            wide = (torch.float32,) * bool(t.normalized)
+            fits = t.copy.dtype in (*COPY_DTYPES, *wide) and t.copy.device == p.device
+            kinds = "fp16, bf16 or fp32" if wide else "fp16 or bf16"
+            _require(fits, f"copy {where} must be {kinds} on {p.device}, got {t.copy.dtype}")
             _require(in_layout(t.copy, p), f"copy {where} must have the shape of the parameter")
+        if t.normalized:
+            rule = f'normalized {where} must be "exact", "fused" or empty, got {t.normalized!r}'
+            _require(t.normalized in ("exact", "fused"), rule)
+            rows = p.ndim > 1 and (row_size(p) > 0 or p.shape[0] == 0)
+            rule = f"param {where} must have rows, one after another in memory, to be normalised"
+            apart = p.numel() == 0 or p.shape[0] == 1 or p.stride(0) == row_size(p)
+            _require(rows and apart, f"{rule}, got {list(p.shape)} with strides {p.stride()}")
 
 
 def _check_options(tensors, groups, control: StepControl, average_betas, max_norm) -> None:
@@ -477,7 +515,8 @@ def fused_step(
     norm = ‖grad‖/scale over all tensors, factor = min(1, max_norm/(norm + 1e-6))/scale. Where an element
     of a gradient is infinite or NaN nothing changes but `control`: its `skips`, and its scale backs off.
     Otherwise each parameter with a gradient takes a step by `factor · grad`; then every parameter's
-    averages move, average = beta · average + (1 - beta) · param, and its copy is written.
+    averages move, average = beta · average + (1 - beta) · param, and its copy is written. Where rows are
+    normalised, grad is the gradient taken to the parameter in all this, the norm included.
 
     The extension takes fp32 parameters (others go through the reference) in a constant number of passes
     and, on CUDA, without waiting for the device: step counts, options and scale are read from its

@@ -80,6 +80,8 @@ def fused_step_cuda(
     averages: int,
     chunks: int,
     num_chunks: int,
+    num_rows: int,
+    longest: int,
     options: int,
     groups: int,
     norm: int,

@@ -17,8 +17,8 @@ from tcm_fast.distributed import Workers
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.memory import MicroBatches
-from tcm_fast.networks import LOGVAR_CHANNELS, Precond, build_network
-from tcm_fast.networks.precision import is_derived, make_copies
+from tcm_fast.networks import LOGVAR_CHANNELS, Precond, build_network, force_rows
+from tcm_fast.networks.precision import is_derived, make_copies, normalized_parameters
 from tcm_fast.networks.recompute import set_recompute
 from tcm_fast.objectives import Objective, check_augmentation
 from tcm_fast.offload import PiecewiseOptimizer
@@ -88,6 +88,10 @@ class Assembly:
         if frozen is not None:
             frozen.info = info
         phase = self.assemble(name, student, frozen)
+        if phase.inner.folded:
+            assert isinstance(phase.optimizer, FusedOptimizer)
+            force_rows(student)
+            phase.optimizer.write_copies()
         phase.first_iteration = int(info.get("iterations", 0)) if continues else 0
         return phase
 
@@ -157,7 +161,8 @@ class Assembly:
         scaled = self.config.precision == "fp16"
         loss.apart = self.config.is_lean
         if shards is None and is_derived(student, dtype) and not extension_gap(self.device):
-            loss.copies = make_copies(student, dtype, rows_too=False)
+            loss.folded = self.config.folds_rows
+            loss.copies = make_copies(student, dtype, rows_too=loss.folded)
             loss.narrow_gradients = self.config.gradients == "16bit"
         optimizer = build_optimizer(
             weights,
@@ -165,6 +170,7 @@ class Assembly:
             config if shards is None else replace(config, grad_clip=None),
             emas=emas,
             copies=loss.copies,
+            normalized=normalized_parameters(student) if loss.folded else None,
             scale=LOSS_SCALE if scaled else None,
             growth_interval=SCALE_GROWTH_INTERVAL,
             capturable=graphs is not None,

@@ -118,6 +118,9 @@ class PhaseConfig:
     """The learning rate falls as 1/sqrt(i) after this many iterations."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Memory of the optimizer's moments: bf16, rounded at random, takes half."""
+    weight_norm: Literal["exact", "fused"] = "exact"
+    """Averages of normalised weights (EDM2's) see an update before it is normalised, as EDM2's do
+    (exact), or after."""
     grad_clip: float | None = None
     """Largest norm of the gradient over all parameters."""
     dropout: float = 0.0
@@ -408,6 +411,12 @@ class Config:
         """Whether any lever trades time for memory."""
         recomputes = self.recompute_norms or self.recompute_blocks is not None
         return recomputes or self.offload or self.micro_batches > 1 or self.gradients != "fp32"
+
+    @property
+    def folds_rows(self) -> bool:
+        """Whether the optimizer may take the gradients of normalised rows as they are: all at once, and
+        in fp32."""
+        return not self.offload and self.gradients == "fp32"
 
     def phase(self, name: str) -> PhaseConfig:
         """The section of a phase."""

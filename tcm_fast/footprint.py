@@ -245,7 +245,8 @@ def _dry_step(config: Config, name: str, shape: ImageShape, on_gpu: bool, last: 
     objective = Objective(name, phase, net, frozen, dtype=dtype)
     objective.apart = config.is_lean
     if is_derived(net, dtype):
-        objective.copies = make_copies(net, dtype, rows_too=False)
+        objective.folded = config.folds_rows
+        objective.copies = make_copies(net, dtype, rows_too=objective.folded)
         objective.narrow_gradients = config.gradients == "16bit"
     batches = _batches(config, name, shape, on_gpu, last)
 

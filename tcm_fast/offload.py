@@ -73,6 +73,10 @@ class PiecewiseOptimizer(FusedOptimizer):
         self._streams: tuple[Any, Any] | None = None
         self._free: list[Any] = [None] * SLOTS
         super().__init__(params, kind, **options)
+        if any(
+            self._normalized
+        ):  # the norm of a projected gradient is known to the whole pass alone
+            raise ValueError("optimizer: normalized rows must not be cut into pieces")
         self._cut()
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -162,7 +162,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         max_norm: clip the gradient's norm to this; None leaves it.
         averages: lists of tensors like the parameters, in the order of all groups; `average_betas`
             says how they move.
-        copies: a 16-bit tensor for each parameter, or None for those without.
+        copies: a 16-bit tensor for each parameter, or None for those without; written here and in each
+            step.
+        normalized: for each parameter [out, ...] whether only the direction of its rows counts (Karras
+            et al. 2024). Such a parameter's copy, 16-bit or fp32, is its `normalized_copy`, which the
+            network computes with, and its gradient is with respect to that; a step takes it to the
+            parameter and normalises the new rows in place. The first step takes them as they are.
+        weight_norm: "exact": averages see the rows before they are normalised, as in EDM2; "fused":
+            after.
         scale: of the loss, at first; None does not scale. `growth_interval`: steps until it doubles.
         moments: "bf16" keeps both in half the memory, rounded at random by `seed` (below 2**32), the
             step and the element's place, so that they stay unbiased.
@@ -187,6 +194,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         max_norm: float | None = None,
         averages: Sequence[Sequence[torch.Tensor]] = (),
         copies: Sequence[torch.Tensor | None] | None = None,
+        normalized: Sequence[bool] | None = None,
+        weight_norm: Literal["exact", "fused"] = "exact",
         scale: float | None = None,
         growth_interval: int = 2000,
         moments: str = "fp32",
@@ -229,9 +238,18 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"optimizer: {rule}")
         if copies is not None and len(copies) != len(own):
             raise ValueError(f"optimizer: copies must be {len(own)} tensors, got {len(copies)}")
+        if normalized is not None and len(normalized) != len(own):
+            raise ValueError(f"optimizer: normalized must be {len(own)}, got {len(normalized)}")
+        if weight_norm not in ("exact", "fused"):
+            raise ValueError(f"optimizer: weight_norm must be exact or fused, got {weight_norm}")
         self._averages = [list(values) for values in averages]
         self._copies = [None] * len(own) if copies is None else list(copies)
+        self._normalized: list[Literal["", "exact", "fused"]] = [
+            weight_norm if is_normalized else ""
+            for is_normalized in normalized or [False] * len(own)
+        ]
         self._describe()
+        self.write_copies()
 
     @property
     def skips(self) -> int:
@@ -248,19 +266,35 @@ class FusedOptimizer(torch.optim.Optimizer):
         owned = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
         columns = list(zip(*self._averages, strict=True)) or [()] * len(owned)
         self._tensors = [
-            StepTensors(p, averages=averages, copy=copy, group=i)
-            for (i, p), averages, copy in zip(owned, columns, self._copies, strict=True)
+            StepTensors(p, averages=averages, copy=copy, group=i, normalized=normalized)
+            for (i, p), averages, copy, normalized in zip(
+                owned, columns, self._copies, self._normalized, strict=True
+            )
         ]
 
+    @torch.no_grad()
+    def write_copies(self) -> None:
+        """Make the copies anew, for weights that somebody else has changed: the bits that a step leaves."""
+        copied = [
+            StepTensors(t.param, copy=t.copy, normalized=t.normalized)
+            for t in self._tensors
+            if t.copy is not None
+        ]
+        if copied:
+            fused_step(copied, [StepOptions(0.0)], StepControl.on(copied[0].param.device))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. ValueError once averages or copies were given: these parameters have none."""
+        """As torch's. ValueError once averages, copies or normalized were given: these parameters have
+        none."""
         if self._tensors:
-            if self._averages or any(copy is not None for copy in self._copies):
+            given = [t.copy is not None or t.normalized for t in self._tensors]
+            if self._averages or any(given):
                 raise ValueError(
-                    "optimizer: a group must be there when averages or copies are given"
+                    "optimizer: a group must be there when averages, copies or normalized are given"
                 )
             super().add_param_group(param_group)
             self._copies += [None] * len(self.param_groups[-1]["params"])
+            self._normalized += [""] * len(self.param_groups[-1]["params"])
             self._describe()
         else:
             super().add_param_group(param_group)
@@ -366,6 +400,7 @@ def build_optimizer(
     *,
     emas: Sequence[Ema] = (),
     copies: Sequence[torch.Tensor | None] | None = None,
+    normalized: Sequence[bool] | None = None,
     scale: float | None = None,
     growth_interval: int = 2000,
     capturable: bool = False,
@@ -378,7 +413,7 @@ def build_optimizer(
     Args:
         parameters: a network's, on one device.
         emas: averages of just these parameters.
-        copies: 16-bit tensors that follow the parameters; the extension alone does that.
+        copies, normalized: a `FusedOptimizer`'s; the extension alone does that.
         scale, growth_interval: the loss scale, None without one.
         capturable: torch's keeps the step count and the learning rate on the device, for CUDA graphs
             (the fused one always can be captured).
@@ -393,6 +428,7 @@ def build_optimizer(
     device = weights[0].device
     if extension_for("fused_step", device) is None:
         assert copies is None
+        assert not any(normalized or ())
         if fused is not FusedOptimizer:
             raise ValueError("offload, gradients: need the extension, see tcm-fast doctor")
         if config.moments != "fp32":
@@ -407,6 +443,8 @@ def build_optimizer(
         max_norm=config.grad_clip,
         averages=[ema.average for ema in emas],
         copies=copies,
+        normalized=normalized,
+        weight_norm=config.weight_norm,
         scale=scale,
         growth_interval=growth_interval,
         moments=config.moments,

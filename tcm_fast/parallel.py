@@ -18,8 +18,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tcm_fast.kernels.normalized_copy import normalized_rows
 from tcm_fast.networks import Precond
-from tcm_fast.networks.mp_layers import MPConv, normalize_rows
+from tcm_fast.networks.mp_layers import MPConv
 from tcm_fast.tensor_files import Tensors
 
 COMPRESS = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
@@ -105,7 +106,7 @@ class Shards:
             if isinstance(module, MPConv):
                 rows = _local(module.weight)
                 if len(rows):
-                    rows.copy_(normalize_rows(rows))
+                    rows.copy_(normalized_rows(rows))
 
     def drop_gradients(self) -> None:
         """Free the gradients, of the network and of the parts."""

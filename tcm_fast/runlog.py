@@ -87,9 +87,8 @@ class RunLog:
     def metrics(self, phase: str, images: int, values: dict[str, float]) -> None:
         """Log the numbers of the last steps."""
         self.write("train", phase=phase, images=images, **values)
-        if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(f"{phase}/{key}", value, images)
+        for key, value in values.items():
+            self._draw(f"{phase}/{key}", value, images)
         shown = ("loss", "consistency", "boundary", "images_per_second")
         text = "  ".join(
             f"{k.replace('_per_second', '/s')} {values[k]:.4g}" for k in shown if k in values
@@ -99,6 +98,26 @@ class RunLog:
         elif time.monotonic() - self._last_line > QUIET_INTERVAL:
             self._last_line = time.monotonic()
             self.say(f"{phase}: {images:,} images  {text}")
+
+    def _draw(self, name: str, value: float, images: int) -> None:
+        """A point of a TensorBoard curve."""
+        if self._board is None:
+            return
+        try:
+            self._board.add_scalar(name, value, images)
+        except (
+            Exception
+        ) as error:  # its thread's, perhaps of an earlier point; not worth a run either
+            self.say(f"warning: {self._path.parent}: {error}, points of the curves are lost")
+            self._close_board()
+            with suppress(OSError):
+                self._board = _tensorboard(self._path.parent)
+
+    def _close_board(self) -> None:
+        board, self._board = self._board, None
+        if board is not None:
+            with suppress(Exception):
+                board.close()
 
     def end_phase(self) -> None:
         if self._progress is not None:
@@ -110,8 +129,7 @@ class RunLog:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._close_board()
 
     @property
     def _is_live(self) -> bool:

@@ -351,6 +351,10 @@ class Trainer:
         if phase.shards is not None:
             phase.shards.drop_gradients()
             phase.shards.force_rows()
+        elif phase.inner.folded:  # the optimizer leaves the network's rows normalised
+            for name, part in phase.student.named_children():
+                if name != "model":
+                    force_rows(part)
         else:
             force_rows(phase.student)
         for batch in batches:

@@ -54,7 +54,9 @@ _backend
 _triton
 philox
 dropout precondition _philox_triton
-group_norm_silu qkv_attention consistency_loss noise_pair denoise_to_uint8 fused_step
+group_norm_silu qkv_attention consistency_loss noise_pair denoise_to_uint8
+normalized_copy
+fused_step
 _pointwise
 pixel_norm_mp_silu mp_cat_mp_silu modulate_mp_silu mp_sum resample residual
 __init__

@@ -467,8 +467,8 @@ def test_a_step_normalises_each_weight_once_and_writes_none(monkeypatch):
     objective = Objective("tcm", config, edm2(1).train(), edm2(2))
     before = {name: p.clone() for name, p in objective.student.named_parameters()}
     seen = []
-    scaled = precision.scaled_weight
-    monkeypatch.setattr(precision, "scaled_weight", lambda w: seen.append(w) or scaled(w))
+    scaled = precision.normalized_copy
+    monkeypatch.setattr(precision, "normalized_copy", lambda w: seen.append(w) or scaled(w))
     edm2_step(objective, plan, images, parts=4)
     rows = precision.normalized_names(objective.student.model)
     assert len(seen) == len(rows)  # for two networks, three passes and four micro-batches

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tcm_fast import assembly, trainer
+from tcm_fast import assembly, gallery
 from tcm_fast.checkpoint import load_checkpoint, load_network
 from tcm_fast.cli import main
 from tcm_fast.config import load_preset, preset_names
@@ -85,7 +85,7 @@ def test_every_preset_builds_its_network(name):
 def small_grids():
     """Sample grids of six images: drawing them takes longer than the steps between."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "GRID", 6)
+        patch.setattr(gallery, "GRID", 6)
         yield
 
 

@@ -479,6 +479,7 @@ def test_a_folder_that_is_read_only_for_a_while(images, no_pictures, tmp_path, m
     assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
 def test_a_folder_that_vanishes_is_made_anew(images, no_pictures, tmp_path, monkeypatch):
     config = tiny(images, phases=["edm", "ect"], edm={"images": 16 * 9})
     train(config, tmp_path / "whole")

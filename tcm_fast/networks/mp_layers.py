@@ -9,19 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tcm_fast.kernels.mp_sum import MP_SILU
-from tcm_fast.kernels.qkv_attention import NORM_EPS
-
-
-def normalize_rows(weight: torch.Tensor) -> torch.Tensor:
-    """Each output row over its rms + 1e-4: weight [out, ...] in its own dtype, fp32 or wider."""
-    dims = list(range(1, weight.ndim))
-    norm = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
-    return weight / (NORM_EPS + norm / math.sqrt(weight[0].numel()))
-
-
-def scaled_weight(weight: torch.Tensor) -> torch.Tensor:
-    """What a layer multiplies by: normalised rows over √fan_in, so that a row has norm 1."""
-    return normalize_rows(weight) / math.sqrt(weight[0].numel())
+from tcm_fast.kernels.normalized_copy import normalized_copy, normalized_rows
 
 
 class MPConv(nn.Module):
@@ -43,7 +31,7 @@ class MPConv(nn.Module):
         self.register_buffer("scaled", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = scaled_weight(self.weight) if self.scaled is None else self.scaled
+        weight = normalized_copy(self.weight) if self.scaled is None else self.scaled
         weight = weight.to(x.dtype)
         if weight.ndim == 2:
             return F.linear(x, weight)
@@ -56,7 +44,7 @@ def force_rows(module: nn.Module) -> None:
     loops of one's own; call it before the first step and after each optimizer step."""
     for layer in module.modules():
         if isinstance(layer, MPConv):
-            layer.weight.copy_(normalize_rows(layer.weight))
+            layer.weight.copy_(normalized_rows(layer.weight))
 
 
 class MPFourier(nn.Module):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tcm_fast.networks.mp_layers import NORM_EPS, MPConv, scaled_weight
+from tcm_fast.kernels.normalized_copy import normalized_copy, projected_gradient
+from tcm_fast.networks.mp_layers import MPConv
 from tcm_fast.networks.precond import Precond
 
 ISLANDS = ("map_", "emb_noise", "emb_label")  # the embedding of noise level and class
@@ -43,9 +44,9 @@ class _Derive(torch.autograd.Function):
     """From a list of weights those to compute with, or stands for ones that are there already; hands
     the gradients back in the weights' dtype.
 
-    rows: which of them are scaled rows (`scaled_weight`). there: those that exist already, else None.
-    folded: whoever receives the gradient of such
-    a weight takes it with respect to the scaled one (the fused optimizer projects it in its own pass).
+    rows: which of them are scaled rows (`normalized_copy`). there: those that exist already, else None.
+    folded: whoever receives the gradient of such a weight takes it with respect to the scaled one (the
+    fused optimizer projects it in its own pass).
     """
 
     @staticmethod
@@ -66,7 +67,7 @@ class _Derive(torch.autograd.Function):
             for w, is_row in zip(weights, rows, strict=True)
         ]
         wanted = [
-            (scaled_weight(w) if is_row else w, dtype)
+            (normalized_copy(w) if is_row else w, dtype)
             for w, is_row, dtype, ready in zip(weights, rows, dtypes, there, strict=True)
             if ready is None
         ]
@@ -80,21 +81,8 @@ class _Derive(torch.autograd.Function):
         out = [None if g is None else next(wide) for g in grads]
         for i, (grad, weight) in enumerate(zip(out, ctx.unfolded, strict=True)):
             if grad is not None and weight is not None:
-                out[i] = _through_scaling(grad, weight)
+                out[i] = projected_gradient(grad, weight)
         return None, None, None, None, *out
-
-
-def _through_scaling(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The gradient at `weight` of its `scaled_weight`: what is along a row does not count.
-
-    grad, weight: [out, ...]. With rms the row's, d = rms + 1e-4 and n elements:
-    (grad/d - weight (grad·weight) / (n rms d²)) / √n.
-    """
-    dims, n = list(range(1, weight.ndim)), weight[0].numel()
-    rms = torch.linalg.vector_norm(weight, dim=dims, keepdim=True) / n**0.5
-    d = rms + NORM_EPS
-    along = (grad * weight).sum(dims, keepdim=True) / (n * rms * d).where(rms > 0, 1)
-    return (grad - weight * along) / (d * n**0.5)
 
 
 def _cast(tensors: list[torch.Tensor], dtypes: list[torch.dtype]) -> list[torch.Tensor]:
@@ -127,16 +115,22 @@ def make_copies(
     that is the parameter itself: what an optimizer keeps up to date. `rows_too=False` leaves out the
     normalised ones, for an optimizer that does not normalise."""
     derived = {f"model.{name}": kind for name, kind in _derived(net.model, dtype).items()}
-    rows = {f"model.{name}" for name in normalized_names(net.model)}
     copies: list[torch.Tensor | None] = []
-    for name, parameter in net.named_parameters():
+    named = zip(net.named_parameters(), normalized_parameters(net), strict=True)
+    for (name, parameter), is_row in named:
         value = None
-        if name in derived and (rows_too or name not in rows):
+        if name in derived and (rows_too or not is_row):
             value = parameter.detach()
-            value = scaled_weight(value) if name in rows else value
+            value = normalized_copy(value) if is_row else value
             value = value.to(derived[name], copy=True)
         copies.append(value)
     return copies
+
+
+def normalized_parameters(net: Precond) -> list[bool]:
+    """For each parameter of `net`, in their order, whether it is one of the `normalized_names`."""
+    rows = {f"model.{name}" for name in normalized_names(net.model)}
+    return [name in rows for name, _ in net.named_parameters()]
 
 
 def cast_weights(

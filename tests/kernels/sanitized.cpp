@@ -40,16 +40,22 @@ int main() {
     };
     int kind = 0;
     for (int64_t size : sizes) {
-      for (int variant = 0; variant < 5; ++variant, ++kind) {
+      for (int variant = 0; variant < 8; ++variant, ++kind) {
+        const bool rows = variant >= 5, wide = variant == 6;
+        const int64_t length = !rows ? 0 : size % 3 ? size : 3;
         const int64_t grad = variant == 3 ? 0 : tensor(4 * size);
         if (grad) {
           for (int64_t i = 0; i < size; ++i) reinterpret_cast<float*>(grad)[i] = 1e-3f * (i % 97);
         }
-        const int64_t moment = variant == 4 ? 2 * size : 4 * size;
+        const int64_t moment = variant == 4 || variant == 7 ? 2 * size : 4 * size;
         const int64_t row[] = {tensor(4 * size), grad, grad ? tensor(moment) : 0,
                                grad ? tensor(moment) : 0, grad ? tensor(4) : 0,
-                               variant ? tensor(2 * size) : 0, size, kind % 4,
-                               variant == 2 ? kBfloat : variant == 4 ? kMoments16 : 0};
+                               variant ? tensor(wide ? 4 * size : 2 * size) : 0, size, kind % 4,
+                               variant == 2   ? kBfloat
+                               : variant == 4 || variant == 7 ? kMoments16
+                               : wide         ? kFloatCopy | kAverageNormalized
+                                              : 0,
+                               length};
         table.insert(table.end(), row, row + kFields);
         for (int k = 0; k < averages; ++k) table.push_back(tensor(4 * size));
       }

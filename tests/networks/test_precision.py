@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
+from tcm_fast.kernels import normalized_copy
 from tcm_fast.networks import build_network, force_rows
-from tcm_fast.networks.mp_layers import MPConv, scaled_weight
+from tcm_fast.networks.mp_layers import MPConv
 from tcm_fast.networks.precision import (
     cast_weights,
     in_precision,
@@ -61,7 +62,7 @@ def test_the_explicit_gradient_is_autograds():
     upstream = torch.randn_like(weights[name])
     (ours,) = torch.autograd.grad(weights[name], layer.weight, upstream)
     live = layer.weight.detach().clone().requires_grad_()
-    (theirs,) = torch.autograd.grad(scaled_weight(live), live, upstream)
+    (theirs,) = torch.autograd.grad(normalized_copy(live), live, upstream)
     assert ours.isfinite().all()
     torch.testing.assert_close(ours[1:], theirs[1:], rtol=1e-9, atol=1e-12)
 

@@ -1,15 +1,17 @@
-// As much of CUDA as the kernels use, on the host: a block is a team of threads, blocks run in turn. The
+// As much of CUDA as the kernels use, on the host: a block's threads are coroutines that take turns from
+// one barrier or shuffle to the next, blocks run one after another. The
 // tests compile the .cu sources against it, `kernel<<<...>>>(` replaced by `emulate(...)(`; it shows
 // what the kernels compute and that their threads agree, not that nvcc or a GPU does the same.
 #pragma once
 
+#include <ucontext.h>
+
 #include <algorithm>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <mutex>
-#include <thread>
+#include <functional>
+#include <memory>
 #include <vector>
 
 #define __global__
@@ -33,7 +35,7 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using std::isnan;
 using std::max;
@@ -50,21 +52,33 @@ constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
 
-// Where a block's threads wait for each other.
+// The threads of a block. In each round every one of them runs until it waits or ends: whoever runs
+// again finds that all have got as far.
 class Team {
  public:
-  void start(unsigned size) { size_ = size, waiting_ = 0, values_.assign(size, 0); }
-  void wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const unsigned turn = turn_;
-    if (++waiting_ == size_) {
-      waiting_ = 0, ++turn_;
-      all_.notify_all();
-    } else {
-      all_.wait(lock, [&] { return turn_ != turn; });
+  void run(unsigned size, const std::function<void()>& body) {
+    constexpr size_t kStack = 64 << 10;
+    if (stacks_.size() < size * kStack) stacks_.resize(size * kStack);
+    values_.assign(size, 0), done_.assign(size, false), contexts_.resize(size);
+    body_ = &body;
+    for (unsigned i = 0; i < size; ++i) {
+      getcontext(&contexts_[i]);
+      contexts_[i].uc_stack.ss_sp = stacks_.data() + i * kStack;
+      contexts_[i].uc_stack.ss_size = kStack;
+      contexts_[i].uc_link = &scheduler_;
+      makecontext(&contexts_[i], &Team::start, 0);
+    }
+    for (unsigned left = size; left;) {
+      for (unsigned i = 0; i < size; ++i) {
+        if (done_[i]) continue;
+        threadIdx = {i};
+        swapcontext(&scheduler_, &contexts_[i]);
+        left -= done_[i];
+      }
     }
   }
-  // Every thread's value, seen by every thread.
+  void wait() { swapcontext(&contexts_[threadIdx.x], &scheduler_); }
+  // Every thread's value, seen by every thread that waits with it.
   template <typename Read>
   double exchange(double value, const Read& read) {
     values_[threadIdx.x] = value;
@@ -75,12 +89,21 @@ class Team {
   }
 
  private:
-  std::mutex mutex_;
-  std::condition_variable all_;
+  static void start();
+
+  std::vector<char> stacks_;
   std::vector<double> values_;
-  unsigned size_ = 0, waiting_ = 0, turn_ = 0;
+  std::vector<char> done_;
+  std::vector<ucontext_t> contexts_;
+  ucontext_t scheduler_;
+  const std::function<void()>* body_ = nullptr;
 };
 inline Team team;
+inline void Team::start() {
+  (*team.body_)();
+  team.done_[threadIdx.x] = true;
+}
+alignas(16) inline char dynamic_shared[48 << 10];
 
 inline void __syncthreads() { team.wait(); }
 inline int __syncthreads_and(int holds) {
@@ -88,7 +111,6 @@ inline int __syncthreads_and(int holds) {
     return std::all_of(all.begin(), all.end(), [](double x) { return x != 0; });
   });
 }
-// Of whole blocks alone, which is how the kernels use it.
 inline double __shfl_down_sync(unsigned, double x, int offset) {
   const unsigned lane = threadIdx.x % 32, from = threadIdx.x + (lane + offset < 32 ? offset : 0);
   return team.exchange(x, [&](const std::vector<double>& all) { return all[from]; });
@@ -99,15 +121,8 @@ auto emulate(Kernel kernel, dim3 grid, dim3 block, int, cudaStream_t) {
   return [=](auto... arguments) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
-        team.start(block.x);
-        std::vector<std::thread> threads;
-        for (unsigned i = 0; i < block.x; ++i) {
-          threads.emplace_back([=] {
-            threadIdx = {i}, blockIdx = {x, y}, blockDim = block, gridDim = grid;
-            kernel(arguments...);
-          });
-        }
-        for (std::thread& thread : threads) thread.join();
+        blockIdx = {x, y}, blockDim = block, gridDim = grid;
+        team.run(block.x, [&] { kernel(arguments...); });
       }
     }
   };

@@ -1,5 +1,5 @@
 // The CUDA half's optimizer step beside the CPU half's, on the same tensors: equal bits, but for the
-// last ones where clipping brings in the norm's order of summation.
+// last ones where clipping or normalised rows bring in the order of summation.
 #include "fused_step_cuda.inc"
 
 #include <cstdio>
@@ -27,11 +27,15 @@ struct Tensors {
 
   Tensors(int averages) {
     unsigned seed = 1;
-    for (int64_t size : {1, 5, 1025, 8192, 10001}) {
-      for (int variant = 0; variant < 6; ++variant) {
-        const int shift = variant == 1 || variant == 5 ? 4 : 0;
-        const bool is_short = variant >= 4;
-        const bool grad = variant != 3;
+    for (int64_t size : {1, 5, 1025, 8192, 10001, 13824}) {
+      for (int variant = 0; variant < 10; ++variant) {
+        // One or five; what is not along a row of one element is rounding alone.
+        const bool rows = variant >= 6 && size > 1;
+        const int shift = variant == 1 || variant == 5 || variant == 7 ? 4 : 0;
+        const bool is_short = variant == 4 || variant == 5 || variant == 8;
+        const bool grad = variant != 3 && variant != 9;
+        const bool wide = variant == 7;
+        const int64_t length = !rows ? 0 : variant == 8 && size % 5 == 0 ? size / 5 : size;
         const auto of = [&](int64_t bytes, bool random) {
           return tensor(bytes, shift, random ? ++seed : 0);
         };
@@ -40,11 +44,13 @@ struct Tensors {
                                grad ? of(is_short ? 2 * size : 4 * size, false) : 0,
                                grad ? of(is_short ? 2 * size : 4 * size, false) : 0,
                                grad ? of(4, false) : 0,
-                               variant ? of(2 * size, false) : 0,
+                               variant ? of(wide ? 4 * size : 2 * size, false) : 0,
                                size,
                                variant % 4,
-                               (shift ? 0 : kAligned) | (variant == 2 ? kBfloat : 0) |
-                                   (is_short ? kMoments16 : 0)};
+                               (shift || length % 4 ? 0 : kAligned) |
+                                   (variant == 2 ? kBfloat : 0) | (is_short ? kMoments16 : 0) |
+                                   (wide ? kFloatCopy | kAverageNormalized : 0),
+                               length};
         table.insert(table.end(), row, row + kFields);
         for (int k = 0; k < averages; ++k) table.push_back(of(4 * size, true));
       }
@@ -65,9 +71,15 @@ int main() {
       std::vector<double> on_device(options.size());
       store_options_cuda(on_device.data(), options.data(), options.size(), nullptr);
       std::vector<int32_t> chunks;
-      for (int64_t t = 0; t < rows; ++t) {
-        for (int64_t i = 0; i * kChunk < a.table[t * width + kNumel]; ++i) {
-          chunks.insert(chunks.end(), {static_cast<int32_t>(t), static_cast<int32_t>(i)});
+      int64_t lines = 0, longest = 0;
+      for (bool by_rows : {false, true}) {
+        for (int64_t t = 0; t < rows; ++t) {
+          const int64_t row = a.table[t * width + kRow], size = row ? row : kChunk;
+          if ((row > 0) != by_rows) continue;
+          for (int64_t i = 0; i * size < a.table[t * width + kNumel]; ++i, lines += by_rows) {
+            chunks.insert(chunks.end(), {static_cast<int32_t>(t), static_cast<int32_t>(i)});
+          }
+          longest = std::max(longest, row);
         }
       }
       const int64_t count = chunks.size() / 2;
@@ -78,21 +90,23 @@ int main() {
       int32_t tracker[2] = {};
       for (int step = 0; step < 7; ++step) {
         for (Tensors* tensors : {&a, &b}) {
-          // One element that is not finite, of a tensor with and one without 16-byte accesses.
-          const int64_t* row = &tensors->table[(24 + step % 2) * width];
-          reinterpret_cast<float*>(row[kGrad])[9999] = step == 2 ? INFINITY : step == 3 ? NAN : 1;
+          // One element that is not finite, of a tensor with 16-byte accesses, one without, and a row.
+          const int64_t* row = &tensors->table[(40 + (step == 4 ? 6 : step % 2)) * width];
+          const float bad[] = {1, 1, INFINITY, NAN, INFINITY, 1, 1};
+          reinterpret_cast<float*>(row[kGrad])[9999] = bad[step];
         }
         fused_step_cpu(a.table.data(), rows, averages, options.data(), &norm[0], &skips[0],
                        &scale[0], &tracker[0], 1);
-        fused_step_cuda(b.table.data(), rows, averages, chunks.data(), count, on_device.data(),
+        fused_step_cuda(b.table.data(), rows, averages, chunks.data(), count, lines, longest, on_device.data(),
                         &norm[1], &skips[1], &scale[1], &tracker[1], scratch.data(), nullptr);
         for (Tensors* tensors : {&a, &b}) {
-          reinterpret_cast<float*>(tensors->table[24 * width + kGrad])[9999] = 1;
-          reinterpret_cast<float*>(tensors->table[25 * width + kGrad])[9999] = 1;
+          for (int64_t row : {40, 41, 46}) {
+            reinterpret_cast<float*>(tensors->table[row * width + kGrad])[9999] = 1;
+          }
         }
       }
       const bool same_norm = std::abs(norm[0] - norm[1]) <= 1e-6 * norm[0];
-      if (skips[0] != 2 || skips[1] != 2 || scale[0] != scale[1] || tracker[0] != tracker[1] ||
+      if (skips[0] != 3 || skips[1] != 3 || scale[0] != scale[1] || tracker[0] != tracker[1] ||
           !same_norm) {
         std::printf("control: %g %g, %g %g\n", norm[0], norm[1], scale[0], scale[1]);
         return 1;
@@ -103,19 +117,28 @@ int main() {
           const int64_t size = field == kStep ? 1 : a.table[t * width + kNumel];
           const bool is_short = a.table[t * width + kFlags] & kMoments16;
           const bool is_moment = field == kExpAvg || field == kExpAvgSq;
-          const bool halves = field == kCopy || (is_moment && is_short);
+          const bool is_float = a.table[t * width + kFlags] & kFloatCopy;
+          const bool halves = (field == kCopy && !is_float) || (is_moment && is_short);
+          // Sums over rows, and over all where clipping, have another order.
+          const bool loose = max_norm < 1 || a.table[t * width + kRow];
           const int64_t bytes = halves ? 2 * size : 4 * size;
           const void* x = reinterpret_cast<void*>(a.table[t * width + field]);
           const void* y = reinterpret_cast<void*>(b.table[t * width + field]);
           bool same = std::memcmp(x, y, bytes) == 0;
-          if (!same && max_norm < 1 && !halves && field != kStep) {
+          if (!same && loose && field != kStep) {
             same = true;
             for (int64_t i = 0; i < size; ++i) {
-              const float u = static_cast<const float*>(x)[i], v = static_cast<const float*>(y)[i];
-              same &= std::abs(u - v) <= (is_short ? 1e-2f : 1e-5f) * (std::abs(u) + 1e-3f);
+              if (halves) {
+                const auto* u = static_cast<const uint16_t*>(x) + i;
+                const auto* v = static_cast<const uint16_t*>(y) + i;
+                same &= is_short || std::abs(*u - *v) <= 1;
+              } else {
+                const float u = static_cast<const float*>(x)[i], v = static_cast<const float*>(y)[i];
+                same &= std::abs(u - v) <= (is_short ? 1e-2f : 1e-5f) * (std::abs(u) + 1e-2f);
+              }
             }
           }
-          if (!same && !(max_norm < 1 && halves)) {
+          if (!same) {
             std::printf("row %ld field %ld differs\n", long(t), long(field));
             return 1;
           }
