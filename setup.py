@@ -2,7 +2,7 @@
 
 Mounts kernels/ and benchmarks/ inside the package and compiles csrc/ into tcm_fast._C with ninja. The
 extension includes no torch header, so that one binary serves every torch version. Its CUDA half is
-built where nvcc is found; build_support/toolchain.py has the choices and their environment variables.
+built where nvcc is found; csrc/toolchain.py has the choices and their environment variables.
 TCM_FAST_DEBUG=1 makes a slow build that checks its indices and can be debugged.
 """
 
@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "build_support"))
+sys.path.insert(0, str(ROOT / "csrc"))
 
 from toolchain import accepts, choose_archs, choose_nvcc, find_compiler, say  # noqa: E402
 
@@ -105,7 +105,9 @@ class NinjaBuild(build_ext):
         objects = []
         with open(folder / "build.ninja", "w") as file:
             w = ninja.Writer(file)
-            w.variable("cxx", [shlex.quote(compiler), *(DEBUG if debug else FAST), *CXX_FLAGS, *openmp])
+            w.variable(
+                "cxx", [shlex.quote(compiler), *(DEBUG if debug else FAST), *CXX_FLAGS, *openmp]
+            )
             w.rule(
                 "cxx", "$cxx $flags -MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc"
             )
@@ -121,9 +123,7 @@ class NinjaBuild(build_ext):
                     host.append(f"-I{shlex.quote(str(home / 'include'))}")
                     link.append(f"-L{shlex.quote(str(home / 'lib'))}")
                 effort = CUDA_DEBUG if debug else FAST
-                w.variable(
-                    "nvcc", [shlex.quote(nvcc), *effort, "-std=c++17 -cudart static", *host]
-                )
+                w.variable("nvcc", [shlex.quote(nvcc), *effort, "-std=c++17 -cudart static", *host])
                 w.rule("cuda", ["$nvcc", *codes, *defines, "-c $in -o $out"])
                 w.rule("cuda_link", ["$nvcc -shared", *link, "$in -o $out"])
             for source in SOURCES + (CUDA_SOURCES if nvcc else []):

@@ -13,7 +13,8 @@ namespace tcm_fast {
 #if defined(__CUDACC__)
 __host__ __device__
 #endif
-inline void check_bounds(int64_t first, int64_t count, int64_t size, const char* file, int line) {
+    inline void check_bounds(int64_t first, int64_t count, int64_t size, const char* file,
+                             int line) {
   if (first >= 0 && count >= 0 && first <= size && count <= size - first) return;
   std::printf("%s:%d: elements %lld + %lld of %lld\n", file, line, static_cast<long long>(first),
               static_cast<long long>(count), static_cast<long long>(size));

@@ -1,25 +1,27 @@
-// One optimizer step on many tensors: what host and device share. Adam and AdamW as in Kingma & Ba 2015
-// and Loshchilov & Hutter 2019, RAdam as in Liu et al. 2020, all with torch.optim's conventions: where
-// epsilon stands, L2 or decoupled weight decay, RAdam unadapted while its length is at most 5.
+// One optimizer step on many tensors: what host and device share. Adam and AdamW as in Kingma & Ba
+// 2015 and Loshchilov & Hutter 2019, RAdam as in Liu et al. 2020, all with torch.optim's
+// conventions: where epsilon stands, L2 or decoupled weight decay, RAdam unadapted while its length
+// is at most 5.
 //
-// A step has three parts. (1) The gradients' sum of squares, by chunks. (2) `prepare`: whether to skip,
-// the gradients' common factor (unscaling and clipping), the loss scale's next value, and for each
-// tensor the coefficients of its update. (3) The update itself, by chunks: moments, weights, averages
-// and 16-bit copies, each element read and written once.
+// A step has three parts. (1) The gradients' sum of squares, by chunks. (2) `prepare`: whether to
+// skip, the gradients' common factor (unscaling and clipping), the loss scale's next value, and for
+// each tensor the coefficients of its update. (3) The update itself, by chunks: moments, weights,
+// averages and 16-bit copies, each element read and written once.
 //
 // Of a tensor whose rows are normalised (Karras et al. 2024) only each row's direction counts. With
 // normalize(w) = w / (rms(w) + 1e-4) over a row of n elements, the network computes with
-// normalize(w)/√n, which is this tensor's copy, and its gradient is with respect to that: part 1 finds
-// for each row what takes it to w, and part 3 normalises the new row in place.
+// normalize(w)/√n, which is this tensor's copy, and its gradient is with respect to that: part 1
+// finds for each row what takes it to w, and part 3 normalises the new row in place.
 //
-// kernels/fused_step.py states the same in PyTorch. Sums and products are not fused, so that both halves
-// round alike.
+// kernels/fused_step.py states the same in PyTorch. Sums and products are not fused, so that both
+// halves round alike.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "bounds.h"
 #include "philox.h"
 
 namespace tcm_fast {
@@ -38,10 +40,10 @@ enum Field {
   kRow,  // elements of a row, where rows are normalised; else 0
   kFields
 };
-constexpr int64_t kAligned = 1;  // all addresses allow accesses of 4 elements at once
-constexpr int64_t kBfloat = 2;   // the copy is bf16, else fp16
-constexpr int64_t kMoments16 = 4;  // the moments are bf16, rounded at random
-constexpr int64_t kFloatCopy = 8;  // the copy is fp32
+constexpr int64_t kAligned = 1;             // all addresses allow accesses of 4 elements at once
+constexpr int64_t kBfloat = 2;              // the copy is bf16, else fp16
+constexpr int64_t kMoments16 = 4;           // the moments are bf16, rounded at random
+constexpr int64_t kFloatCopy = 8;           // the copy is fp32
 constexpr int64_t kAverageNormalized = 16;  // averages see new rows normalised, else as updated
 
 // The options are fp64: these, then one beta for each average, then kGroupFields for each group.
@@ -146,14 +148,14 @@ TCM_FAST_INLINE float from_bfloat(uint16_t x) {
   return value;
 }
 
-// To one of the two neighbours, the nearer the likelier, so that the mean is x: a moment moves by less
-// than half of bf16's last place in most steps, and rounding to the nearest would stop it.
+// To one of the two neighbours, the nearer the likelier, so that the mean is x: a moment moves by
+// less than half of bf16's last place in most steps, and rounding to the nearest would stop it.
 TCM_FAST_INLINE uint16_t to_bfloat_at_random(float x, uint32_t random_16_bits) {
   return static_cast<uint16_t>((bits_of(x) + random_16_bits) >> 16);
 }
 
-// The random bits of a tensor's step: word e % 4 of block e / 4 for element e, the low half for the first
-// moment, the high half for the second.
+// The random bits of a tensor's step: word e % 4 of block e / 4 for element e, the low half for the
+// first moment, the high half for the second.
 constexpr uint32_t kMomentsLayer = 0x6D6F6D74u;
 TCM_FAST_INLINE Stream moments_stream(const double* options, float step) {
   return Stream(static_cast<int64_t>(options[kSeed]), static_cast<int64_t>(step), kMomentsLayer);
@@ -180,9 +182,9 @@ TCM_FAST_INLINE float projected(float grad, float param, const Projection& p) {
   return add(mul(p.across, grad), -mul(p.along, param));
 }
 
-// A row's projection, and its projected gradient's sum of squares in place of the gradient's, from the
-// sums of grad², param² and grad · param. Where finite gradients' squares overflow the sum is infinite,
-// and the step's factor 0.
+// A row's projection, and its projected gradient's sum of squares in place of the gradient's, from
+// the sums of grad², param² and grad · param. Where finite gradients' squares overflow the sum is
+// infinite, and the step's factor 0.
 TCM_FAST_INLINE Projection projection_of(double& grads, double params, double product, int64_t n) {
   const double rms = sqrt(params / static_cast<double>(n));
   const double across = copy_factor(params, n);
@@ -230,8 +232,8 @@ TCM_FAST_INLINE Coefficients coefficients_of(const double* group, double step) {
   return c;
 }
 
-// From the sum of squares of the scaled gradient to what the step shares; advances the loss scale by
-// torch.amp.GradScaler's rules and counts a skip.
+// From the sum of squares of the scaled gradient to what the step shares; advances the loss scale
+// by torch.amp.GradScaler's rules and counts a skip.
 TCM_FAST_INLINE Shared prepare(double sum_of_squares, const double* options,
                                const Control& control) {
   const double scale = control.scale ? static_cast<double>(*control.scale) : 1.0;

@@ -1,10 +1,9 @@
-#include "fused_step.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "fused_step.h"
 #include "operations.h"
 
 // One binary for every x86-64: the widest vectors are chosen when the extension is loaded.
@@ -22,8 +21,8 @@ constexpr int64_t kSerial = 1 << 15;
 // Weights that stay in the first-level cache until averages and copy have taken them.
 constexpr int64_t kRun = 1024;
 
-// Elements of one tensor; where its rows are normalised, whole rows, and `line` is the first's number
-// among all such.
+// Elements of one tensor; where its rows are normalised, whole rows, and `line` is the first's
+// number among all such.
 struct Chunk {
   const int64_t* row;
   int64_t tensor, first, count, line;
@@ -144,10 +143,12 @@ struct Run {
   float* param(int64_t i) const { return at<float>(row, kParam) + i; }
 
   void update_with(const float* grad, int64_t i, int64_t count) const {
+    TCM_FAST_BOUNDS(i, count, row[kNumel]);
     if (row[kFlags] & kMoments16) {
       uint32_t words[kRun + 4];
       const Stream stream = moments_stream(options, *at<float>(row, kStep));
       const int64_t before = i % 4;  // elements of the first block that come before
+      TCM_FAST_BOUNDS(before, count, kRun + 4);
       random_words(words, i / 4, blocks_of(before + count, 4), tensor, stream);
       update_16(param(i), grad, at<uint16_t>(row, kExpAvg) + i, at<uint16_t>(row, kExpAvgSq) + i,
                 words + before, count, factor, coefficients);
@@ -157,6 +158,7 @@ struct Run {
     }
   }
   void move_averages(int64_t i, int64_t count) const {
+    TCM_FAST_BOUNDS(i, count, row[kNumel]);
     const double* betas = options + kOptions;
     for (int k = 0; k < averages; ++k) {
       follow(at<float>(row, kFields + k) + i, param(i), count, static_cast<float>(1 - betas[k]),
@@ -199,9 +201,8 @@ void step_row(const int64_t* row, int64_t first, const Projection& projection, c
     });
     const float factor = static_cast<float>(row_factor(squares, n));
     squares = 0;
-    by_runs(first, n, [&](int64_t i, int64_t count) {
-      multiply(run.param(i), run.param(i), count, factor);
-    });
+    by_runs(first, n,
+            [&](int64_t i, int64_t count) { multiply(run.param(i), run.param(i), count, factor); });
   }
   by_runs(first, n, [&](int64_t i, int64_t count) {
     if (!early) run.move_averages(i, count);
@@ -261,6 +262,7 @@ void fused_step_cpu(const int64_t* table, int64_t tensors, int averages, const d
   for (int64_t i = 0; i < n; ++i) {
     const int64_t* row = chunks[i].row;
     if (row[kGrad] && row[kRow]) {
+      TCM_FAST_BOUNDS(chunks[i].line, chunks[i].count / row[kRow], lines);
       sums[i] = project_rows(chunks[i], &projections[chunks[i].line]);
     } else if (row[kGrad]) {
       sums[i] = checked_sum_of_squares(at<float>(row, kGrad) + chunks[i].first, chunks[i].count);
@@ -283,7 +285,8 @@ void fused_step_cpu(const int64_t* table, int64_t tensors, int averages, const d
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
   for (int64_t i = 0; i < n; ++i) {
     const Chunk& chunk = chunks[i];
-    const Run run{chunk.row,     options, averages, static_cast<uint32_t>(chunk.tensor),
+    const Run run{chunk.row,     options,
+                  averages,      static_cast<uint32_t>(chunk.tensor),
                   shared.factor, coefficients[chunk.tensor]};
     if (!chunk.row[kRow]) step_chunk(chunk, run);
     for (int64_t row = 0; row * chunk.row[kRow] < chunk.count && chunk.row[kRow]; ++row) {

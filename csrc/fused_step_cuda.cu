@@ -11,7 +11,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPrepareThreads = 512;
 static_assert(kChunk % (4 * kThreads) == 0, "a chunk is a whole number of rounds");
-// Elements of a row that a block keeps on chip; further ones it reads again from the second-level cache.
+// Elements of a row that a block keeps on chip; further ones it reads again from the second-level
+// cache.
 constexpr int64_t kKept = 11776;
 
 template <typename T>
@@ -55,6 +56,7 @@ struct Span {
     const int64_t size = row[kRow] ? row[kRow] : kChunk;
     first = chunk.y * size;
     count = static_cast<int>(min(size, row[kNumel] - first));
+    TCM_FAST_BOUNDS(first, count, row[kNumel]);
     vectors = row[kFlags] & kAligned ? count / 4 : 0;
   }
 };
@@ -92,8 +94,8 @@ __device__ double project_row(const Span& span, Projection* projection) {
 
 // One block for each chunk: (tensor, its number among the tensor's chunks).
 __global__ void __launch_bounds__(kThreads)
-sum_squares(const int64_t* table, int64_t width, const int2* chunks, double* sums,
-            Projection* projections) {
+    sum_squares(const int64_t* table, int64_t width, const int2* chunks, double* sums,
+                Projection* projections) {
   const Span span(table, width, chunks[blockIdx.x]);
   const int64_t* row = span.row;
   const int count = span.count;
@@ -129,9 +131,9 @@ sum_squares(const int64_t* table, int64_t width, const int2* chunks, double* sum
 
 // One block: norm, skip and factor for all, coefficients and step count for each tensor.
 __global__ void __launch_bounds__(kPrepareThreads)
-prepare_step(const int64_t* table, int64_t tensors, int64_t width, const double* sums,
-             int64_t chunks, int averages, const double* options, Control control, Shared* shared,
-             Coefficients* coefficients) {
+    prepare_step(const int64_t* table, int64_t tensors, int64_t width, const double* sums,
+                 int64_t chunks, int averages, const double* options, Control control,
+                 Shared* shared, Coefficients* coefficients) {
   __shared__ bool skip;
   double sum = 0;
   for (int64_t i = threadIdx.x; i < chunks; i += kPrepareThreads) sum += sums[i];
@@ -256,7 +258,8 @@ __device__ __forceinline__ void move_average(Elements<kWide>& average, const Ele
 template <int kWide, bool kRows>
 __device__ __forceinline__ void update_elements(const Places& at_row, int64_t i,
                                                 Elements<kWide>& param, float factor,
-                                                const Coefficients& c, const Projection& projection) {
+                                                const Coefficients& c,
+                                                const Projection& projection) {
   Elements<kWide> grad, exp_avg, exp_avg_sq;
   grad.load(at_row.grad + i);
   if (kRows) {
@@ -322,8 +325,8 @@ __device__ __forceinline__ void step_elements(const Places& at_row, int64_t i, i
 }
 
 __global__ void __launch_bounds__(kThreads)
-update_tensors(const int64_t* table, int64_t width, const int2* chunks, int averages,
-               const double* options, const Shared* shared, const Coefficients* coefficients) {
+    update_tensors(const int64_t* table, int64_t width, const int2* chunks, int averages,
+                   const double* options, const Shared* shared, const Coefficients* coefficients) {
   const Shared all = *shared;
   if (all.skip) return;
   const int2 chunk = chunks[blockIdx.x];
@@ -339,8 +342,8 @@ update_tensors(const int64_t* table, int64_t width, const int2* chunks, int aver
   }
 }
 
-// A row's update, its normalisation and its copy. Between them a thread keeps its elements in shared
-// memory, as many as fit; the others go through `param`.
+// A row's update, its normalisation and its copy. Between them a thread keeps its elements in
+// shared memory, as many as fit; the others go through `param`.
 struct RowStep {
   const Places& at_row;
   const Span& span;
@@ -396,9 +399,9 @@ struct RowStep {
 };
 
 __global__ void __launch_bounds__(kThreads)
-update_rows(const int64_t* table, int64_t width, const int2* chunks, int averages,
-            const double* options, const Shared* shared, const Coefficients* coefficients,
-            const Projection* projections, int capacity) {
+    update_rows(const int64_t* table, int64_t width, const int2* chunks, int averages,
+                const double* options, const Shared* shared, const Coefficients* coefficients,
+                const Projection* projections, int capacity) {
   extern __shared__ float4 kept[];
   __shared__ float common;
   const Shared all = *shared;
@@ -427,7 +430,8 @@ update_rows(const int64_t* table, int64_t width, const int2* chunks, int average
     factor = common;
   }
   float sum = 0;
-  for (int i = threadIdx.x; i < span.vectors; i += kThreads) sum += step.normalize<4>(4 * i, factor);
+  for (int i = threadIdx.x; i < span.vectors; i += kThreads)
+    sum += step.normalize<4>(4 * i, factor);
   for (int i = rest; i < span.count; i += kThreads) sum += step.normalize<1>(i, factor);
   if (!places.copy) return;
   const double squares = block_sum<kThreads>(sum);
@@ -496,8 +500,8 @@ const char* fused_step_cuda(const int64_t* table, int64_t tensors, int averages,
     const int64_t before = num_chunks - num_rows;
     const int capacity = static_cast<int>(std::min((longest + 3) / 4 * 4, kKept));
     update_rows<<<rows, kThreads, capacity * sizeof(float), on>>>(
-        table, width, pairs + before, averages, options, shared, coefficients,
-        projections + before, capacity);
+        table, width, pairs + before, averages, options, shared, coefficients, projections + before,
+        capacity);
   }
   return status();
 }

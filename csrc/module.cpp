@@ -1,5 +1,5 @@
-// The Python face of the extension: tensors arrive as addresses and sizes, so that no torch header is
-// needed and one binary serves every torch version.
+// The Python face of the extension: tensors arrive as addresses and sizes, so that no torch header
+// is needed and one binary serves every torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -157,19 +157,18 @@ void launched(const char* name, const char* error) {
 void philox_bits_cuda(Address out, Address sample, int64_t n, int64_t num_blocks, Address seed,
                       Address step, uint32_t layer, Address stream) {
   check("philox_bits_cuda", {out, sample, seed, step}, n, num_blocks, num_blocks);
-  launched("philox_bits_cuda",
-           tcm_fast::philox_bits_cuda(at<int32_t>(out), at<int64_t>(sample), n, num_blocks,
-                                      at<int64_t>(seed), at<int64_t>(step), layer,
-                                      at<void>(stream)));
+  launched("philox_bits_cuda", tcm_fast::philox_bits_cuda(
+                                   at<int32_t>(out), at<int64_t>(sample), n, num_blocks,
+                                   at<int64_t>(seed), at<int64_t>(step), layer, at<void>(stream)));
 }
 
 void philox_normal_cuda(Address out, Address sample, int64_t n, int64_t elements, Address seed,
                         Address step, uint32_t layer, Address stream) {
   check("philox_normal_cuda", {out, sample, seed, step}, n, elements, elements / 4);
-  launched("philox_normal_cuda",
-           tcm_fast::philox_normal_cuda(at<float>(out), at<int64_t>(sample), n, elements,
-                                        at<int64_t>(seed), at<int64_t>(step), layer,
-                                        at<void>(stream)));
+  launched(
+      "philox_normal_cuda",
+      tcm_fast::philox_normal_cuda(at<float>(out), at<int64_t>(sample), n, elements,
+                                   at<int64_t>(seed), at<int64_t>(step), layer, at<void>(stream)));
 }
 
 void dropout_mask_cuda(Address out, Address sample, int64_t n, int64_t elements, Address seed,
@@ -191,17 +190,18 @@ void fused_step_cuda(Address table, int64_t tensors, int averages, Address chunk
   check_scale(name, {table, chunks, options, norm, skips, scratch}, scale, tracker);
   require(num_chunks >= 0 && num_chunks < int64_t{1} << 31, name,
           "chunks must be fewer than 2**31, got " + std::to_string(num_chunks));
-  require(num_rows >= 0 && num_rows <= num_chunks && longest >= 0 && longest < int64_t{1} << 31, name,
-          "rows must be among the chunks and below 2**31, got " + std::to_string(num_rows) + " of " +
-              std::to_string(longest));
+  require(num_rows >= 0 && num_rows <= num_chunks && longest >= 0 && longest < int64_t{1} << 31,
+          name,
+          "rows must be among the chunks and below 2**31, got " + std::to_string(num_rows) +
+              " of " + std::to_string(longest));
   const int64_t needed = tcm_fast::fused_step_scratch(tensors, num_chunks);
   require(scratch_size >= needed, name,
           "scratch must hold " + std::to_string(needed) + ", got " + std::to_string(scratch_size));
-  launched(name, tcm_fast::fused_step_cuda(
-                     at<int64_t>(table), tensors, averages, at<int32_t>(chunks), num_chunks,
-                     num_rows, longest, at<double>(options), at<double>(norm), at<int64_t>(skips),
-                     at<float>(scale), at<int32_t>(tracker), at<double>(scratch),
-                     at<void>(stream)));
+  launched(name,
+           tcm_fast::fused_step_cuda(at<int64_t>(table), tensors, averages, at<int32_t>(chunks),
+                                     num_chunks, num_rows, longest, at<double>(options),
+                                     at<double>(norm), at<int64_t>(skips), at<float>(scale),
+                                     at<int32_t>(tracker), at<double>(scratch), at<void>(stream)));
 }
 
 void store_options_cuda(Address to, const std::vector<double>& values, Address stream) {
@@ -240,7 +240,9 @@ std::vector<std::string> cuda_archs() {
 
 PYBIND11_MODULE(_C, m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  m.doc() = "Random numbers, dropout and optimizer steps on raw memory; tcm_fast.kernels checks and wraps them.";
+  m.doc() =
+      "Random numbers, dropout and optimizer steps on raw memory; tcm_fast.kernels checks and "
+      "wraps them.";
   m.def("has_cuda", [] { return *kCudaArchs != '\0'; }, "Was the CUDA half built?");
   m.def("cuda_archs", &cuda_archs, "Architectures of the CUDA half, such as ['80', '90'].");
   m.def("is_debug", [] { return kDebug; }, "Was it built with TCM_FAST_DEBUG=1?");

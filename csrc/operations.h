@@ -33,7 +33,8 @@ int cuda_driver_version();
 // The same on the device: seed and step are read from its memory, so that a graph can be replayed
 // with other values. Each returns nullptr or the error's text.
 const char* philox_bits_cuda(int32_t* out, const int64_t* sample, int64_t n, int64_t num_blocks,
-                             const int64_t* seed, const int64_t* step, uint32_t layer, void* stream);
+                             const int64_t* seed, const int64_t* step, uint32_t layer,
+                             void* stream);
 const char* philox_normal_cuda(float* out, const int64_t* sample, int64_t n, int64_t elements,
                                const int64_t* seed, const int64_t* step, uint32_t layer,
                                void* stream);
@@ -41,9 +42,9 @@ const char* dropout_mask_cuda(uint8_t* out, const int64_t* sample, int64_t n, in
                               const int64_t* seed, const int64_t* step, uint32_t layer,
                               uint32_t threshold, void* stream);
 
-// All addresses are the device's. chunks: int32 [num_chunks, 2], tensor and number within the tensor,
-// the last num_rows of them rows that are normalised, of `longest` elements at most; scratch: fp64
-// [fused_step_scratch(...)], zeros at first.
+// All addresses are the device's. chunks: int32 [num_chunks, 2], tensor and number within the
+// tensor, the last num_rows of them rows that are normalised, of `longest` elements at most;
+// scratch: fp64 [fused_step_scratch(...)], zeros at first.
 int64_t fused_step_scratch(int64_t tensors, int64_t num_chunks);
 const char* fused_step_cuda(const int64_t* table, int64_t tensors, int averages,
                             const int32_t* chunks, int64_t num_chunks, int64_t num_rows,

@@ -59,7 +59,8 @@ TCM_FAST_INLINE uint64_t kept_bytes(Words words, uint32_t threshold) {
   const uint32_t first = low_kept(words.w0, threshold) | high_kept(words.w0, threshold) << 8 |
                          low_kept(words.w1, threshold) << 16 | high_kept(words.w1, threshold) << 24;
   const uint32_t second = low_kept(words.w2, threshold) | high_kept(words.w2, threshold) << 8 |
-                          low_kept(words.w3, threshold) << 16 | high_kept(words.w3, threshold) << 24;
+                          low_kept(words.w3, threshold) << 16 |
+                          high_kept(words.w3, threshold) << 24;
   return first | static_cast<uint64_t>(second) << 32;
 }
 
@@ -85,19 +86,20 @@ struct Pair {
   float first, second;
 };
 
-// Box-Muller: sqrt(-2 ln u(radius_word)) · (cos, sin)(2π u(angle_word)), u(w) = ((w>>8) + 1/2) 2^-24.
+// Box-Muller: sqrt(-2 ln u(radius_word)) · (cos, sin)(2π u(angle_word)), u(w) = ((w>>8) + 1/2)
+// 2^-24.
 TCM_FAST_INLINE Pair normal_pair(uint32_t radius_word, uint32_t angle_word) {
-  // u = m 2^-25 with m odd; m 2^j in [2^24, 2^25), so -ln u = j ln 2 - log1p(-f) with f in (0, 1/2].
+  // u = m 2^-25 with m odd; m 2^j in [2^24, 2^25), so -ln u = j ln 2 - log1p(-f) with f in (0,
+  // 1/2].
   const uint32_t k = radius_word >> 8, m = 2 * k + 1;
   const float leading = static_cast<float>(static_cast<int32_t>(k ? 2 * k : 1));
   uint32_t bits;
   std::memcpy(&bits, &leading, sizeof bits);
   const uint32_t j = 24 + 127 - (bits >> 23);
-  const float f =
-      mul(static_cast<float>(static_cast<int32_t>((1u << 25) - (m << j))), 0x1p-25f);
+  const float f = mul(static_cast<float>(static_cast<int32_t>((1u << 25) - (m << j))), 0x1p-25f);
   // -2 log1p(-f) / f
-  const float logarithm[] = {2.0f,         1.00000238f, 0.666510344f, 0.503913581f, 0.350881547f,
-                             0.681492925f, -1.18017745f, 3.91974115f, -4.91792393f, 3.46722388f};
+  const float logarithm[] = {2.0f,         1.00000238f,  0.666510344f, 0.503913581f, 0.350881547f,
+                             0.681492925f, -1.18017745f, 3.91974115f,  -4.91792393f, 3.46722388f};
   const float radius = root(add(mul(static_cast<float>(static_cast<int32_t>(j)), 1.38629436f),
                                 mul(f, polynomial(f, logarithm))));
 

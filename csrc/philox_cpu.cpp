@@ -74,7 +74,8 @@ void apply_mask(float* out, const float* x, const uint8_t* kept, int64_t count, 
   }
 }
 
-// Channels 8·group ... 8·group + 7 of a [channels, pixels] sample: one block holds them at one pixel.
+// Channels 8·group ... 8·group + 7 of a [channels, pixels] sample: one block holds them at one
+// pixel.
 TCM_FAST_VECTOR
 void apply_to_planes(float* out, const float* x, int64_t pixels, int64_t group, int64_t groups,
                      uint32_t sample, Stream stream, uint32_t threshold, float scale) {

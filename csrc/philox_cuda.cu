@@ -19,8 +19,8 @@ dim3 grid_of(int64_t n, int64_t num_blocks) {
 // One thread makes one block of Philox, for the samples blockIdx.y, blockIdx.y + gridDim.y, ...
 template <typename Body>
 __global__ void __launch_bounds__(kThreads)
-for_each_block(const int64_t* sample, int64_t n, int64_t num_blocks, const int64_t* seed,
-               const int64_t* step, uint32_t layer, Body body) {
+    for_each_block(const int64_t* sample, int64_t n, int64_t num_blocks, const int64_t* seed,
+                   const int64_t* step, uint32_t layer, Body body) {
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (block >= num_blocks) return;
   const Stream stream(*seed, *step, layer);

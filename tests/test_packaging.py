@@ -42,10 +42,10 @@ def script(path, text):
 
 @pytest.fixture
 def toolchain(monkeypatch, tmp_path):
-    """build_support/toolchain.py on a machine without compilers and without a driver."""
+    """csrc/toolchain.py on a machine without compilers and without a driver."""
     for name in STEERING:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.syspath_prepend(ROOT / "build_support")
+    monkeypatch.syspath_prepend(ROOT / "csrc")
     module = importlib.import_module("toolchain")
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     monkeypatch.setattr(module, "TOOLKIT", tmp_path / "usual/cuda/bin")
@@ -61,7 +61,9 @@ def has_driver(toolchain, monkeypatch):
     """Gives the machine a driver that runs this CUDA, and GPUs of these architectures."""
 
     def give(major, minor, *archs):
-        monkeypatch.setattr(toolchain, "find_driver", lambda: toolchain.Driver((major, minor), archs))
+        monkeypatch.setattr(
+            toolchain, "find_driver", lambda: toolchain.Driver((major, minor), archs)
+        )
 
     return give
 
@@ -161,7 +163,7 @@ def test_debug_builds_are_asked_for_by_1(setup, monkeypatch):
 def test_the_hash_of_the_sources_is_the_one_the_library_looks_for(setup):
     assert setup["sources_hash"]() == _backend.sources_hash(ROOT / "csrc")
     listed = setup["SOURCES"] + setup["CUDA_SOURCES"] + setup["HEADERS"]
-    assert sorted(listed) == sorted(f"csrc/{path.name}" for path in ROOT.glob("csrc/*"))
+    assert sorted(listed) == sorted(f"csrc/{path.name}" for path in ROOT.glob("csrc/*[!y]"))
 
 
 # ---- nvcc where only a driver is ----------------------------------------------------------------
@@ -196,7 +198,7 @@ def test_cuda_12_has_no_wheel_of_nvcc(toolchain, has_driver, capsys):
 
 def test_the_build_asks_for_them(monkeypatch):
     pytest.importorskip("setuptools")
-    monkeypatch.syspath_prepend(ROOT / "build_support")
+    monkeypatch.syspath_prepend(ROOT / "csrc")
     backend = importlib.import_module("backend")
     monkeypatch.setattr(backend.toolchain, "nvcc_wheels", lambda: ["nvidia-cuda-nvcc>=13,<13.1"])
     for kind in ("wheel", "editable"):
@@ -233,7 +235,7 @@ def test_what_a_driver_is_asked(no_gpu, archs, tmp_path):
     code, output = run(
         ["-c", "import toolchain; print(toolchain.find_driver())"],
         tmp_path,
-        PYTHONPATH=str(ROOT / "build_support"),
+        PYTHONPATH=str(ROOT / "csrc"),
         LD_LIBRARY_PATH=str(tmp_path),
     )
     assert code == 0, output
@@ -241,7 +243,7 @@ def test_what_a_driver_is_asked(no_gpu, archs, tmp_path):
 
 
 def test_a_library_that_is_no_driver_is_none(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "build_support")
+    monkeypatch.syspath_prepend(ROOT / "csrc")
     toolchain = importlib.import_module("toolchain")
 
     class Stub:  # the toolkit's, to link with
@@ -299,7 +301,7 @@ def test_the_sdist_holds_everything(archives):
     with tarfile.open(archives[0]) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
-    for name in ("build_support", "csrc", "kernels", "benchmarks", "tests", "tcm_fast"):
+    for name in ("csrc", "kernels", "benchmarks", "tests", "tcm_fast"):
         wanted = [path for path in tracked.splitlines() if path.startswith(f"{name}/")]
         assert held.issuperset(wanted)
         assert any(path.startswith(f"{name}/") for path in held)

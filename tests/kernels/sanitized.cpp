@@ -1,5 +1,5 @@
-// What test_fused_step.py compiles together with the extension's CPU half under the sanitizers: every
-// buffer has its exact size, so that one element too far is noticed.
+// What test_fused_step.py compiles together with the extension's CPU half under the sanitizers:
+// every buffer has its exact size, so that one element too far is noticed.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -48,13 +48,18 @@ int main() {
           for (int64_t i = 0; i < size; ++i) reinterpret_cast<float*>(grad)[i] = 1e-3f * (i % 97);
         }
         const int64_t moment = variant == 4 || variant == 7 ? 2 * size : 4 * size;
-        const int64_t row[] = {tensor(4 * size), grad, grad ? tensor(moment) : 0,
-                               grad ? tensor(moment) : 0, grad ? tensor(4) : 0,
-                               variant ? tensor(wide ? 4 * size : 2 * size) : 0, size, kind % 4,
-                               variant == 2   ? kBfloat
+        const int64_t row[] = {tensor(4 * size),
+                               grad,
+                               grad ? tensor(moment) : 0,
+                               grad ? tensor(moment) : 0,
+                               grad ? tensor(4) : 0,
+                               variant ? tensor(wide ? 4 * size : 2 * size) : 0,
+                               size,
+                               kind % 4,
+                               variant == 2                   ? kBfloat
                                : variant == 4 || variant == 7 ? kMoments16
-                               : wide         ? kFloatCopy | kAverageNormalized
-                                              : 0,
+                               : wide                         ? kFloatCopy | kAverageNormalized
+                                                              : 0,
                                length};
         table.insert(table.end(), row, row + kFields);
         for (int k = 0; k < averages; ++k) table.push_back(tensor(4 * size));

@@ -1,7 +1,7 @@
-// As much of CUDA as the kernels use, on the host: a block's threads are coroutines that take turns from
-// one barrier or shuffle to the next, blocks run one after another. The
-// tests compile the .cu sources against it, `kernel<<<...>>>(` replaced by `emulate(...)(`; it shows
-// what the kernels compute and that their threads agree, not that nvcc or a GPU does the same.
+// As much of CUDA as the kernels use, on the host: a block's threads are coroutines that take turns
+// from one barrier or shuffle to the next, blocks run one after another. The tests compile the .cu
+// sources against it, `kernel<<<...>>>(` replaced by `emulate(...)(`; it shows what the kernels
+// compute and that their threads agree, not that nvcc or a GPU does the same.
 #pragma once
 
 #include <ucontext.h>
@@ -23,10 +23,18 @@
 #define __isGlobal(address) true
 #define __builtin_assume(holds) static_cast<void>(holds)
 
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }

@@ -1,9 +1,9 @@
-// The CUDA half's optimizer step beside the CPU half's, on the same tensors: equal bits, but for the
-// last ones where clipping or normalised rows bring in the order of summation.
-#include "fused_step_cuda.inc"
-
+// The CUDA half's optimizer step beside the CPU half's, on the same tensors: equal bits, but for
+// the last ones where clipping or normalised rows bring in the order of summation.
 #include <cstdio>
 #include <memory>
+
+#include "fused_step_cuda.inc"
 
 using namespace tcm_fast;
 
@@ -47,8 +47,8 @@ struct Tensors {
                                variant ? of(wide ? 4 * size : 2 * size, false) : 0,
                                size,
                                variant % 4,
-                               (shift || length % 4 ? 0 : kAligned) |
-                                   (variant == 2 ? kBfloat : 0) | (is_short ? kMoments16 : 0) |
+                               (shift || length % 4 ? 0 : kAligned) | (variant == 2 ? kBfloat : 0) |
+                                   (is_short ? kMoments16 : 0) |
                                    (wide ? kFloatCopy | kAverageNormalized : 0),
                                length};
         table.insert(table.end(), row, row + kFields);
@@ -90,15 +90,17 @@ int main() {
       int32_t tracker[2] = {};
       for (int step = 0; step < 7; ++step) {
         for (Tensors* tensors : {&a, &b}) {
-          // One element that is not finite, of a tensor with 16-byte accesses, one without, and a row.
+          // One element that is not finite, of a tensor with 16-byte accesses, one without, and a
+          // row.
           const int64_t* row = &tensors->table[(40 + (step == 4 ? 6 : step % 2)) * width];
           const float bad[] = {1, 1, INFINITY, NAN, INFINITY, 1, 1};
           reinterpret_cast<float*>(row[kGrad])[9999] = bad[step];
         }
         fused_step_cpu(a.table.data(), rows, averages, options.data(), &norm[0], &skips[0],
                        &scale[0], &tracker[0], 1);
-        fused_step_cuda(b.table.data(), rows, averages, chunks.data(), count, lines, longest, on_device.data(),
-                        &norm[1], &skips[1], &scale[1], &tracker[1], scratch.data(), nullptr);
+        fused_step_cuda(b.table.data(), rows, averages, chunks.data(), count, lines, longest,
+                        on_device.data(), &norm[1], &skips[1], &scale[1], &tracker[1],
+                        scratch.data(), nullptr);
         for (Tensors* tensors : {&a, &b}) {
           for (int64_t row : {40, 41, 46}) {
             reinterpret_cast<float*>(tensors->table[row * width + kGrad])[9999] = 1;
@@ -133,7 +135,8 @@ int main() {
                 const auto* v = static_cast<const uint16_t*>(y) + i;
                 same &= is_short || std::abs(*u - *v) <= 1;
               } else {
-                const float u = static_cast<const float*>(x)[i], v = static_cast<const float*>(y)[i];
+                const float u = static_cast<const float*>(x)[i],
+                            v = static_cast<const float*>(y)[i];
                 same &= std::abs(u - v) <= (is_short ? 1e-2f : 1e-5f) * (std::abs(u) + 1e-2f);
               }
             }

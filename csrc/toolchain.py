@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
-TOOLKIT = Path("/usr/local/cuda/bin")  # where NVIDIA's packages put it, often without a place on PATH
+TOOLKIT = Path(
+    "/usr/local/cuda/bin"
+)  # where NVIDIA's packages put it, often without a place on PATH
 # Of these wheels nvcc needs all, of one version: its parts read each other's intermediate files.
 NVCC_WHEELS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime")
 FIRST_WHEELS = 13  # CUDA 12's wheels of this name hold ptxas alone
