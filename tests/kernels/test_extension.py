@@ -30,7 +30,7 @@ def extension():
 
 
 def arguments_of(node):
-    assert not (node.args.vararg or node.args.kwonlyargs or node.args.defaults)
+    assert not [*filter(None, [node.args.vararg]), *node.args.kwonlyargs, *node.args.defaults]
     return [argument.arg for argument in node.args.args]
 
 
