@@ -7,6 +7,7 @@ Compiles each operation's `specialisations` with Triton, reads the machine code 
 Triton brings, and lists the kernels of the C++ extension beside them. Nothing is timed. fp16 is compiled
 for sm_80 and sm_90 only: it differs from bf16 in conversions. The report carries a hash of each operation's
 sources, by which a test sees that it is not of other ones; rows of the other operations stay in FILE.
+`--only _C` lists the extension's kernels, as it was built here: with TCM_FAST_CUDA=1 and all architectures.
 """
 
 import argparse
@@ -196,10 +197,14 @@ def report(archs: list[int], only: str = "", jobs: int | None = None) -> dict[st
     with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
         futures = [pool.submit(compile_variant, *task) for task in tasks]
         rows = [future.result() for future in track(futures, "compiling")]
+    sources = {name: sources_hash(name) for name in chosen}
+    if only in ("", "_C") and (extension := extension_rows()):
+        rows += extension
+        sources["_C"] = importlib.import_module("tcm_fast._C").SOURCES
     return {
-        "sources": {name: sources_hash(name) for name in chosen},
+        "sources": sources,
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "rows": rows + (extension_rows() if not only or only == "_C" else []),
+        "rows": rows,
     }
 
 

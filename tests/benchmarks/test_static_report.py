@@ -20,7 +20,9 @@ from tcm_fast.benchmarks.static_report import (
     summary,
     tasks_for,
 )
+from tcm_fast.kernels import _backend
 
+CSRC = Path(__file__).parents[2] / "csrc"
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "static_report.json"
 
 
@@ -54,6 +56,9 @@ def test_the_recorded_report_is_of_these_sources_and_clean():
     changed = [name for name in OPERATIONS if recorded["sources"].get(name) != sources_hash(name)]
     assert not changed, "these kernels have changed since the report"
     rows = recorded["rows"]
+    if CSRC.is_dir():  # not beside a wheel
+        assert recorded["sources"]["_C"] == _backend.sources_hash(CSRC), "csrc/ has changed since"
+    assert {row["arch"] for row in rows if row["operation"] == "_C"} == set(ARCHS)
     for operation in OPERATIONS:
         found = [(row["arch"], row["site"]) for row in rows if row["operation"] == operation]
         assert len(found) == len(tasks_for(operation, list(ARCHS)))
