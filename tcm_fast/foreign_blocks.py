@@ -185,9 +185,9 @@ def _edm2_obstacle(module: Any) -> str:
     return ""
 
 
-def _edm2_forward(self: Any, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-    if not 0 <= self.dropout < 1:
-        return original_forward(self, x, emb)
+def _edm2_forward(self: Any, x: torch.Tensor, emb: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    if args or any(kwargs.values()) or not 0 <= self.dropout < 1:  # TCM's emb_norm
+        return original_forward(self, x, emb, *args, **kwargs)
     mode = self.resample_mode
     if self.flavor == "enc":
         if mode != "keep":
@@ -199,7 +199,9 @@ def _edm2_forward(self: Any, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor
         h = F.silu(x) * (1 / MP_SILU)
     h = self.conv_res0(h)
     gain = self.emb_gain.to(torch.promote_types(h.dtype, torch.float32)).reshape(())  # FastGen: [1]
-    h = modulate_mp_silu(h, self.emb_linear(emb), gain, **dropped(self, h, self.dropout))
+    drops = h.shape[-1] in getattr(self, "dout_resolutions", h.shape[-1:])  # TCM's drop at some
+    drop = dropped(self, h, self.dropout if drops else 0.0)
+    h = modulate_mp_silu(h, self.emb_linear(emb), gain, **drop)
     h = self.conv_res1(h)
     if self.flavor == "dec" and self.conv_skip is not None:
         x = self.conv_skip(x)

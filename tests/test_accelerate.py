@@ -376,6 +376,33 @@ def test_sequential_with_shared_and_indexed_modules():
 # ---- what others do with a model afterwards -------------------------------------------------------
 
 
+def test_blocks_that_drop_at_some_resolutions_and_take_a_flag():
+    """TCM's EDM2 block: `emb_norm` is passed to it, and it drops at `dout_resolutions` only."""
+    torch.manual_seed(0)
+
+    class Block(theirs.Block):
+        def forward(self, x, emb, emb_norm=False):
+            assert not emb_norm
+            kept, self.dropout = self.dropout, self.dropout * (self.size in self.dout_resolutions)
+            out = super().forward(x, emb)
+            self.dropout = kept
+            return out
+
+    x, emb = torch.randn(2, 16, 8, 8), torch.randn(2, 8)
+    for mode, resolution in (("keep", 8), ("down", 4), ("up", 16)):
+        block = Block(16, 32, 8, "enc", mode, dropout=0.4).train()
+        block.size = resolution
+        for resolutions, drops in (([resolution], True), ([32], False)):
+            block.dout_resolutions = resolutions
+            expected = block(x, emb, emb_norm=False)
+            report = tcm_fast.accelerate(block)
+            assert [entry.kind for entry in report.replaced] == ["EDM2 Block"]
+            out = block(x, emb, emb_norm=False)
+            assert torch.allclose(out, expected, atol=1e-5) != drops
+            assert torch.equal(out, block(x, emb, emb_norm=False)) != drops
+            tcm_fast.restore(block)
+
+
 @pytest.mark.parametrize("family", ["EDM, scale and shift", "EDM2", "diffusers"])
 def test_compiled_afterwards(family):
     make, channels = FAMILIES[family]
