@@ -121,12 +121,13 @@ def _shape(like: Like) -> str:
 
 
 def public_operations() -> dict[FunctionType, str]:
-    """The public functions of the files of `tcm_fast.kernels` that bear the file's name."""
+    """The public functions of the files of `tcm_fast.kernels` that bear the file's name and have Triton
+    kernels (the optimizer's are measured in `optimizers.py`)."""
     found: dict[FunctionType, str] = {}
     for info in pkgutil.iter_modules(tcm_fast.kernels.__path__):
         module = importlib.import_module(f"tcm_fast.kernels.{info.name}")
         function = getattr(module, info.name, None)
-        if inspect.isfunction(function):
+        if inspect.isfunction(function) and hasattr(module, "specialisations"):
             found[function] = info.name
     return found
 
