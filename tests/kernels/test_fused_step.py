@@ -871,9 +871,8 @@ def test_the_cpu_half_is_clean_under_the_sanitizers(tmp_path):
     assert (ran.returncode, ran.stdout) == (0, "clean\n"), ran.stderr
 
 
-@pytest.mark.slow
-def test_the_cuda_half_computes_what_the_cpu_half_does_where_threads_stand_for_a_gpus(tmp_path):
-    """Its source, compiled for the host: the same bits, but for orders of summation."""
+def emulated(folder, name, *sources):
+    """A program with the CUDA half's source compiled for the host, threads in the place of a GPU's."""
     cuda = (ROOT / "csrc/fused_step_cuda.cu").read_text()
     cuda, launches = re.subn(r"(\w+)<<<(.*?)>>>\(", r"emulate(\1, \2)(", cuda)
     assert launches == 5
@@ -881,13 +880,31 @@ def test_the_cuda_half_computes_what_the_cpu_half_does_where_threads_stand_for_a
         "extern __shared__ float4 kept[];",
         "float4* kept = reinterpret_cast<float4*>(dynamic_shared);",
     )
-    (tmp_path / "fused_step_cuda.inc").write_text(cuda)
-    emulated = ROOT / "tests/kernels/emulated"
-    program = build_program(
-        tmp_path,
+    (folder / "fused_step_cuda.inc").write_text(cuda)
+    headers = ROOT / "tests/kernels/emulated"
+    return build_program(
+        folder,
         "undefined",
-        *("-DTCM_FAST_WITH_CUDA", "-pthread", f"-I{emulated}", f"-I{tmp_path}"),
-        *(emulated / "fused_step.cpp", ROOT / "csrc/fused_step_cpu.cpp"),
+        *("-DTCM_FAST_WITH_CUDA", "-pthread", f"-I{headers}", f"-I{folder}"),
+        *(headers / name, *sources),
     )
+
+
+@pytest.mark.slow
+def test_the_cuda_half_computes_what_the_cpu_half_does_where_threads_stand_for_a_gpus(tmp_path):
+    """The same bits, but for orders of summation."""
+    program = emulated(tmp_path, "fused_step.cpp", ROOT / "csrc/fused_step_cpu.cpp")
     ran = subprocess.run([program], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, "equal\n"), ran.stdout + ran.stderr
+
+
+@pytest.mark.slow
+def test_the_bytes_that_a_parameter_moves(tmp_path):
+    """42 for fp32 Adam or RAdam with clipping, an average and a 16-bit copy, 46 where rows are normalised:
+    the norm needs gradients twice, and projected ones weights too."""
+    ran = subprocess.run([emulated(tmp_path, "bytes.cpp")], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    counted = [line.split() for line in ran.stdout.splitlines()]
+    assert len(counted) == 16
+    assert {int(count) for rows, count in counted if rows == "0"} == {42}
+    assert {int(count) for rows, count in counted if rows == "1"} == {46}

@@ -23,18 +23,38 @@
 #define __isGlobal(address) true
 #define __builtin_assume(holds) static_cast<void>(holds)
 
-struct alignas(16) float4 {
-  float x, y, z, w;
+// Vectors note what is read from and written to memory that `is_counted`.
+inline std::function<bool(const void*)> is_counted;
+inline int64_t bytes_moved = 0;
+template <typename T>
+inline const T& noted(const T& at) {
+  if (is_counted && is_counted(&at)) bytes_moved += sizeof(T);
+  return at;
+}
+template <typename T>
+struct alignas(4 * sizeof(T)) Vector4 {
+  T x, y, z, w;
+  Vector4(T x, T y, T z, T w) : x(x), y(y), z(z), w(w) {}
+  Vector4(const Vector4& from) : Vector4(noted(from).x, from.y, from.z, from.w) {}
+  void operator=(const Vector4& from) {
+    noted(*this);
+    x = from.x, y = from.y, z = from.z, w = from.w;
+  }
 };
-struct alignas(8) int2 {
-  int x, y;
+template <typename T>
+struct alignas(2 * sizeof(T)) Vector2 {
+  T x, y;
+  Vector2(T x, T y) : x(x), y(y) {}
+  Vector2(const Vector2& from) : Vector2(noted(from).x, from.y) {}
+  void operator=(const Vector2& from) {
+    noted(*this);
+    x = from.x, y = from.y;
+  }
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
+using float4 = Vector4<float>;
+using uint4 = Vector4<unsigned>;
+using uint2 = Vector2<unsigned>;
+using int2 = Vector2<int>;
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
