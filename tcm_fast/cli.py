@@ -7,6 +7,7 @@ torch is imported when a command runs, not before: `--help` has to come up at on
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from tcm_fast import plan_command
 from tcm_fast.config import Config, PhaseName, Precision, load_config, load_preset, preset_names
 from tcm_fast.plan_command import Plan
 
-FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
+FAILED, USER_MISTAKE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 STOPPED = 75  # asked to stop and saved: --resume auto goes on (sysexits' EX_TEMPFAIL)
 MOST_COLUMNS = 32  # of a grid with one for each class
 
@@ -101,11 +102,15 @@ class Pack:
     mapped into memory, for sets that do not fit there."""
 
     source: Positional[str]
+    """What `train --data` takes: a folder (of classes), a zip, an npz, ..."""
     destination: Positional[Path]
+    """A name that ends in .zip, or a folder's."""
     resolution: Annotated[int | None, arg(aliases=["--size"])] = None
     """Centre-crop and resize to this many pixels."""
     skip_corrupt: bool = False
+    """Leave out images that cannot be read."""
     overwrite: bool = False
+    """Replace what is there."""
 
 
 @dataclass
@@ -113,8 +118,11 @@ class Info:
     """Describe a set of images."""
 
     source: Positional[str]
+    """What `train --data` takes: a folder (of classes), a zip, an npz, ..."""
     resolution: int | None = None
+    """As they would be, cropped and resized to this many pixels."""
     skip_corrupt: bool = False
+    """Leave out images that cannot be read."""
 
 
 @dataclass
@@ -688,8 +696,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else list(argv)
     warnings.formatwarning = lambda message, *_, **__: f"tcm-fast: warning: {message}\n"
     try:
-        command = parse(arguments or ["--help"])
-        status = COMMANDS[type(command)](command)
+        try:
+            command = parse(arguments or ["--help"])
+            status = COMMANDS[type(command)](command)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = BROKEN_PIPE
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         if not is_users_mistake(error):
             raise

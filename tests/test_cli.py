@@ -61,6 +61,18 @@ def run(*argv):
     return stop.value.code
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["data", "info", "digits"]])
+def test_a_reader_that_has_seen_enough(arguments):
+    """As in `tcm-fast train --help | head`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tcm_fast", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
 def test_help_is_quick_and_imports_no_torch():
     code = "import sys; from tcm_fast.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'scipy' not in sys.modules"
