@@ -1,5 +1,5 @@
-"""The command line: `tcm-fast train | plan | sample | eval | data | ema | convert | bench | doctor`:
-arguments and words.
+"""The command line: `tcm-fast train | plan | sample | eval | search-times | data | ema | convert | bench |
+doctor`: arguments and words.
 
 torch is imported when a command runs, not before: `--help` has to come up at once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +19,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
-from tcm_fast import plan_command
+from tcm_fast import eval_command, plan_command
 from tcm_fast.config import Config, PhaseName, Precision, load_config, load_preset, preset_names
+from tcm_fast.eval_command import Eval, SearchTimes, run_config
 from tcm_fast.plan_command import Plan
 
 FAILED, USER_MISTAKE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
@@ -77,23 +79,6 @@ class Sample:
     device: str = "auto"
     precision: Precision | None = None
     """Arithmetic of the network; by default fp16 on a GPU and fp32 elsewhere."""
-
-
-@dataclass
-class Eval:
-    """Judge a network: Fréchet distance, recognisable samples, memorised samples."""
-
-    source: Positional[Path]
-    """A run, a checkpoint or a network file."""
-    data: str | None = None
-    """Images to compare with; by default those of the run."""
-    features: str | None = None
-    """Feature space: digits, random, inception:WEIGHTS or a TorchScript file; by default that of the run."""
-    steps: tuple[int, ...] = (1, 2)
-    num: int = 0
-    """Samples; 0 takes as many as there are images to compare with."""
-    seed: int = 0
-    device: str = "auto"
 
 
 @dataclass
@@ -228,8 +213,9 @@ def parse(argv: Sequence[str]) -> Any:
     """The command that the arguments ask for. Presets and files are the defaults that flags override."""
     command = Annotated[Train, subcommand("train", default=_train_defaults(argv))]
     command |= Annotated[Plan, subcommand("plan", default=_plan_defaults(argv))]  # type: ignore[assignment]
-    for kind in (Sample, Eval, Data, Ema, Convert, Bench, Doctor):
-        command |= Annotated[kind, subcommand(kind.__name__.lower())]  # type: ignore[assignment]
+    for kind in (Sample, Eval, SearchTimes, Data, Ema, Convert, Bench, Doctor):
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower()
+        command |= Annotated[kind, subcommand(name)]  # type: ignore[assignment]
     epilog = f"Presets: {', '.join(preset_names())}."
     return tyro.cli(command, prog="tcm-fast", args=list(argv), description=f"{SUMMARY} {epilog}")  # type: ignore[call-overload]
 
@@ -395,77 +381,6 @@ def sample(args: Sample) -> int:
         turn = [labels[(args.start + i) % len(labels)] for i in range(len(labels))]
         print(f"columns: {', '.join(str(names[k]) if known else f'class {k}' for k in turn)}")
     return 0
-
-
-def evaluate(args: Eval) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    from tcm_fast import metrics
-    from tcm_fast.checkpoint import load_network
-    from tcm_fast.data import load_images
-    from tcm_fast.distributed import join
-    from tcm_fast.features import feature_space
-
-    config = run_config(args.source)
-    source = args.data or config.data.source
-    if not source:
-        raise ValueError(
-            f"eval: no images to compare with, give --data ({args.source} is not a run)"
-        )
-    features = args.features or config.eval.features
-    if not features:
-        raise ValueError(
-            "eval: no feature space, give --features digits, random, inception:WEIGHTS or a TorchScript file"
-        )
-    workers = join(args.device)
-    net = load_network(args.source, device=workers.device)
-    images = load_images(
-        source, skip_corrupt=config.data.skip_corrupt, resolution=config.data.resolution
-    )
-    space = feature_space(features, device=workers.device)
-    steps = (None,) if net.info["phase"] == "edm" else args.steps
-    shared = workers if workers.world > 1 else None
-    reports = {
-        n: metrics.evaluate_network(
-            net, images, space, steps=n, num=args.num, seed=args.seed, workers=shared
-        )
-        for n in steps
-    }
-    if not workers.is_main:
-        return 0
-    table = Table(title=f"{args.source}: {next(iter(reports.values())).num} samples, {space.name}")
-    table.add_column("")
-    for n in reports:
-        table.add_column(
-            "Heun" if n is None else f"{n} step{'s' if n > 1 else ''}", justify="right"
-        )
-    table.add_column("real", justify="right")
-    for label, name in EVAL_ROWS.items():
-        values = [getattr(r, name) for r in reports.values()]
-        values.append(getattr(next(iter(reports.values())), f"{name}_real", None))
-        table.add_row(label, *("" if v is None else f"{v:.3f}" for v in values))
-    Console().print(table)
-    return 0
-
-
-def run_config(path: Path) -> Config:
-    """The configuration of the run that a path lies in; the defaults where it lies in none."""
-    for folder in (path, *path.resolve().parents):
-        if (folder / "config.json").is_file():
-            return load_config(folder / "config.json")
-    return Config()
-
-
-EVAL_ROWS = {
-    "Fréchet distance": "frechet",
-    "confidently classified": "confident",
-    "... of uniform noise": "confident_noise",
-    "distance to nearest training image, median": "nearest",
-    "... 1st percentile": "nearest_1st",
-    "nearer than 99 % of real images": "memorised",
-    "copies of a training image": "copied",
-}
 
 
 def data(args: Data) -> int:
@@ -682,7 +597,8 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Train: train,
     Plan: plan_command.run,
     Sample: sample,
-    Eval: evaluate,
+    Eval: eval_command.run,
+    SearchTimes: eval_command.search,
     Data: data,
     Ema: ema,
     Bench: bench,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from tcm_fast import metrics
+from tcm_fast import denoising, metrics
 from tcm_fast.config import Config
 from tcm_fast.data import ImageData
 from tcm_fast.distributed import Workers
@@ -66,6 +66,7 @@ class Gallery:
                     self.log.warn("grid_failed", f"{error}; training goes on")
             if phase.name in CONSISTENCY:
                 self.watch_spread(phase, metrics.spread(images.numpy()))
+                self.watch_denoising(phase, net or phase.average())
 
     def watch_spread(self, phase: Phase, spread: float) -> None:
         """Warn where one-step samples become nearly alike, or vary more than the data: a consistency
@@ -82,6 +83,16 @@ class Gallery:
             f"{spread:.2g}, once {phase.widest_spread:.2g}, the data's {data_spread:.2g}): the "
             "consistency function is collapsing; raise --tcm.boundary-weight or lower the rate",
         )
+
+    def watch_denoising(self, phase: Phase, net: Precond) -> None:
+        """Log how well the first average denoises in one call, at the noise levels it is trained for."""
+        if self.space is None:
+            return
+        lowest = getattr(phase.config, "t_prime", None) or 0.0
+        times = [t for t in denoising.TIMES if t >= lowest]
+        found = denoising.distances(net, self.data, self.space, times=times)
+        distances = {f"{t:g}": distance for t, distance in found.items()}
+        self.log.write(denoising.EVENT, phase=phase.name, images=phase.images, distances=distances)
 
     def evaluate(self, net: Precond, steps: int | None) -> metrics.Report:
         """Quality in so many steps, None for the Heun solver; all processes have to call it."""

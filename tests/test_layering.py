@@ -30,6 +30,7 @@ sampler
 precision_check
 features
 metrics
+denoising time_search
 plan footprint
 cards recipes
 budget
@@ -43,7 +44,7 @@ inert_pickle
 torch_files
 convert accelerate
 export diffusers_folder
-plan_command
+plan_command eval_command
 cli
 __init__ __main__
 """

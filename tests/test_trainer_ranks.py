@@ -21,6 +21,7 @@ from tiny_runs import (
 )
 
 from tcm_fast.checkpoint import load_checkpoint
+from tcm_fast.kernels.normalized_copy import normalized_rows
 from tcm_fast.run_folder import newest_checkpoint
 
 STEPS = 20
@@ -143,7 +144,15 @@ def test_normalised_rows_and_a_learned_variance(engine, start, tmp_path):
         for file in ("model", "ema-0"):
             one, two = (checkpoint.network_tensors(file) for checkpoint in saved)
             assert one.keys() == two.keys()
+            if (
+                file == "model"
+            ):  # whose rows the one optimizer normalises after a step, the other before
+                one, two = forced(one), forced(two)
             assert relative_difference(one, two) <= 1e-5
+
+
+def forced(tensors):
+    return {k: normalized_rows(v) if v.ndim > 1 else v for k, v in tensors.items()}
 
 
 @pytest.mark.slow
