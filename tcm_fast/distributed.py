@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -107,8 +109,41 @@ def join(device: str = "auto") -> Workers:
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        fresh = dist.PrefixStore(agree_on_a_start(store, rank, world), store)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=fresh, rank=rank, world_size=world)
     return Workers(dist.get_rank(), dist.get_world_size(), chosen, _host_group())
+
+
+def agree_on_a_start(store: Any, rank: int, world: int, patience: float = 1800.0) -> str:
+    """A name that the processes of this start have in common, and no earlier start had.
+
+    torchrun keeps one store through all its restarts (pytorch issue 135712): what a killed process left
+    there, such as the address it listened at, would be taken for its successor's. Restarts are counted by
+    each host for itself, so that the count is no such name. Here rank 0 names the start and the others
+    sign under that name; one who signed under a dead rank 0's does not find its own signature in the list
+    that was closed, and looks again. TimeoutError after `patience` seconds."""
+    own = uuid.uuid4().hex
+    end = time.monotonic() + patience
+    if rank == 0:
+        store.set("start", own)
+    while time.monotonic() < end:
+        if rank == 0:
+            signed = [f"{own}/{other}" for other in range(1, world)]
+            if store.check(signed):
+                store.set(f"{own}/all", b",".join(store.get(key) for key in signed))
+                return own
+        elif store.check(["start"]):
+            start = store.get("start").decode()
+            store.set(f"{start}/{rank}", own)
+            if store.check([f"{start}/all"]) and own in store.get(f"{start}/all").decode():
+                return start
+        time.sleep(0.02)
+    raise TimeoutError(
+        f"join: rank {rank} of {world} waited {patience:g} s for the others to start; is "
+        f"each of them running, and with the same MASTER_ADDR and MASTER_PORT?"
+    )
 
 
 _host_groups: dict[int, Any] = {}
