@@ -30,7 +30,7 @@ namespace tcm_fast {
 enum Field {
   kParam,     // fp32 [numel]
   kGrad,      // fp32 [numel], or 0: only averages and copy follow the weights
-  kExpAvg,    // fp32 or bf16 [numel]; 0 without gradient, as the next two
+  kExpAvg,    // fp32 or bf16 [numel], or 8-bit; 0 without gradient, as the next two
   kExpAvgSq,  // likewise
   kStep,      // fp32 scalar, steps taken
   kCopy,      // 16-bit [numel], or 0
@@ -45,6 +45,7 @@ constexpr int64_t kBfloat = 2;              // the copy is bf16, else fp16
 constexpr int64_t kMoments16 = 4;           // the moments are bf16, rounded at random
 constexpr int64_t kFloatCopy = 8;           // the copy is fp32
 constexpr int64_t kAverageNormalized = 16;  // averages see new rows normalised, else as updated
+constexpr int64_t kMoments8 = 32;           // the moments are 8-bit, by blocks; kAligned too
 
 // The options are fp64: these, then one beta for each average, then kGroupFields for each group.
 enum Option { kMaxNorm, kGrowth, kBackoff, kInterval, kSeed, kOptions };
@@ -168,6 +169,53 @@ TCM_FAST_INLINE void update_element_16(float& param, float grad, uint16_t& exp_a
   update_element(param, grad, first, second, factor, c);
   exp_avg = to_bfloat_at_random(first, word & 0xFFFFu);
   exp_avg_sq = to_bfloat_at_random(second, word >> 16);
+}
+
+// Moments of 8 bits are floats with three bits of mantissa, each block of kBlock8 elements (of a
+// row, where rows are normalised; the last block of a row or tensor may be shorter) with exponents
+// of its own: kTop1 = 127 magnitudes and a sign for the first moment, kTop2 = 255 for the second.
+// The largest magnitude has the block's exponent and a full mantissa, code 0 is zero. A moment is
+// one array of bytes: the codes [numel], then the blocks' exponents. Floats, and blocks scaled by
+// powers of two, for a value then stays one whatever the rest of its block does, and random
+// rounding adds nothing to a moment that does not move.
+constexpr int64_t kBlock8 = 128;
+constexpr uint32_t kTop1 = 127, kTop2 = 255;
+
+TCM_FAST_INLINE int64_t blocks_in(int64_t count) { return (count + kBlock8 - 1) / kBlock8; }
+
+// Of a block whose largest magnitude has these bits; no less than what keeps all codes normal.
+TCM_FAST_INLINE uint32_t exponent_of_block(uint32_t largest) {
+  const uint32_t exponent = (largest + 0xFFFFFu) >> 23;
+  return exponent < 32u ? 32u : exponent;
+}
+
+TCM_FAST_INLINE float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+TCM_FAST_INLINE uint32_t first_code(uint32_t exponent, uint32_t top) {
+  return (exponent << 3 | 7u) - top;  // the top 11 bits of the float that code 0 would be
+}
+
+TCM_FAST_INLINE float from_8_bits(uint32_t code, uint32_t exponent, uint32_t top) {
+  const uint32_t magnitude = code & top;
+  const uint32_t bits = magnitude ? (first_code(exponent, top) + magnitude) << 20 : 0u;
+  return float_of(bits | (code & ~top) << 24);
+}
+
+// To one of the two neighbours at random. What lies below the least magnitude becomes that or zero,
+// but a second moment only if it is zero: a step divides by its root.
+TCM_FAST_INLINE uint32_t to_8_bits(float x, uint32_t exponent, uint32_t top,
+                                   uint32_t random_16_bits) {
+  const uint32_t bits = bits_of(x), size = bits & 0x7FFFFFFFu, zero = first_code(exponent, top);
+  const uint32_t least = (zero + 1u) << 20;
+  const uint32_t above = (size + (random_16_bits << 4 | 8u)) >> 20;
+  const float bar = mul(float_of(least), (static_cast<float>(random_16_bits) + 0.5f) * 0x1p-16f);
+  const bool up = top == kTop2 ? size != 0u : float_of(size) > bar;
+  const uint32_t code = size < least ? static_cast<uint32_t>(up) : above - zero;
+  return code | (bits >> 31) * ((top + 1u) & 0xFFu);
 }
 
 // What a row is multiplied by, from its sum of squares: to be normalised, and to be the copy.

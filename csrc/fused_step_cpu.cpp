@@ -20,6 +20,7 @@ namespace {
 constexpr int64_t kSerial = 1 << 15;
 // Weights that stay in the first-level cache until averages and copy have taken them.
 constexpr int64_t kRun = 1024;
+static_assert(kRun % kBlock8 == 0 && kChunk % kBlock8 == 0, "runs begin where blocks do");
 
 // Elements of one tensor; where its rows are normalised, whole rows, and `line` is the first's
 // number among all such.
@@ -101,6 +102,28 @@ void update_16(float* param, const float* grad, uint16_t* exp_avg, uint16_t* exp
   }
 }
 
+// Codes of up to kBlock8 elements to floats.
+TCM_FAST_VECTOR
+void widen_8(float* out, const uint8_t* codes, int64_t count, uint32_t exponent, uint32_t top) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = from_8_bits(codes[i], exponent, top);
+}
+
+// And back; returns the block's new exponent. The random bits are those from `shift` on.
+TCM_FAST_VECTOR
+uint8_t narrow_8(uint8_t* codes, const float* x, const uint32_t* words, int shift, int64_t count,
+                 uint32_t top) {
+  uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, bits_of(x[i]) & 0x7FFFFFFFu);
+  const uint32_t exponent = exponent_of_block(largest);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    codes[i] = static_cast<uint8_t>(to_8_bits(x[i], exponent, top, words[i] >> shift & 0xFFFFu));
+  }
+  return static_cast<uint8_t>(exponent);
+}
+
 TCM_FAST_VECTOR
 void follow(float* average, const float* param, int64_t count, float weight, float keep) {
 #pragma omp simd
@@ -144,17 +167,42 @@ struct Run {
 
   void update_with(const float* grad, int64_t i, int64_t count) const {
     TCM_FAST_BOUNDS(i, count, row[kNumel]);
-    if (row[kFlags] & kMoments16) {
-      uint32_t words[kRun + 4];
+    uint32_t words[kRun + 4];
+    const int64_t before = i % 4;  // elements of the first block that come before
+    if (row[kFlags] & (kMoments16 | kMoments8)) {
       const Stream stream = moments_stream(options, *at<float>(row, kStep));
-      const int64_t before = i % 4;  // elements of the first block that come before
       TCM_FAST_BOUNDS(before, count, kRun + 4);
       random_words(words, i / 4, blocks_of(before + count, 4), tensor, stream);
+    }
+    if (row[kFlags] & kMoments8) {
+      update_8(grad, words + before, i, count);
+    } else if (row[kFlags] & kMoments16) {
       update_16(param(i), grad, at<uint16_t>(row, kExpAvg) + i, at<uint16_t>(row, kExpAvgSq) + i,
                 words + before, count, factor, coefficients);
     } else {
       update(param(i), grad, at<float>(row, kExpAvg) + i, at<float>(row, kExpAvgSq) + i, count,
              factor, coefficients);
+    }
+  }
+  // Runs begin where blocks do.
+  void update_8(const float* grad, const uint32_t* words, int64_t i, int64_t count) const {
+    const int64_t length = row[kRow] ? row[kRow] : row[kNumel];
+    const int64_t first = i / length * blocks_in(length) + i % length / kBlock8;
+    TCM_FAST_BOUNDS(first, blocks_in(count), row[kNumel] / length * blocks_in(length));
+    uint8_t *codes1 = at<uint8_t>(row, kExpAvg), *codes2 = at<uint8_t>(row, kExpAvgSq);
+    uint8_t *exponents1 = codes1 + row[kNumel] + first, *exponents2 = codes2 + row[kNumel] + first;
+    codes1 += i, codes2 += i;
+    float moment1[kRun], moment2[kRun];
+    for (int64_t k = 0; k < count; k += kBlock8) {
+      const int64_t size = std::min(kBlock8, count - k);
+      widen_8(moment1 + k, codes1 + k, size, exponents1[k / kBlock8], kTop1);
+      widen_8(moment2 + k, codes2 + k, size, exponents2[k / kBlock8], kTop2);
+    }
+    update(param(i), grad, moment1, moment2, count, factor, coefficients);
+    for (int64_t k = 0; k < count; k += kBlock8) {
+      const int64_t size = std::min(kBlock8, count - k);
+      exponents1[k / kBlock8] = narrow_8(codes1 + k, moment1 + k, words + k, 0, size, kTop1);
+      exponents2[k / kBlock8] = narrow_8(codes2 + k, moment2 + k, words + k, 16, size, kTop2);
     }
   }
   void move_averages(int64_t i, int64_t count) const {

@@ -11,6 +11,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPrepareThreads = 512;
 static_assert(kChunk % (4 * kThreads) == 0, "a chunk is a whole number of rounds");
+static_assert(kBlock8 == 4 * 32, "a warp has a block");
 // Elements of a row that a block keeps on chip; further ones it reads again from the second-level
 // cache.
 constexpr int64_t kKept = 11776;
@@ -47,7 +48,7 @@ __device__ double block_sum(double x) {
 // What a block works on: some elements of one tensor, one row where rows are normalised.
 struct Span {
   const int64_t* row;
-  int64_t first;
+  int64_t first, block_8;  // the first element and the first of the 8-bit moments' blocks
   int count, vectors;
 
   // chunk: (tensor, number of the span within it)
@@ -55,6 +56,7 @@ struct Span {
       : row(table + chunk.x * width) {
     const int64_t size = row[kRow] ? row[kRow] : kChunk;
     first = chunk.y * size;
+    block_8 = chunk.y * blocks_in(size);
     count = static_cast<int>(min(size, row[kNumel] - first));
     TCM_FAST_BOUNDS(first, count, row[kNumel]);
     vectors = row[kFlags] & kAligned ? count / 4 : 0;
@@ -175,6 +177,33 @@ __device__ __forceinline__ void store_16(const uint16_t (&bits)[kWide], uint16_t
   }
 }
 
+// Four moments of 8 bits, of which a warp has a block: their codes with the block's exponent.
+struct Moments8 {
+  uint8_t *codes, *exponent;
+
+  __device__ __forceinline__ Moments8(float* moment, int64_t i, int64_t numel, int64_t block)
+      : codes(global(reinterpret_cast<uint8_t*>(moment) + i)),
+        exponent(global(reinterpret_cast<uint8_t*>(moment) + numel + block)) {}
+
+  __device__ __forceinline__ void load(float (&to)[4], uint32_t top) const {
+    const uint32_t four = *reinterpret_cast<const uint32_t*>(codes), of_block = *exponent;
+    for (int j = 0; j < 4; ++j) to[j] = from_8_bits(four >> 8 * j & 0xFFu, of_block, top);
+  }
+  // members: the lanes whose elements there are.
+  __device__ __forceinline__ void store(const float (&x)[4], uint32_t top,
+                                        const uint32_t (&words)[4], int shift,
+                                        uint32_t members) const {
+    uint32_t largest = 0, four = 0;
+    for (int j = 0; j < 4; ++j) largest = max(largest, bits_of(x[j]) & 0x7FFFFFFFu);
+    const uint32_t of_block = exponent_of_block(__reduce_max_sync(members, largest));
+    for (int j = 0; j < 4; ++j) {
+      four |= to_8_bits(x[j], of_block, top, words[j] >> shift & 0xFFFFu) << 8 * j;
+    }
+    *reinterpret_cast<uint32_t*>(codes) = four;
+    if (threadIdx.x % 32 == 0) *exponent = static_cast<uint8_t>(of_block);
+  }
+};
+
 // The chunk's elements i, i + 1, ... of all arrays: kWide are 4 with 16-byte accesses, or 1.
 template <int kWide>
 struct Elements {
@@ -227,12 +256,16 @@ struct Elements {
 struct Places {
   float *param, *grad, *exp_avg, *exp_avg_sq, *average;
   uint16_t* copy;
-  bool bfloat, moments_16;
+  bool bfloat, moments_16, moments_8;
   double beta;  // of the first average
   uint32_t tensor;
-  Stream stream;  // of random bits, for moments of 16
+  Stream stream;  // of random bits, for moments of 16 and 8
+  const Span& span;
 
-  __device__ __forceinline__ Places(const int64_t* row, int averages, int tensor,
+  __device__ __forceinline__ Places(const Span& span, int averages, int tensor,
+                                    const double* options)
+      : Places(span, span.row, averages, tensor, options) {}
+  __device__ __forceinline__ Places(const Span& span, const int64_t* row, int averages, int tensor,
                                     const double* options)
       : param(at<float>(row, kParam)),
         grad(at<float>(row, kGrad)),
@@ -242,9 +275,11 @@ struct Places {
         copy(at<uint16_t>(row, kCopy)),
         bfloat(row[kFlags] & kBfloat),
         moments_16(grad && row[kFlags] & kMoments16),
+        moments_8(grad && row[kFlags] & kMoments8),
         beta(averages ? options[kOptions] : 0),
         tensor(static_cast<uint32_t>(tensor)),
-        stream(moments_stream(options, moments_16 ? *at<float>(row, kStep) : 0.0f)) {}
+        stream(moments_stream(options, moments_16 || moments_8 ? *at<float>(row, kStep) : 0.0f)),
+        span(span) {}
 };
 
 template <int kWide>
@@ -252,6 +287,27 @@ __device__ __forceinline__ void move_average(Elements<kWide>& average, const Ele
                                              double beta) {
   const float weight = static_cast<float>(1 - beta), keep = static_cast<float>(beta);
   for (int j = 0; j < kWide; ++j) average.of[j] = lerp(average.of[j], param.of[j], weight, keep);
+}
+
+__device__ __forceinline__ void update_elements_8(const Places& at_row, int64_t i,
+                                                  Elements<4>& param, const Elements<4>& grad,
+                                                  float factor, const Coefficients& c) {
+  const int within = static_cast<int>(i - at_row.span.first);
+  const int64_t block = at_row.span.block_8 + within / kBlock8, numel = at_row.span.row[kNumel];
+  TCM_FAST_BOUNDS(within, 4, at_row.span.count);
+  const Moments8 first(at_row.exp_avg, i, numel, block), second(at_row.exp_avg_sq, i, numel, block);
+  float exp_avg[4], exp_avg_sq[4];
+  first.load(exp_avg, kTop1);
+  second.load(exp_avg_sq, kTop2);
+  for (int j = 0; j < 4; ++j) {
+    update_element(param.of[j], grad.of[j], exp_avg[j], exp_avg_sq[j], factor, c);
+  }
+  const Words random = philox(static_cast<uint32_t>(i / 4), at_row.tensor, at_row.stream);
+  const uint32_t words[4] = {random.w0, random.w1, random.w2, random.w3};
+  const int lanes = min(32, at_row.span.vectors - within / static_cast<int>(kBlock8) * 32);
+  const uint32_t members = lanes == 32 ? ~0u : (1u << lanes) - 1u;
+  first.store(exp_avg, kTop1, words, 0, members);
+  second.store(exp_avg_sq, kTop2, words, 16, members);
 }
 
 // Reads weights, gradient and moments; writes the moments. kRows: the gradient is projected.
@@ -265,7 +321,9 @@ __device__ __forceinline__ void update_elements(const Places& at_row, int64_t i,
   if (kRows) {
     for (int j = 0; j < kWide; ++j) grad.of[j] = projected(grad.of[j], param.of[j], projection);
   }
-  if (at_row.moments_16) {
+  if (kWide == 4 && at_row.moments_8) {
+    if constexpr (kWide == 4) update_elements_8(at_row, i, param, grad, factor, c);
+  } else if (at_row.moments_16) {
     uint16_t first[kWide], second[kWide];
     uint16_t* firsts = reinterpret_cast<uint16_t*>(at_row.exp_avg) + i;
     uint16_t* seconds = reinterpret_cast<uint16_t*>(at_row.exp_avg_sq) + i;
@@ -331,7 +389,7 @@ __global__ void __launch_bounds__(kThreads)
   if (all.skip) return;
   const int2 chunk = chunks[blockIdx.x];
   const Span span(table, width, chunk);
-  const Places places(span.row, averages, chunk.x, options);
+  const Places places(span, averages, chunk.x, options);
   const Coefficients c = coefficients[chunk.x];
   const double* betas = options + kOptions;
   for (int i = threadIdx.x; i < span.vectors; i += kThreads) {
@@ -408,7 +466,7 @@ __global__ void __launch_bounds__(kThreads)
   if (all.skip) return;
   const int2 chunk = chunks[blockIdx.x];
   const Span span(table, width, chunk);
-  const Places places(span.row, averages, chunk.x, options);
+  const Places places(span, averages, chunk.x, options);
   const bool early = places.grad && !(span.row[kFlags] & kAverageNormalized);
   const RowStep step{places,   span, averages, options + kOptions, reinterpret_cast<float*>(kept),
                      capacity, early};

@@ -127,10 +127,16 @@ void fused_step_check(Address table, int64_t tensors, int averages, int64_t grou
     }
     require(row[kRow] >= 0 && (row[kRow] == 0 || row[kNumel] % row[kRow] == 0), name,
             "elements must be whole rows, got others" + where);
+    const bool blocks = row[kFlags] & kMoments8;
+    require(!blocks || row[kFlags] & kAligned, name,
+            "8-bit moments must be aligned, got others" + where);
+    require(!blocks || (row[kRow] ? row[kRow] : row[kNumel]) % 4 == 0, name,
+            "8-bit moments must be of a multiple of 4 elements, got others" + where);
     const bool wide = row[kFlags] & kFloatCopy;
     require(!wide || row[kRow], name, "only normalised rows have fp32 copies, got one" + where);
     if (row[kFlags] & kAligned) {
-      const int half = row[kFlags] & kMoments16 ? 1 : 0;  // 4 elements of 16 bits are 8 bytes
+      // 4 elements of 16 bits are 8 bytes, of 8 bits 4
+      const int half = row[kFlags] & kMoments16 ? 1 : blocks ? 2 : 0;
       int64_t any = row[kParam] | row[kGrad] | (row[kExpAvg] | row[kExpAvgSq]) << half |
                     row[kCopy] << (wide ? 0 : 1) | row[kRow] << 2;
       for (int k = 0; k < averages; ++k) any |= row[kFields + k];

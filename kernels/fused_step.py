@@ -14,6 +14,13 @@ from typing import Any, Literal
 import torch
 
 from tcm_fast.kernels._backend import extension_for
+from tcm_fast.kernels.eight_bit import (
+    TOP,
+    can_be_packed,
+    pack_8_bits_reference,
+    packed_size,
+    unpack_8_bits_reference,
+)
 from tcm_fast.kernels.normalized_copy import (
     normalized_copy,
     normalized_rows,
@@ -26,7 +33,7 @@ COPY_DTYPES = (torch.float16, torch.bfloat16)
 KINDS = {"adam": 0, "radam": 1}
 _DECOUPLED = 2
 _NUMEL, _ROW = 6, 9  # csrc/fused_step.h: Field
-_ALIGNED, _BFLOAT, _MOMENTS_16, _FLOAT_COPY, _AVERAGE_NORMALIZED = 1, 2, 4, 8, 16
+_ALIGNED, _BFLOAT, _MOMENTS_16, _FLOAT_COPY, _AVERAGE_NORMALIZED, _MOMENTS_8 = 1, 2, 4, 8, 16, 32
 _MOMENTS_LAYER = 0x6D6F6D74
 _CONTROL_DTYPES = {
     "norm": torch.float64,
@@ -44,7 +51,7 @@ class StepTensors:
     grad: torch.Tensor | None = None
     """None: the parameter stays; its averages and its copy follow all the same."""
     exp_avg: torch.Tensor | None = None
-    """The moments: the parameter's dtype, or bf16 for both."""
+    """The moments: the parameter's dtype, or for both bf16 or 8 bits (uint8, see `eight_bit`)."""
     exp_avg_sq: torch.Tensor | None = None
     step: torch.Tensor | None = None
     """Steps taken, fp32 scalar. A skipped step is none."""
@@ -58,9 +65,21 @@ class StepTensors:
     gradient to the parameter and normalises the new rows in place; averages see them before ("exact": as
     in EDM2, which normalises when the next step begins) or after ("fused")."""
 
+    @property
+    def row(self) -> int:
+        """Elements of a row where rows are normalised, else 0."""
+        return row_size(self.param) if self.normalized else 0
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the moments are 8-bit."""
+        return self.exp_avg is not None and self.exp_avg.dtype == torch.uint8
+
     def like_param(self) -> list[tuple[str, torch.Tensor | None]]:
         """What has the parameter's dtype and layout, by name."""
-        named = [("grad", self.grad), ("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)]
+        named = [("grad", self.grad)]
+        if not self.is_packed:
+            named += [("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)]
         return named + [(f"averages[{k}]", average) for k, average in enumerate(self.averages)]
 
 
@@ -97,7 +116,7 @@ class StepControl:
     backoff: float = 0.5
     interval: int = 2000
     seed: int = 0
-    """Of the random rounding of bf16 moments, below 2**32."""
+    """Of the random rounding of moments in 16 or 8 bits, below 2**32."""
 
     @classmethod
     def on(cls, device: torch.device | str, scale: float | None = None, **rules) -> "StepControl":
@@ -181,7 +200,13 @@ def _update_reference(t: Any, options: StepOptions, factor: float, seed: int, in
     else:
         grad += options.weight_decay * t.param
     is_short = t.exp_avg.dtype != t.param.dtype
-    first, second = t.exp_avg.to(t.param.dtype), t.exp_avg_sq.to(t.param.dtype)
+    if t.is_packed:
+        first, second = (
+            unpack_8_bits_reference(getattr(t, key), t.param, top, t.row).to(t.param.dtype)
+            for key, top in TOP.items()
+        )
+    else:
+        first, second = t.exp_avg.to(t.param.dtype), t.exp_avg_sq.to(t.param.dtype)
     first.lerp_(grad, 1 - beta1)
     second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     if adapted:
@@ -191,6 +216,11 @@ def _update_reference(t: Any, options: StepOptions, factor: float, seed: int, in
         t.param.add_(first, alpha=-size)
     if is_short:
         words = random_words_reference(t.param, seed, step, index)
+    if t.is_packed:
+        bits = {"exp_avg": words & 0xFFFF, "exp_avg_sq": words >> 16}
+        for (key, top), x in zip(TOP.items(), (first, second), strict=True):
+            getattr(t, key).copy_(pack_8_bits_reference(x.float(), top, t.row, bits[key]))
+    elif is_short:
         t.exp_avg.copy_(round_at_random_reference(first, words & 0xFFFF))
         t.exp_avg_sq.copy_(round_at_random_reference(second, words >> 16))
 
@@ -356,11 +386,12 @@ def _row(t: StepTensors) -> list[int]:
         addresses[1] = addresses[4]  # an empty gradient has no address, yet its step counts
     averages = [average.data_ptr() for average in t.averages]
     is_short = t.exp_avg is not None and t.exp_avg.dtype == torch.bfloat16
-    moments = [address << is_short for address in addresses[2:4]]
+    moments = [address << (2 if t.is_packed else is_short) for address in addresses[2:4]]
     copy = torch.float16 if t.copy is None else t.copy.dtype
-    row = row_size(t.param) if t.normalized else 0
+    row = t.row
     wide = [*addresses[:2], *moments, *averages, addresses[5] * 4 // copy.itemsize, 4 * row]
     flags = _ALIGNED * all(a % 16 == 0 for a in wide) | _MOMENTS_16 * is_short
+    flags |= _MOMENTS_8 * t.is_packed
     flags |= _BFLOAT * (copy == torch.bfloat16) | _FLOAT_COPY * (copy == torch.float32)
     flags |= _AVERAGE_NORMALIZED * (t.normalized == "fused")
     return [*addresses, t.param.numel(), t.group, flags, row, *averages]
@@ -416,6 +447,8 @@ def _check_tensors(tensors: Sequence[StepTensors], groups: int) -> None:
         _require(0 <= t.group < groups, f"group {where} must be below {groups}, got {t.group}")
         same = len(t.averages) == len(first.averages)
         _require(same, f"averages {where} must be {len(first.averages)}, got {len(t.averages)}")
+        if t.is_packed:
+            _check_packed(t, where)
         for name, x in t.like_param():
             if x is None:
                 continue
@@ -448,6 +481,18 @@ def _check_tensors(tensors: Sequence[StepTensors], groups: int) -> None:
             rule = f"param {where} must have rows, one after another in memory, to be normalised"
             apart = p.numel() == 0 or p.shape[0] == 1 or p.stride(0) == row_size(p)
             _require(rows and apart, f"{rule}, got {list(p.shape)} with strides {p.stride()}")
+
+
+def _check_packed(t: StepTensors, where: str) -> None:
+    p, size = t.param, packed_size(t.param.numel(), t.row)
+    whole = can_be_packed(p.numel(), t.row) and p.dtype == torch.float32
+    rule = f"8-bit moments {where} must be of fp32, in rows of a multiple of 4 elements"
+    _require(whole, f"{rule}, got {p.dtype} {list(p.shape)}")
+    for name, x in (("exp_avg", t.exp_avg), ("exp_avg_sq", t.exp_avg_sq)):
+        fits = x is not None and x.dtype == torch.uint8 and x.shape == (size,)
+        fits = fits and x is not None and x.is_contiguous() and x.device == p.device
+        got = "none" if x is None else f"{x.dtype} {list(x.shape)} on {x.device}"
+        _require(fits, f"{name} {where} must be uint8 [{size}] on {p.device}, got {got}")
 
 
 def _check_options(tensors, groups, control: StepControl, average_betas, max_norm) -> None:

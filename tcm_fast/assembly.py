@@ -260,6 +260,8 @@ class Assembly:
             raise ValueError(f"engine: fsdp computes in fp32 or tf32, got {config.precision}")
         if self.is_cut and config.offload:
             raise ValueError("offload: needs whole weights, engine ddp, got fsdp")
+        if self.is_cut and config.phase(name).moments == "8bit":
+            raise ValueError(f"{name}.moments: 8bit needs whole weights, engine ddp, got fsdp")
         if self.workers.world > 1 and config.gradients == "16bit":
             raise ValueError(
                 "gradients: 16bit needs one process (a sum over several would be rounded), got "

@@ -129,12 +129,13 @@ def _open_network(path: Path) -> tuple[Path, dict[str, Any], Tensors]:
     """The network file that a path stands for, its header and its tensors. A run may be training: what
     it deletes while we look is looked for anew."""
     for look in range(LOOKS):
-        file = _network_file(path)
+        file = None
         try:
+            file = _network_file(path)
             _verify_listed(file)
             return file, *network_file(file)
         except (FileNotFoundError, ValueError):
-            if file.is_file() or not path.is_dir() or look == LOOKS - 1:
+            if not path.is_dir() or (file and file.is_file()) or look == LOOKS - 1:
                 raise
     raise AssertionError
 

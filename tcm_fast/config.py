@@ -116,8 +116,8 @@ class PhaseConfig:
     """The learning rate rises linearly over this many images."""
     decay_start: int | None = None
     """The learning rate falls as 1/sqrt(i) after this many iterations."""
-    moments: Literal["fp32", "bf16"] = "fp32"
-    """Memory of the optimizer's moments: bf16, rounded at random, takes half."""
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """Memory of the optimizer's moments: bf16 takes half, 8bit a quarter; both are rounded at random."""
     weight_norm: Literal["exact", "fused"] = "exact"
     """Averages of normalised weights (EDM2's) see an update before it is normalised, as EDM2's do
     (exact), or after."""

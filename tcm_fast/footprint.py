@@ -36,7 +36,7 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0 + 2 / 128}
+MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0 + 1 / 128}
 END = 1 << 20  # an iteration after every schedule's end
 FROZEN = ("tcm", "cd")
 KINDS = (

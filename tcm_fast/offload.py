@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from tcm_fast.kernels.eight_bit import packed_size
 from tcm_fast.kernels.fused_step import StepControl, StepTable, StepTensors, fused_step
-from tcm_fast.optim import FusedOptimizer
+from tcm_fast.optim import MOMENTS, FusedOptimizer, moment_as, no_moment
 
 PIECES = 8  # at least: what visits the device twice over must be much less than all
 PIECE_BYTES = 64 << 20  # of state, at most; a larger parameter is a piece of its own
@@ -88,15 +89,14 @@ class PiecewiseOptimizer(FusedOptimizer):
 
     def _cut(self) -> None:
         """Cut the parameters into pieces, and lay out each one's state."""
-        moments = self._moments
         if self.piece_bytes is None:
-            each = (moments or torch.float32).itemsize
+            each = MOMENTS[self._moments].itemsize
             elements = [t.param.numel() for t in self._tensors]
             self.piece_bytes = piece_bytes(sum(elements), len(self._averages), each)
         for index, t in enumerate(self._tensors):
             kinds = {f"averages[{k}]": a.dtype for k, a in enumerate(t.averages)}
-            kinds |= dict.fromkeys(("exp_avg", "exp_avg_sq"), moments or t.param.dtype)
-            sizes = [_aligned(t.param.numel() * kind.itemsize) for kind in kinds.values()]
+            kinds |= dict.fromkeys(("exp_avg", "exp_avg_sq"), self._kind_of_moments(t))
+            sizes = [_aligned(_size(t.param.numel(), kind)) for kind in kinds.values()]
             if not self._pieces or self._pieces[-1].size + sum(sizes) > self.piece_bytes:
                 self._pieces.append(Piece([]))
             piece = self._pieces[-1]
@@ -166,7 +166,9 @@ class PiecewiseOptimizer(FusedOptimizer):
                         setattr(t, key, view)
                     if state.get(key) is not view:
                         self._wait()
-                        view.copy_(state[key]) if key in state else view.zero_()
+                        view.copy_(
+                            moment_as(state[key], view.dtype, t, key)
+                        ) if key in state else view.zero_()
                         state[key] = view
         self._lend_gradients()
 
@@ -177,7 +179,7 @@ class PiecewiseOptimizer(FusedOptimizer):
                 state = self.state[t.param]
                 state["step"] = torch.zeros((), dtype=torch.float32, device=t.param.device)
                 for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = torch.zeros_like(t.param, dtype=self._moments)
+                    state[key] = no_moment(t, self._kind_of_moments(t))
                     setattr(t, key, state[key])
                 t.step = state["step"]
 
@@ -353,11 +355,16 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
+def _size(numel: int, kind: torch.dtype) -> int:
+    """Bytes of a tensor like a parameter, or of its moments of 8 bits."""
+    return packed_size(numel) if kind == torch.uint8 else numel * kind.itemsize
+
+
 def _view(
     block: torch.Tensor | None, place: tuple[int, torch.dtype], like: torch.Tensor
 ) -> torch.Tensor:
     """A tensor with the shape and strides of `like` (which is dense) at a place of a block of bytes."""
     assert block is not None
     start, dtype = place
-    flat = block[start : start + like.numel() * dtype.itemsize].view(dtype)
-    return flat.as_strided(like.shape, like.stride())
+    flat = block[start : start + _size(like.numel(), dtype)].view(dtype)
+    return flat if dtype == torch.uint8 else flat.as_strided(like.shape, like.stride())

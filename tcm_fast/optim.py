@@ -11,6 +11,13 @@ import torch
 
 from tcm_fast.config import PhaseConfig
 from tcm_fast.kernels._backend import extension_for
+from tcm_fast.kernels.eight_bit import (
+    TOP,
+    can_be_packed,
+    pack_8_bits_reference,
+    packed_size,
+    unpack_8_bits_reference,
+)
 from tcm_fast.kernels.fused_step import (
     StepControl,
     StepOptions,
@@ -26,6 +33,11 @@ TORCH_KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
+
+
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
+SMALL = 4096
+"""Elements below which a tensor's moments stay fp32 where others' are 8-bit."""
 
 
 def learning_rate(config: PhaseConfig, images: int, iteration: int) -> float:
@@ -171,8 +183,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         weight_norm: "exact": averages see the rows before they are normalised, as in EDM2; "fused":
             after.
         scale: of the loss, at first; None does not scale. `growth_interval`: steps until it doubles.
-        moments: "bf16" keeps both in half the memory, rounded at random by `seed` (below 2**32), the
-            step and the element's place, so that they stay unbiased.
+        moments: "bf16" keeps both in half the memory, "8bit" those of tensors of 4096 elements and more in
+            a quarter (`kernels.eight_bit`), rounded at random by `seed` (below 2**32), the step and the
+            element's place, so that they stay unbiased.
 
     Attributes:
         average_betas: for the next step, one for each average.
@@ -201,8 +214,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         moments: str = "fp32",
         seed: int = 0,
     ) -> None:
-        if moments not in ("fp32", "bf16"):
-            raise ValueError(f"optimizer: moments must be fp32 or bf16, got {moments}")
+        if moments not in MOMENTS:
+            raise ValueError(f"optimizer: moments must be fp32, bf16 or 8bit, got {moments}")
         if kind not in TORCH_KINDS:
             raise ValueError(f"optimizer: kind must be radam, adam or adamw, got {kind}")
         params = list(params)
@@ -226,7 +239,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.kind, self.stands_for = kind, type(model).__name__
         self.max_norm = math.inf if max_norm is None else max_norm
         self.control = StepControl.on(first.device, scale, interval=growth_interval, seed=seed)
-        self._moments = torch.bfloat16 if moments == "bf16" else None  # None: the parameter's dtype
+        self._moments = moments
         self.loss_scale = LossScale(self.control)
         self.average_betas: Sequence[float] = ()
         self._table, self._tensors = StepTable(), list[StepTensors]()
@@ -271,6 +284,28 @@ class FusedOptimizer(torch.optim.Optimizer):
                 owned, columns, self._copies, self._normalized, strict=True
             )
         ]
+
+    def _kind_of_moments(self, t: StepTensors) -> torch.dtype:
+        """uint8 for moments of 8 bits."""
+        if self._moments == "fp32":
+            return t.param.dtype
+        if self._moments == "8bit":
+            moved = [x for x in (t.param, t.copy, *t.averages) if x is not None]
+            wide = all(x.data_ptr() % 16 == 0 for x in moved)
+            if t.param.numel() < SMALL or not (wide and can_be_packed(t.param.numel(), t.row)):
+                return t.param.dtype
+        return MOMENTS[self._moments]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: moments of 8 bits in fp32. They become the same values again when loaded."""
+        saved = super().state_dict()
+        numbers = {p: k for k, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        for t in self._tensors:
+            state = saved["state"].get(numbers[t.param], {})
+            if any(_is_packed(state.get(key)) for key in TOP):
+                of_param = {key: moment_as(state[key], torch.float32, t, key) for key in TOP}
+                saved["state"][numbers[t.param]] = state | of_param
+        return saved
 
     @torch.no_grad()
     def write_copies(self) -> None:
@@ -334,24 +369,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             if grad is not None:
                 if grad.is_sparse:
                     raise ValueError("optimizer: gradients must be dense, got a sparse one")
-                if not in_layout(grad, t.param):
+                kind = self._kind_of_moments(t)
+                if not in_layout(grad, t.param) or (kind == torch.uint8 and grad.data_ptr() % 16):
                     grad = torch.empty_like(t.param).copy_(grad)
                 if not state:
                     state = self.state[t.param]
                     state["step"] = torch.zeros((), dtype=torch.float32, device=t.param.device)
-                    for key in ("exp_avg", "exp_avg_sq"):
-                        state[key] = torch.zeros_like(t.param, dtype=self._moments)
+                    for key in TOP:
+                        state[key] = no_moment(t, kind)
             t.grad = grad
             if not state:
                 t.step = t.exp_avg = t.exp_avg_sq = None
                 continue
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in TOP:
                 value = state[key]
                 if value is not getattr(t, key):  # a loaded one is as it was saved
-                    dtype = self._moments or t.param.dtype
-                    if value.dtype != dtype or not in_layout(value, t.param):
-                        value = torch.empty_like(t.param, dtype=dtype).copy_(value)
-                    state[key] = value
+                    state[key] = value = moment_as(value, self._kind_of_moments(t), t, key)
                 setattr(t, key, value)
             t.step = state["step"]
 
@@ -388,6 +421,42 @@ class FusedOptimizer(torch.optim.Optimizer):
         for t in self._tensors:
             t.grad = None  # or its memory would outlive zero_grad
         return loss
+
+
+def _is_packed(moment: Any) -> bool:
+    return isinstance(moment, torch.Tensor) and moment.dtype == torch.uint8
+
+
+def no_moment(t: StepTensors, kind: torch.dtype) -> torch.Tensor:
+    """Zeros, for a parameter that has not taken a step."""
+    if kind == torch.uint8:
+        return torch.zeros(
+            packed_size(t.param.numel(), t.row), dtype=torch.uint8, device=t.param.device
+        )
+    return torch.zeros_like(t.param, dtype=kind)
+
+
+def moment_as(value: torch.Tensor, kind: torch.dtype, t: StepTensors, key: str) -> torch.Tensor:
+    """A moment (`key`: exp_avg or exp_avg_sq) of a parameter in another form, or as it is where it has that
+    form. ValueError where it is not the parameter's."""
+    row = t.row
+    if _is_packed(value):
+        size = packed_size(t.param.numel(), row)
+        if value.shape != (size,):
+            raise ValueError(
+                f"optimizer: 8-bit {key} of a parameter {list(t.param.shape)} must be [{size}], got "
+                f"{list(value.shape)}"
+            )
+        value = value.to(t.param.device)
+        if kind == torch.uint8:
+            return value
+        value = unpack_8_bits_reference(value, t.param, TOP[key], row)
+    if kind == torch.uint8:
+        whole = torch.empty_like(t.param, dtype=torch.float32).copy_(value)
+        return pack_8_bits_reference(whole, TOP[key], row)
+    if value.dtype == kind and in_layout(value, t.param):
+        return value
+    return torch.empty_like(t.param, dtype=kind).copy_(value)
 
 
 def _as_list(params: Any) -> list[Any]:

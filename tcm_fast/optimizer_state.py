@@ -64,6 +64,8 @@ def restore_optimizer(
         if key == "step":  # torch keeps the count on the host unless a graph has to see it
             on_device = group.get("capturable") or group.get("fused")
             restored = value.to(parameter.device if on_device else "cpu", copy=True)
+        elif value.dtype == torch.uint8 and hasattr(optimizer, "stands_for"):  # of 8 bits
+            restored = value.to(parameter.device, copy=True)
         elif value.shape == parameter.shape:
             restored = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
             restored.copy_(value)

@@ -12,7 +12,7 @@ from tcm_fast.tensor_files import FORMAT, TEMPORARY, reason, sync
 
 STATE = "state.json"
 FOLDER = "checkpoints"
-LOOKS = 5  # at a folder in which somebody else writes
+LOOKS = 10  # at a folder in which somebody else writes
 
 
 class Found(NamedTuple):
@@ -109,19 +109,25 @@ def open_run(out: str | Path, resume: bool | str | Path = False) -> Opened:
 def scan(run: Path) -> list[tuple[Found, dict[str, Any]]]:
     """`find_checkpoints` with the state of each (empty where it cannot be read)."""
     entries = _scan(run)
-    for _ in range(LOOKS):  # a writer may have renamed what we were about to read
-        if all(found.ok or found.path.exists() for found, _ in entries):
+    for _ in range(LOOKS):
+        # A writer may have renamed what we were about to read, or, while we read the folder, put its
+        # new checkpoint where we had been and taken the old one from where we had not.
+        gone = not all(found.ok or found.path.exists() for found, _ in entries)
+        none = not any(found.ok for found, _ in entries)
+        if not gone and not (none and _folders(run) != sorted(f.path for f, _ in entries)):
             break
         entries = _scan(run)
     return entries
 
 
-def _scan(run: Path) -> list[tuple[Found, dict[str, Any]]]:
+def _folders(run: Path) -> list[Path]:
     folder = run / FOLDER
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def _scan(run: Path) -> list[tuple[Found, dict[str, Any]]]:
     entries = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not path.is_dir():
-            continue
+    for path in _folders(run):
         state: dict[str, Any] = {}
         why = ""
         try:

@@ -305,7 +305,7 @@ def test_short_moments_train_as_well():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"moments": "fp16"}, "optimizer: moments must be fp32 or bf16, got fp16"),
+        ({"moments": "fp16"}, "optimizer: moments must be fp32, bf16 or 8bit, got fp16"),
         ({"kind": "sgd"}, "optimizer: kind must be radam, adam or adamw, got sgd"),
         ({"averages": [[]]}, r"optimizer: averages\[0\] must be 5 tensors, got 0"),
         ({"copies": [None]}, "optimizer: copies must be 5 tensors, got 1"),

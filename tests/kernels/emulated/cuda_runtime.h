@@ -80,14 +80,15 @@ constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
 
-// The threads of a block. In each round every one of them runs until it waits or ends: whoever runs
-// again finds that all have got as far.
+// The threads of a block. In each round every one of them runs until it waits or ends.
 class Team {
  public:
   void run(unsigned size, const std::function<void()>& body) {
     constexpr size_t kStack = 64 << 10;
     if (stacks_.size() < size * kStack) stacks_.resize(size * kStack);
     values_.assign(size, 0), done_.assign(size, false), contexts_.resize(size);
+    came_.assign(size, 0), arrivals_ = 0;
+    gave_.assign(size, 0), given_.assign(2 * size, 0);
     body_ = &body;
     for (unsigned i = 0; i < size; ++i) {
       getcontext(&contexts_[i]);
@@ -106,14 +107,31 @@ class Team {
     }
   }
   void wait() { swapcontext(&contexts_[threadIdx.x], &scheduler_); }
+  // Until all have come as often.
+  void barrier() {
+    ++arrivals_;
+    for (const size_t all = ++came_[threadIdx.x] * came_.size(); arrivals_ < all;) wait();
+  }
   // Every thread's value, seen by every thread that waits with it.
   template <typename Read>
   double exchange(double value, const Read& read) {
     values_[threadIdx.x] = value;
-    wait();
+    barrier();
     const double result = read(values_);
-    wait();
+    barrier();
     return result;
+  }
+  // The largest value that these lanes of a warp give; the others need not come.
+  unsigned largest(unsigned members, unsigned value) {
+    const unsigned self = threadIdx.x, warp = self / 32 * 32;
+    const size_t turn = ++gave_[self];
+    given_[2 * self + turn % 2] = value;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (!(members >> lane & 1)) continue;
+      while (gave_[warp + lane] < turn) wait();
+      value = std::max(value, given_[2 * (warp + lane) + turn % 2]);
+    }
+    return value;
   }
 
  private:
@@ -122,6 +140,9 @@ class Team {
   std::vector<char> stacks_;
   std::vector<double> values_;
   std::vector<char> done_;
+  std::vector<size_t> came_, gave_;
+  size_t arrivals_ = 0;
+  std::vector<unsigned> given_;
   std::vector<ucontext_t> contexts_;
   ucontext_t scheduler_;
   const std::function<void()>* body_ = nullptr;
@@ -133,7 +154,8 @@ inline void Team::start() {
 }
 alignas(16) inline char dynamic_shared[48 << 10];
 
-inline void __syncthreads() { team.wait(); }
+inline void __syncthreads() { team.barrier(); }
+inline unsigned __reduce_max_sync(unsigned members, unsigned x) { return team.largest(members, x); }
 inline int __syncthreads_and(int holds) {
   return team.exchange(holds, [](const std::vector<double>& all) {
     return std::all_of(all.begin(), all.end(), [](double x) { return x != 0; });
