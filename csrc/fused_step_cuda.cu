@@ -48,18 +48,21 @@ __device__ double block_sum(double x) {
 // What a block works on: some elements of one tensor, one row where rows are normalised.
 struct Span {
   const int64_t* row;
-  int64_t first, block_8;  // the first element and the first of the 8-bit moments' blocks
-  int count, vectors;
+  int64_t first;
+  int number, count, vectors;
 
   // chunk: (tensor, number of the span within it)
   __device__ __forceinline__ Span(const int64_t* table, int64_t width, int2 chunk)
-      : row(table + chunk.x * width) {
+      : row(table + chunk.x * width), number(chunk.y) {
     const int64_t size = row[kRow] ? row[kRow] : kChunk;
     first = chunk.y * size;
-    block_8 = chunk.y * blocks_in(size);
     count = static_cast<int>(min(size, row[kNumel] - first));
     TCM_FAST_BOUNDS(first, count, row[kNumel]);
     vectors = row[kFlags] & kAligned ? count / 4 : 0;
+  }
+  // The first of the 8-bit moments' blocks.
+  __device__ __forceinline__ int64_t block_8() const {
+    return number * blocks_in(row[kRow] ? row[kRow] : kChunk);
   }
 };
 
@@ -256,16 +259,12 @@ struct Elements {
 struct Places {
   float *param, *grad, *exp_avg, *exp_avg_sq, *average;
   uint16_t* copy;
-  bool bfloat, moments_16, moments_8;
+  bool bfloat, moments_16;
   double beta;  // of the first average
   uint32_t tensor;
   Stream stream;  // of random bits, for moments of 16 and 8
-  const Span& span;
 
-  __device__ __forceinline__ Places(const Span& span, int averages, int tensor,
-                                    const double* options)
-      : Places(span, span.row, averages, tensor, options) {}
-  __device__ __forceinline__ Places(const Span& span, const int64_t* row, int averages, int tensor,
+  __device__ __forceinline__ Places(const int64_t* row, int averages, int tensor,
                                     const double* options)
       : param(at<float>(row, kParam)),
         grad(at<float>(row, kGrad)),
@@ -275,11 +274,11 @@ struct Places {
         copy(at<uint16_t>(row, kCopy)),
         bfloat(row[kFlags] & kBfloat),
         moments_16(grad && row[kFlags] & kMoments16),
-        moments_8(grad && row[kFlags] & kMoments8),
         beta(averages ? options[kOptions] : 0),
         tensor(static_cast<uint32_t>(tensor)),
-        stream(moments_stream(options, moments_16 || moments_8 ? *at<float>(row, kStep) : 0.0f)),
-        span(span) {}
+        stream(moments_stream(options, grad && row[kFlags] & (kMoments16 | kMoments8)
+                                           ? *at<float>(row, kStep)
+                                           : 0.0f)) {}
 };
 
 template <int kWide>
@@ -289,12 +288,12 @@ __device__ __forceinline__ void move_average(Elements<kWide>& average, const Ele
   for (int j = 0; j < kWide; ++j) average.of[j] = lerp(average.of[j], param.of[j], weight, keep);
 }
 
-__device__ __forceinline__ void update_elements_8(const Places& at_row, int64_t i,
+__device__ __forceinline__ void update_elements_8(const Places& at_row, const Span& span, int64_t i,
                                                   Elements<4>& param, const Elements<4>& grad,
                                                   float factor, const Coefficients& c) {
-  const int within = static_cast<int>(i - at_row.span.first);
-  const int64_t block = at_row.span.block_8 + within / kBlock8, numel = at_row.span.row[kNumel];
-  TCM_FAST_BOUNDS(within, 4, at_row.span.count);
+  const int within = static_cast<int>(i - span.first);
+  const int64_t block = span.block_8() + within / kBlock8, numel = span.row[kNumel];
+  TCM_FAST_BOUNDS(within, 4, span.count);
   const Moments8 first(at_row.exp_avg, i, numel, block), second(at_row.exp_avg_sq, i, numel, block);
   float exp_avg[4], exp_avg_sq[4];
   first.load(exp_avg, kTop1);
@@ -304,15 +303,16 @@ __device__ __forceinline__ void update_elements_8(const Places& at_row, int64_t 
   }
   const Words random = philox(static_cast<uint32_t>(i / 4), at_row.tensor, at_row.stream);
   const uint32_t words[4] = {random.w0, random.w1, random.w2, random.w3};
-  const int lanes = min(32, at_row.span.vectors - within / static_cast<int>(kBlock8) * 32);
+  const int lanes = min(32, span.vectors - within / static_cast<int>(kBlock8) * 32);
   const uint32_t members = lanes == 32 ? ~0u : (1u << lanes) - 1u;
   first.store(exp_avg, kTop1, words, 0, members);
   second.store(exp_avg_sq, kTop2, words, 16, members);
 }
 
 // Reads weights, gradient and moments; writes the moments. kRows: the gradient is projected.
-template <int kWide, bool kRows>
-__device__ __forceinline__ void update_elements(const Places& at_row, int64_t i,
+// kEight: some tensors have moments of 8 bits; the others do not pay for them in registers.
+template <int kWide, bool kRows, bool kEight>
+__device__ __forceinline__ void update_elements(const Places& at_row, const Span& span, int64_t i,
                                                 Elements<kWide>& param, float factor,
                                                 const Coefficients& c,
                                                 const Projection& projection) {
@@ -321,9 +321,12 @@ __device__ __forceinline__ void update_elements(const Places& at_row, int64_t i,
   if (kRows) {
     for (int j = 0; j < kWide; ++j) grad.of[j] = projected(grad.of[j], param.of[j], projection);
   }
-  if (kWide == 4 && at_row.moments_8) {
-    if constexpr (kWide == 4) update_elements_8(at_row, i, param, grad, factor, c);
-  } else if (at_row.moments_16) {
+  if constexpr (kEight && kWide == 4) {
+    if (span.row[kFlags] & kMoments8) {
+      return update_elements_8(at_row, span, i, param, grad, factor, c);
+    }
+  }
+  if (at_row.moments_16) {
     uint16_t first[kWide], second[kWide];
     uint16_t* firsts = reinterpret_cast<uint16_t*>(at_row.exp_avg) + i;
     uint16_t* seconds = reinterpret_cast<uint16_t*>(at_row.exp_avg_sq) + i;
@@ -367,21 +370,22 @@ __device__ __forceinline__ void move_averages(const Places& at_row, int64_t i, i
 }
 
 // Most runs have one average: its load is under way with the others.
-template <int kWide>
+template <int kWide, bool kEight>
 __device__ __forceinline__ void step_elements(const Places& at_row, int64_t i, int averages,
-                                              const int64_t* row, const double* betas, float factor,
+                                              const Span& span, const double* betas, float factor,
                                               const Coefficients& c) {
   Elements<kWide> param, average;
   param.load(at_row.param + i);
   if (at_row.average) average.load(at_row.average + i);
   if (at_row.grad) {
-    update_elements<kWide, false>(at_row, i, param, factor, c, {});
+    update_elements<kWide, false, kEight>(at_row, span, i, param, factor, c, {});
     param.store(at_row.param + i);
   }
-  move_averages(at_row, i, averages, row, betas, average, param);
+  move_averages(at_row, i, averages, span.row, betas, average, param);
   if (at_row.copy) param.store(at_row.copy + i, at_row.bfloat);
 }
 
+template <bool kEight>
 __global__ void __launch_bounds__(kThreads)
     update_tensors(const int64_t* table, int64_t width, const int2* chunks, int averages,
                    const double* options, const Shared* shared, const Coefficients* coefficients) {
@@ -389,14 +393,14 @@ __global__ void __launch_bounds__(kThreads)
   if (all.skip) return;
   const int2 chunk = chunks[blockIdx.x];
   const Span span(table, width, chunk);
-  const Places places(span, averages, chunk.x, options);
+  const Places places(span.row, averages, chunk.x, options);
   const Coefficients c = coefficients[chunk.x];
   const double* betas = options + kOptions;
   for (int i = threadIdx.x; i < span.vectors; i += kThreads) {
-    step_elements<4>(places, span.first + 4 * i, averages, span.row, betas, all.factor, c);
+    step_elements<4, kEight>(places, span.first + 4 * i, averages, span, betas, all.factor, c);
   }
   for (int i = 4 * span.vectors + threadIdx.x; i < span.count; i += kThreads) {
-    step_elements<1>(places, span.first + i, averages, span.row, betas, all.factor, c);
+    step_elements<1, kEight>(places, span.first + i, averages, span, betas, all.factor, c);
   }
 }
 
@@ -416,14 +420,14 @@ struct RowStep {
     const bool is_kept = at_row.grad && i + kWide <= capacity;
     is_kept ? param.load_kept(kept + i) : param.load(at_row.param + span.first + i);
   }
-  template <int kWide>
+  template <int kWide, bool kEight>
   __device__ __forceinline__ float update(int i, float factor, const Coefficients& c,
                                           const Projection& projection) const {
     Elements<kWide> param, average;
     const int64_t e = span.first + i;
     param.load(at_row.param + e);
     if (early && at_row.average) average.load(at_row.average + e);
-    update_elements<kWide, true>(at_row, e, param, factor, c, projection);
+    update_elements<kWide, true, kEight>(at_row, span, e, param, factor, c, projection);
     i + kWide <= capacity ? param.keep(kept + i) : param.store(at_row.param + e);
     if (early) move_averages(at_row, e, averages, span.row, betas, average, param);
     return param.multiply(1);
@@ -456,7 +460,8 @@ struct RowStep {
   }
 };
 
-__global__ void __launch_bounds__(kThreads)
+template <bool kEight>
+__global__ void __launch_bounds__(kThreads, kEight ? 2 : 4)
     update_rows(const int64_t* table, int64_t width, const int2* chunks, int averages,
                 const double* options, const Shared* shared, const Coefficients* coefficients,
                 const Projection* projections, int capacity) {
@@ -466,7 +471,7 @@ __global__ void __launch_bounds__(kThreads)
   if (all.skip) return;
   const int2 chunk = chunks[blockIdx.x];
   const Span span(table, width, chunk);
-  const Places places(span, averages, chunk.x, options);
+  const Places places(span.row, averages, chunk.x, options);
   const bool early = places.grad && !(span.row[kFlags] & kAverageNormalized);
   const RowStep step{places,   span, averages, options + kOptions, reinterpret_cast<float*>(kept),
                      capacity, early};
@@ -477,10 +482,10 @@ __global__ void __launch_bounds__(kThreads)
     const Projection projection = projections[blockIdx.x];
     float sum = 0;
     for (int i = threadIdx.x; i < span.vectors; i += kThreads) {
-      sum += step.update<4>(4 * i, all.factor, c, projection);
+      sum += step.template update<4, kEight>(4 * i, all.factor, c, projection);
     }
     for (int i = rest; i < span.count; i += kThreads) {
-      sum += step.update<1>(i, all.factor, c, projection);
+      sum += step.template update<1, kEight>(i, all.factor, c, projection);
     }
     const double squares = block_sum<kThreads>(sum);
     if (threadIdx.x == 0) common = static_cast<float>(row_factor(squares, span.count));
@@ -536,7 +541,8 @@ int64_t fused_step_scratch(int64_t tensors, int64_t chunks) {
 const char* fused_step_cuda(const int64_t* table, int64_t tensors, int averages,
                             const int32_t* chunks, int64_t num_chunks, int64_t num_rows,
                             int64_t longest, const double* options, double* norm, int64_t* skips,
-                            float* scale, int32_t* tracker, double* scratch, void* stream) {
+                            float* scale, int32_t* tracker, double* scratch, bool eight,
+                            void* stream) {
   const int64_t width = kFields + averages;
   const auto pairs = reinterpret_cast<const int2*>(chunks);
   const auto projections = reinterpret_cast<Projection*>(scratch + num_chunks);
@@ -551,15 +557,17 @@ const char* fused_step_cuda(const int64_t* table, int64_t tensors, int averages,
   prepare_step<<<1, kPrepareThreads, 0, on>>>(table, tensors, width, scratch, num_chunks, averages,
                                               options, control, shared, coefficients);
   if (blocks > rows) {
-    update_tensors<<<blocks - rows, kThreads, 0, on>>>(table, width, pairs, averages, options,
-                                                       shared, coefficients);
+    const auto update = eight ? update_tensors<true> : update_tensors<false>;
+    update<<<blocks - rows, kThreads, 0, on>>>(table, width, pairs, averages, options, shared,
+                                               coefficients);
   }
   if (rows) {
     const int64_t before = num_chunks - num_rows;
     const int capacity = static_cast<int>(std::min((longest + 3) / 4 * 4, kKept));
-    update_rows<<<rows, kThreads, capacity * sizeof(float), on>>>(
-        table, width, pairs + before, averages, options, shared, coefficients, projections + before,
-        capacity);
+    const auto update = eight ? update_rows<true> : update_rows<false>;
+    update<<<rows, kThreads, capacity * sizeof(float), on>>>(table, width, pairs + before, averages,
+                                                             options, shared, coefficients,
+                                                             projections + before, capacity);
   }
   return status();
 }

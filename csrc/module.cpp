@@ -190,7 +190,7 @@ void dropout_mask_cuda(Address out, Address sample, int64_t n, int64_t elements,
 void fused_step_cuda(Address table, int64_t tensors, int averages, Address chunks,
                      int64_t num_chunks, int64_t num_rows, int64_t longest, Address options,
                      int64_t groups, Address norm, Address skips, Address scale, Address tracker,
-                     Address scratch, int64_t scratch_size, Address stream) {
+                     Address scratch, int64_t scratch_size, bool eight, Address stream) {
   const char* name = "fused_step_cuda";
   check_counts(name, tensors, averages, groups);
   check_scale(name, {table, chunks, options, norm, skips, scratch}, scale, tracker);
@@ -204,10 +204,10 @@ void fused_step_cuda(Address table, int64_t tensors, int averages, Address chunk
   require(scratch_size >= needed, name,
           "scratch must hold " + std::to_string(needed) + ", got " + std::to_string(scratch_size));
   launched(name,
-           tcm_fast::fused_step_cuda(at<int64_t>(table), tensors, averages, at<int32_t>(chunks),
-                                     num_chunks, num_rows, longest, at<double>(options),
-                                     at<double>(norm), at<int64_t>(skips), at<float>(scale),
-                                     at<int32_t>(tracker), at<double>(scratch), at<void>(stream)));
+           tcm_fast::fused_step_cuda(
+               at<int64_t>(table), tensors, averages, at<int32_t>(chunks), num_chunks, num_rows,
+               longest, at<double>(options), at<double>(norm), at<int64_t>(skips), at<float>(scale),
+               at<int32_t>(tracker), at<double>(scratch), eight, at<void>(stream)));
 }
 
 void store_options_cuda(Address to, const std::vector<double>& values, Address stream) {
@@ -284,7 +284,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("averages"), py::arg("chunks"), py::arg("num_chunks"), py::arg("num_rows"),
         py::arg("longest"), py::arg("options"), py::arg("groups"), py::arg("norm"),
         py::arg("skips"), py::arg("scale"), py::arg("tracker"), py::arg("scratch"),
-        py::arg("scratch_size"), py::arg("stream"));
+        py::arg("scratch_size"), py::arg("eight"), py::arg("stream"));
   m.def("store_options_cuda", &store_options_cuda, release(), py::arg("to"), py::arg("values"),
         py::arg("stream"));
   m.def("philox_bits_cuda", &philox_bits_cuda, release(), py::arg("out"), py::arg("sample"),

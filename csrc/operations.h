@@ -49,7 +49,8 @@ int64_t fused_step_scratch(int64_t tensors, int64_t num_chunks);
 const char* fused_step_cuda(const int64_t* table, int64_t tensors, int averages,
                             const int32_t* chunks, int64_t num_chunks, int64_t num_rows,
                             int64_t longest, const double* options, double* norm, int64_t* skips,
-                            float* scale, int32_t* tracker, double* scratch, void* stream);
+                            float* scale, int32_t* tracker, double* scratch, bool eight,
+                            void* stream);
 // `values` on the host to `to` on the device.
 const char* store_options_cuda(double* to, const double* values, int64_t count, void* stream);
 #endif

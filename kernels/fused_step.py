@@ -282,6 +282,8 @@ class StepTable:
     """How many of the chunks, the last ones, are rows that are normalised."""
     longest: int = 0
     """Elements of the longest such row."""
+    eight: bool = False
+    """Whether some of the moments are 8-bit."""
     options: torch.Tensor | None = None
     """fp64, on the device."""
     stored: tuple[float, ...] = ()
@@ -317,6 +319,7 @@ class StepTable:
             host, averages = torch.tensor(rows, dtype=torch.int64), len(tensors[0].averages)
             ext.fused_step_check(host.data_ptr(), len(rows), averages, groups)
             self.tensors, self.places, self.host = tensors, places, host
+            self.eight = any(t.is_packed for t in tensors)
             # Gradients come and go, and are known by their places; nothing else may be freed.
             self.held = [
                 (t.param, t.exp_avg, t.exp_avg_sq, t.step, t.copy, *t.averages) for t in tensors
@@ -422,7 +425,12 @@ def launch_fused_step(ext, tensors, groups, control, average_betas, max_norm, ta
         ext.fused_step_cuda(
             *(table.device.data_ptr(), *sizes),
             *(chunks.data_ptr(), len(chunks), table.rows, table.longest, *options, *decided),
-            *(scratch.data_ptr(), len(scratch), torch.cuda.current_stream().cuda_stream),
+            *(
+                scratch.data_ptr(),
+                len(scratch),
+                table.eight,
+                torch.cuda.current_stream().cuda_stream,
+            ),
         )
 
 

@@ -90,6 +90,7 @@ def fused_step_cuda(
     tracker: int,
     scratch: int,
     scratch_size: int,
+    eight: bool,
     stream: int,
 ) -> None: ...
 def store_options_cuda(to: int, values: Sequence[float], stream: int) -> None: ...

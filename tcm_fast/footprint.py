@@ -28,6 +28,7 @@ from tcm_fast.networks.precision import is_derived, make_copies
 from tcm_fast.networks.recompute import set_recompute
 from tcm_fast.objectives import Batch, Objective, make_batch, row_granule
 from tcm_fast.offload import SLOTS, piece_sizes
+from tcm_fast.optim import moment_size
 from tcm_fast.times import plan_times
 
 DTYPES = {
@@ -36,7 +37,6 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0 + 1 / 128}
 END = 1 << 20  # an iteration after every schedule's end
 FROZEN = ("tcm", "cd")
 KINDS = (
@@ -352,11 +352,11 @@ def memory(
     """
     phase = config.phase(name)
     step = step or dry_step(config, name, shape, on_gpu=on_gpu)
-    moments = int(2 * step.parameters * MOMENT_BYTES[phase.moments])
+    moments = 2 * sum(moment_size(count, phase.moments) for count in step.elements)
     averages = 4 * step.parameters * len(phase.ema)
     workspace, host = 0, 0
     if config.offload or config.gradients == "16bit":
-        pieces = piece_sizes(step.elements, len(phase.ema), MOMENT_BYTES[phase.moments])
+        pieces = piece_sizes(step.elements, len(phase.ema), phase.moments)
         workspace += max(grads for _, grads in pieces)  # gradients of a piece, widened
         if config.offload:
             host = moments + averages

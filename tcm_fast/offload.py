@@ -20,7 +20,7 @@ import torch
 
 from tcm_fast.kernels.eight_bit import packed_size
 from tcm_fast.kernels.fused_step import StepControl, StepTable, StepTensors, fused_step
-from tcm_fast.optim import MOMENTS, FusedOptimizer, moment_as, no_moment
+from tcm_fast.optim import FusedOptimizer, moment_as, moment_size, no_moment
 
 PIECES = 8  # at least: what visits the device twice over must be much less than all
 PIECE_BYTES = 64 << 20  # of state, at most; a larger parameter is a piece of its own
@@ -90,9 +90,8 @@ class PiecewiseOptimizer(FusedOptimizer):
     def _cut(self) -> None:
         """Cut the parameters into pieces, and lay out each one's state."""
         if self.piece_bytes is None:
-            each = MOMENTS[self._moments].itemsize
             elements = [t.param.numel() for t in self._tensors]
-            self.piece_bytes = piece_bytes(sum(elements), len(self._averages), each)
+            self.piece_bytes = piece_bytes(elements, len(self._averages), self._moments)
         for index, t in enumerate(self._tensors):
             kinds = {f"averages[{k}]": a.dtype for k, a in enumerate(t.averages)}
             kinds |= dict.fromkeys(("exp_avg", "exp_avg_sq"), self._kind_of_moments(t))
@@ -326,20 +325,19 @@ class PiecewiseOptimizer(FusedOptimizer):
                 copy.grad = None
 
 
-def piece_bytes(elements: int, averages: int, moment_bytes: float) -> int:
-    """How much state a piece may have, of so many parameters in all."""
-    return min(int(elements * (4 * averages + 2 * moment_bytes)) // PIECES, PIECE_BYTES)
+def piece_bytes(elements: Sequence[int], averages: int, moments: str) -> int:
+    """How much state a piece may have, of fp32 parameters of so many elements."""
+    state = sum(4 * averages * count + 2 * moment_size(count, moments) for count in elements)
+    return min(state // PIECES, PIECE_BYTES)
 
 
-def piece_sizes(
-    elements: Sequence[int], averages: int, moment_bytes: float
-) -> list[tuple[int, int]]:
+def piece_sizes(elements: Sequence[int], averages: int, moments: str) -> list[tuple[int, int]]:
     """Bytes of (state, widened gradients) of each piece that fp32 parameters of so many elements are cut
     into."""
-    limit = piece_bytes(sum(elements), averages, moment_bytes)
+    limit = piece_bytes(elements, averages, moments)
     pieces: list[tuple[int, int]] = []
     for count in elements:
-        state = averages * _aligned(4 * count) + 2 * _aligned(int(moment_bytes * count))
+        state = averages * _aligned(4 * count) + 2 * _aligned(moment_size(count, moments))
         if not pieces or pieces[-1][0] + state > limit:
             pieces.append((0, 0))
         size, grads = pieces[-1]

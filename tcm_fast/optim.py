@@ -436,6 +436,13 @@ def no_moment(t: StepTensors, kind: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(t.param, dtype=kind)
 
 
+def moment_size(numel: int, moments: str) -> int:
+    """Bytes of one moment of a parameter of so many elements, whose rows are not normalised."""
+    if moments == "8bit":
+        return packed_size(numel) if numel >= SMALL and can_be_packed(numel) else 4 * numel
+    return numel * MOMENTS[moments].itemsize
+
+
 def moment_as(value: torch.Tensor, kind: torch.dtype, t: StepTensors, key: str) -> torch.Tensor:
     """A moment (`key`: exp_avg or exp_avg_sq) of a parameter in another form, or as it is where it has that
     form. ValueError where it is not the parameter's."""

@@ -139,3 +139,11 @@ def check_against_oracle():
         assert error <= allowed, f"{what}: error {error:.3g} is above {allowed:.3g}"
 
     return check
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def either_backend(request, monkeypatch):
+    """The optimizer's pass by its reference and by the extension."""
+    if request.param == "kernel" and tcm_fast.kernels._backend.extension() is None:
+        pytest.skip("needs the extension: not built")
+    monkeypatch.setenv("TCM_FAST_BACKEND", request.param)

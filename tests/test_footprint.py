@@ -23,6 +23,7 @@ LEVERS = {
     "micro-batches": {"micro_batches": 4},
     "offload": {"offload": True},
     "moments": {"moments": "bf16"},
+    "8-bit moments": {"moments": "8bit"},
     "bf16": {"precision": "bf16"},
     "16-bit gradients": {"precision": "bf16", "gradients": "16bit"},
     "two averages": {"ema": ["power:6.94", "constant:0.99"]},

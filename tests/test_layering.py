@@ -56,7 +56,7 @@ _triton
 philox
 dropout precondition _philox_triton
 group_norm_silu qkv_attention consistency_loss noise_pair denoise_to_uint8
-normalized_copy
+normalized_copy eight_bit
 fused_step
 _pointwise
 pixel_norm_mp_silu mp_cat_mp_silu modulate_mp_silu mp_sum resample residual

@@ -116,13 +116,6 @@ def assert_close(ours, theirs):
         assert (a - b).norm() <= 1e-6 * b.norm()
 
 
-@pytest.fixture(params=["reference", "kernel"])
-def either_backend(request, monkeypatch):
-    if request.param == "kernel" and extension() is None:
-        pytest.skip("needs the extension: not built")
-    monkeypatch.setenv("TCM_FAST_BACKEND", request.param)
-
-
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.05}
 
 

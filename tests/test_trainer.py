@@ -552,14 +552,15 @@ def test_the_best_by_distance(images, no_pictures, tmp_path):
     ],
 )
 def test_exact_resume_of_all_state(precision, backend, images, no_pictures, tmp_path, monkeypatch):
-    """Both optimizers, 16-bit moments, loss scale, several averages, snapshots, labels, counters."""
+    """Both optimizers, short moments, loss scale, several averages, snapshots, labels, counters."""
     if backend == "fused" and extension() is None:
         pytest.skip("needs the extension: not built")
     if backend == "torch":
         for module in (trainer_module, assembly):
             monkeypatch.setattr(module, "extension_gap", lambda device: "not here")
         monkeypatch.setattr(optim, "extension_for", lambda name, device: None)
-    moments = {"moments": "bf16"} if backend == "fused" else {}
+    short = {"fp16": "bf16", "fp32": "8bit"}[precision]
+    moments = {"moments": short} if backend == "fused" else {}
     phase = {
         "ema": ["power:16.97", "halflife:1000", "power:6.94"], "grad_clip": 0.5, "decay_start": 2,
         "warmup_images": 64, **moments,

@@ -46,7 +46,7 @@ int main() {
           return address >= at && address < at + memory.size() * 4;
         };
         fused_step_cuda(table, 1, 1, chunks.data(), count, rows, row, on_device.data(), &norm,
-                        &skips, &scale, &tracker, scratch.data(), nullptr);
+                        &skips, &scale, &tracker, scratch.data(), false, nullptr);
         is_counted = nullptr;
         if (skips || bytes_moved % size) return 1;
         std::printf("%d %d\n", row != 0, static_cast<int>(bytes_moved / size));

@@ -106,7 +106,7 @@ int main() {
                        &scale[0], &tracker[0], 1);
         fused_step_cuda(b.table.data(), rows, averages, chunks.data(), count, lines, longest,
                         on_device.data(), &norm[1], &skips[1], &scale[1], &tracker[1],
-                        scratch.data(), nullptr);
+                        scratch.data(), true, nullptr);
         for (Tensors* tensors : {&a, &b}) {
           for (int64_t row : {60, 61, 66}) {
             reinterpret_cast<float*>(tensors->table[row * width + kGrad])[9999] = 1;
