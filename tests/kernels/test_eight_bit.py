@@ -365,3 +365,38 @@ def test_they_train_as_well():
             optimizer.step()
         losses[moments] = (x @ weight - target).square().mean().item()
     assert losses["8bit"] == pytest.approx(losses["fp32"], rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normalized", ["", "exact"])
+def test_a_gpu_computes_what_the_cpu_does(normalized, monkeypatch):
+    """Flat tensors bit for bit; along rows sums have another order, and a code may differ by it."""
+    monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
+    shapes = ROWS if normalized else [*SHAPES, (700, 1000)]
+    ours = packed_tensors(shapes, normalized=normalized)
+    theirs = [
+        StepTensors(
+            t.param.cuda(), exp_avg=t.exp_avg.cuda(), exp_avg_sq=t.exp_avg_sq.cuda(),
+            step=t.step.cuda(), averages=tuple(a.cuda() for a in t.averages), copy=t.copy.cuda(),
+            normalized=normalized,
+        )
+        for t in ours
+    ]  # fmt: skip
+    controls = StepControl.on("cpu", seed=5), StepControl.on("cuda", seed=5)
+    for step in range(6):
+        draw_gradients(ours, step)
+        for a, b in zip(ours, theirs, strict=True):
+            b.grad = torch.empty_like(b.param).copy_(a.grad)
+            for key in ("param", *KEYS):
+                getattr(b, key).copy_(getattr(a, key))
+        for tensors, control in zip((ours, theirs), controls, strict=True):
+            fused_step(tensors, [ADAM], control, average_betas=[0.9])
+        for a, b in zip(ours, theirs, strict=True):
+            if not normalized:
+                assert all(
+                    torch.equal(getattr(a, k), getattr(b, k).cpu()) for k in ("param", *KEYS)
+                )
+            torch.testing.assert_close(b.param.cpu(), a.param, rtol=2e-6, atol=1e-6)
+            for key in KEYS:
+                x, y = getattr(a, key), getattr(b, key).cpu()
+                assert (x != y).sum() <= 1 + 2e-3 * x.numel()
