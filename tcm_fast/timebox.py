@@ -21,6 +21,11 @@ from tcm_fast.trainer import Trainer
 
 FEWEST_STEPS = 100  # of a phase; with fewer nothing is learnt
 RESERVE = 0.02  # of the time: loading, pictures, checkpoints
+JUDGED = 0.03  # of the time at most: samples drawn and compared at the phases' ends
+FEWEST_JUDGED = 256  # samples; a distance of fewer says nothing
+CALLS = {
+    "edm": 35
+}  # of the network for a sample that is judged: 18 Heun steps; else one step and two
 CPU_ROWS = 32  # images of a step that is measured on a CPU
 
 
@@ -98,6 +103,23 @@ def calibrate(config: Config, name: str, *, seconds: float = 3.0) -> float:
     return rate / mean_work(config, name)
 
 
+def judge_within(config: Config, rates: Mapping[str, float], seconds: float) -> tuple[Config, str]:
+    """The configuration with as many samples judged as JUDGED of the time holds, and what to say of it. A
+    training image counts as three calls of the network."""
+    if not config.eval.features:
+        return config, ""
+    each = sum(CALLS.get(name, 3) / (3 * rates[name]) for name in config.phases)
+    num = int(JUDGED * seconds / each)
+    if num < FEWEST_JUDGED:
+        text = "eval: no time for distances; tcm-fast eval measures them afterwards"
+        return replace(config, eval=replace(config.eval, features="")), text
+    num = min(num, config.eval.num or num)
+    return (
+        replace(config, eval=replace(config.eval, num=num)),
+        f"eval: {num:,} samples at each phase's end",
+    )
+
+
 def train_within(
     config: Config,
     out: Path,
@@ -124,6 +146,10 @@ def train_within(
     width = plan.config.network.model_channels
     whole = plan.config
     rates: dict[str, float] = {name: calibrate(whole, name) for name in config.phases}
+    config, text = judge_within(config, rates, hours * 3600)
+    if text:
+        end -= JUDGED * hours * 3600
+        say(text)
     slower = 1.0  # how much longer than planned the last phase took
     results: list[PhaseResult] = []
     done: dict[str, Config] = {}
