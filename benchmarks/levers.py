@@ -155,11 +155,11 @@ def summarise(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def narrow(folder: Path, batch: int) -> Config:
+def narrow(folder: Path, batch: int, channels: int = 64) -> Config:
     """A narrow DDPM++ on random images of 32x32, for a CPU."""
     rng = np.random.default_rng(0)
     np.savez(folder / "images.npz", images=rng.integers(0, 256, (2 * batch, 32, 32, 3), np.uint8))
-    network = {"model_channels": 64, "channel_mult": [1, 2], "num_blocks": 1}
+    network = {"model_channels": channels, "channel_mult": [1, 2], "num_blocks": 1}
     phase = {"batch_size": batch, "images": 16 * batch, "ema": ["power:6.94"]}
     pairs = {"double": 1, "limit": 0.99}
     return from_dict(

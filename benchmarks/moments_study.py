@@ -51,12 +51,12 @@ def study(
 
 def state_bytes(run: Path) -> int:
     """Of the moments in a run's newest checkpoint."""
-    from tcm_fast.checkpoint import load_checkpoint, newest_checkpoint
+    from tcm_fast.run_folder import newest_checkpoint
     from tcm_fast.tensor_files import read_tensors
 
     newest = newest_checkpoint(run)
     assert newest is not None
-    tensors = read_tensors(load_checkpoint(newest).path / "optimizer.safetensors")[1]
+    tensors = read_tensors(newest / "optimizer.safetensors")[1]
     return sum(x.nbytes for name, x in tensors.items() if not name.endswith("/step"))
 
 

@@ -20,6 +20,7 @@ from tcm_fast.recipes import images_for, scale_recipe, scale_width
 from tcm_fast.trainer import Trainer
 
 FEWEST_STEPS = 100  # of a phase; with fewer nothing is learnt
+ROUNDS = 6  # of speed and length until one fits the other
 RESERVE = 0.02  # of the time: loading, pictures, checkpoints
 JUDGED = 0.03  # of the time at most: samples drawn and compared at the phases' ends
 FEWEST_JUDGED = 256  # samples; a distance of fewer says nothing
@@ -39,6 +40,7 @@ def fit_hours(
     rates: Mapping[str, float] | None = None,
     width: int | None = None,
     auto: bool = False,
+    fewest: int = FEWEST_STEPS,
 ) -> Plan:
     """The largest schedule of a recipe that the hours hold, on the network that suits it.
 
@@ -50,6 +52,7 @@ def fit_hours(
         rates: images per second, measured on the network of `width`.
         width: of the network; None is chosen by the arithmetic that the hours hold.
         auto: choose the levers, too.
+        fewest: steps of a phase.
 
     Raises:
         ValueError: no time, or too little for the phases' first steps.
@@ -67,22 +70,28 @@ def fit_hours(
         width = scale_width(config.network.model_channels, seconds / whole.seconds)
     plan = whole
     known = dict(rates or {})
-    for _ in range(2):  # width, batch and precision decide the speed, and the speed the length
+    fullest: Plan | None = None
+    for _ in range(ROUNDS):  # width, batch and precision decide the speed, and the speed the length
         found = {p.name: known.get(p.name, p.rate) for p in plan.phases}
         images = images_for(seconds, found, config.phases)
         scaled = scale_recipe(
             config, images, width=width, count=shape.count or 50_000, on_gpu=card.on_gpu
         )
         plan = plan_run(scaled, shape, card, gpus=gpus, rates=known)
+        if plan.seconds <= seconds and (fullest is None or plan.seconds > fullest.seconds):
+            fullest = plan
+        if 0.99 * seconds <= plan.seconds <= seconds:
+            break
+    plan = fullest or plan
     if auto:
         chosen = choose_levers(plan.config, shape, card, gpus=gpus)
         plan = plan_run(chosen, shape, card, gpus=gpus, rates=known)
     steps = {p.name: p.images // p.batch_size for p in plan.phases}
     name = min(steps, key=lambda n: steps[n])
     require(
-        steps[name] >= FEWEST_STEPS,
-        f"hours: {hours:g} h hold {steps[name]} steps of phase {name}, at least {FEWEST_STEPS} are "
-        f"needed: {hours * FEWEST_STEPS / max(steps[name], 1) * 1.05:.2g} h, or a smaller network",
+        steps[name] >= fewest,
+        f"hours: {hours:g} h hold {steps[name]} steps of phase {name}, at least {fewest} are "
+        f"needed: {hours * fewest / max(steps[name], 1) * 1.05:.2g} h, or a smaller network",
     )
     return plan
 
@@ -159,12 +168,17 @@ def train_within(
         hours_left = max(end - now, 0.0) / 3600 / (1 - RESERVE)
         rest = replace(config, phases=left)
         effective: dict[str, float] = {n: rates[n] / slower for n in left}
-        plan = fit_hours(rest, shape, card, hours_left, rates=effective, width=width, auto=auto)
+        plan = fit_hours(
+            rest, shape, card, hours_left, rates=effective, width=width, auto=auto,
+            fewest=1 if done else FEWEST_STEPS,
+        )  # fmt: skip
         phase = plan.config.phase(name)
         if name == "tcm" and "ect" in done:  # one schedule over both
             before = done["ect"].ect
             phase = replace(phase, double=before.double, limit=before.limit, q=before.q)  # type: ignore[call-arg]
-        settings = replace(plan.config, phases=(name,), **{name: phase})  # type: ignore[arg-type]
+        # The phases before are as they were: what they left is read by their own settings.
+        own = {before: done[before].phase(before) for before in done} | {name: phase}
+        settings = replace(plan.config, phases=(name,), **own)  # type: ignore[arg-type]
         planned = next(p.seconds for p in plan.phases if p.name == name)
         say(
             f"{name}: {phase.images:,} images in {planned / 60:.1f} min at "

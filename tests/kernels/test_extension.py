@@ -148,7 +148,9 @@ def test_a_debug_build_passes_the_tests_of_its_operations(extension, tmp_path):
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
     library = tmp_path / "lib/tcm_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    tests = [f"tests/kernels/test_{name}.py" for name in ("philox", "dropout", "fused_step")]
+    tests = [
+        f"tests/kernels/test_{name}.py" for name in ("philox", "dropout", "fused_step", "eight_bit")
+    ]
     ran = subprocess.run(
         [sys.executable, "-c", RUN, library, *tests, "-m", "not slow and not gpu"],
         cwd=ROOT, env=environment, capture_output=True, text=True,
