@@ -49,7 +49,9 @@ def train(config: Config, out: Path, minutes: float, card: Card) -> dict[str, fl
         f.path for f in find_checkpoints(out / "run") if f.ok and f.path.name.startswith("ect-")
     ]
     again = replace(done.ect, images=done.tcm.images, batch_size=done.tcm.batch_size)
-    control = replace(done, phases=("ect",), ect=replace(again, lr=done.tcm.lr))
+    every = max(again.images // again.batch_size // 4, 1)
+    ect = replace(again, lr=done.tcm.lr)
+    control = replace(done, phases=("ect",), ect=ect, save_every=every)
     begun = time.monotonic()
     Trainer(control, out / "control", init=stage1[-1]).run()
     return seconds | {"control": time.monotonic() - begun}
@@ -91,12 +93,13 @@ def plot(
     stage1 = [row for row in rows if row["phase"] == "ect"]
     last = stage1[-1]["seconds"] if stage1 else 0.0
     shifted = [row | {"seconds": row["seconds"] + last} for row in control]
+    stage2 = [row for row in rows if row["phase"] == "tcm"]
     for steps, style in ((1, "o-"), (2, "s--")):
         key, times = f"frechet_{steps}", "1 step" if steps == 1 else "2 steps"
         for label, some, colour in (
             (LABELS["ect"], stage1, "tab:blue"),
-            (LABELS["tcm"], [row for row in rows if row["phase"] == "tcm"], "tab:red"),
-            (CONTROL, shifted, "tab:gray"),
+            (LABELS["tcm"], stage1[-1:] + stage2, "tab:red"),
+            (CONTROL, stage1[-1:] + shifted, "tab:gray"),
         ):
             minutes = [row["seconds"] / 60 for row in some]
             axes.plot(

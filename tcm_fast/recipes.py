@@ -40,7 +40,7 @@ def scale_recipe(
     *,
     width: int | None = None,
     count: int = 50_000,
-    on_gpu: bool = True,
+    tf32: bool = False,
 ) -> Config:
     """The recipe for so many images of each phase; at the recipe's own lengths it stays what it is.
 
@@ -49,7 +49,7 @@ def scale_recipe(
         images: of each of its phases that is to be run.
         width: of the network; None leaves it.
         count: images of the training set, which say how often each is seen.
-        on_gpu: whether tf32 can be chosen, where the schedule leaves it enough signal.
+        tf32: compute so, and let r come no closer to t than leaves it enough signal.
     """
     phases = tuple(name for name in config.phases if name in images)
     given = config.network.model_channels
@@ -58,12 +58,14 @@ def scale_recipe(
     scaled: dict[str, Any] = {"phases": phases, "network": network}
     for name in phases:
         phase = config.phase(name)
-        scaled[name] = _scale_phase(phase, min(images[name], phase.images), narrow, count)
+        own = _scale_phase(phase, min(images[name], phase.images), narrow, count)
+        if tf32 and isinstance(own, ConsistencyConfig):
+            own = replace(own, limit=min(own.limit, 1 - TF32_GAP))
+        scaled[name] = own
     if "ect" in scaled and "tcm" in scaled:  # one schedule over both, counted on
         keep = {"double": scaled["ect"].double, "limit": scaled["ect"].limit, "q": scaled["ect"].q}
         scaled["tcm"] = replace(scaled["tcm"], **keep)
-    gaps = [1 - p.limit for p in scaled.values() if isinstance(p, ConsistencyConfig)]
-    if on_gpu and config.precision == "fp32" and min(gaps, default=1.0) >= TF32_GAP:
+    if tf32:
         scaled["precision"] = "tf32"
     steps = [math.ceil(scaled[n].images / scaled[n].batch_size) for n in phases]
     every = max(min(steps, default=1) // 4, 50)
@@ -73,6 +75,13 @@ def scale_recipe(
         "log_every": min(config.log_every, max(every // 10, 1)),
     }
     return replace(config, **scaled)
+
+
+def leaves_signal_to_tf32(config: Config) -> bool:
+    """Whether a recipe's pairs are far enough apart for its rounding."""
+    phases = [config.phase(name) for name in config.phases]
+    gaps = [1 - p.limit for p in phases if isinstance(p, ConsistencyConfig)]
+    return min(gaps, default=1.0) >= TF32_GAP
 
 
 def _scale_phase(phase: PhaseConfig, images: int, narrow: float, count: int) -> PhaseConfig:

@@ -16,7 +16,7 @@ from tcm_fast.cards import Card
 from tcm_fast.config import Config, phase_name, require, save_config
 from tcm_fast.footprint import ImageShape
 from tcm_fast.phase import PhaseResult
-from tcm_fast.recipes import images_for, scale_recipe, scale_width
+from tcm_fast.recipes import images_for, leaves_signal_to_tf32, scale_recipe, scale_width
 from tcm_fast.trainer import Trainer
 
 FEWEST_STEPS = 100  # of a phase; with fewer nothing is learnt
@@ -41,6 +41,7 @@ def fit_hours(
     width: int | None = None,
     auto: bool = False,
     fewest: int = FEWEST_STEPS,
+    precision: str | None = None,
 ) -> Plan:
     """The largest schedule of a recipe that the hours hold, on the network that suits it.
 
@@ -53,6 +54,8 @@ def fit_hours(
         width: of the network; None is chosen by the arithmetic that the hours hold.
         auto: choose the levers, too.
         fewest: steps of a phase.
+        precision: decided already: the recipe's, or tf32 in the place of fp32. None takes tf32 where it is
+            faster and the schedule leaves it enough signal.
 
     Raises:
         ValueError: no time, or too little for the phases' first steps.
@@ -68,21 +71,29 @@ def fit_hours(
         return whole
     if width is None and config.network.model_channels is not None:
         width = scale_width(config.network.model_channels, seconds / whole.seconds)
-    plan = whole
     known = dict(rates or {})
-    fullest: Plan | None = None
-    for _ in range(ROUNDS):  # width, batch and precision decide the speed, and the speed the length
-        found = {p.name: known.get(p.name, p.rate) for p in plan.phases}
-        images = images_for(seconds, found, config.phases)
-        scaled = scale_recipe(
-            config, images, width=width, count=shape.count or 50_000, on_gpu=card.on_gpu
-        )
-        plan = plan_run(scaled, shape, card, gpus=gpus, rates=known)
-        if plan.seconds <= seconds and (fullest is None or plan.seconds > fullest.seconds):
-            fullest = plan
-        if 0.99 * seconds <= plan.seconds <= seconds:
-            break
-    plan = fullest or plan
+
+    def fill(tf32: bool) -> Plan:
+        """Width, batch and precision decide the speed, and the speed the length."""
+        plan, fullest = whole, None
+        for _ in range(ROUNDS):
+            found = {p.name: known.get(p.name, p.rate) for p in plan.phases}
+            images = images_for(seconds, found, config.phases)
+            scaled = scale_recipe(
+                config, images, width=width, count=shape.count or 50_000, tf32=tf32
+            )
+            plan = plan_run(scaled, shape, card, gpus=gpus, rates=known)
+            if plan.seconds <= seconds and (fullest is None or plan.seconds > fullest.seconds):
+                fullest = plan
+            if 0.99 * seconds <= plan.seconds <= seconds:
+                break
+        return fullest or plan
+
+    may_change = config.precision == "fp32" and card.on_gpu
+    faster = card.flops("tf32") > card.flops("fp32")
+    plan = fill(may_change and precision == "tf32")
+    if may_change and faster and precision is None and leaves_signal_to_tf32(plan.config):
+        plan = fill(True)
     if auto:
         chosen = choose_levers(plan.config, shape, card, gpus=gpus)
         plan = plan_run(chosen, shape, card, gpus=gpus, rates=known)
@@ -152,7 +163,7 @@ def train_within(
     end = begun + hours * 3600 * (1 - RESERVE)
     auto = config.memory == "auto"
     plan = fit_hours(config, shape, card, hours, auto=auto)
-    width = plan.config.network.model_channels
+    width, precision = plan.config.network.model_channels, plan.config.precision
     whole = plan.config
     rates: dict[str, float] = {name: calibrate(whole, name) for name in config.phases}
     config, text = judge_within(config, rates, hours * 3600)
@@ -170,7 +181,7 @@ def train_within(
         effective: dict[str, float] = {n: rates[n] / slower for n in left}
         plan = fit_hours(
             rest, shape, card, hours_left, rates=effective, width=width, auto=auto,
-            fewest=1 if done else FEWEST_STEPS,
+            fewest=1 if done else FEWEST_STEPS, precision=precision,
         )  # fmt: skip
         phase = plan.config.phase(name)
         if name == "tcm" and "ect" in done:  # one schedule over both

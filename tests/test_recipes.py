@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 
 from tcm_fast.config import load_preset
-from tcm_fast.recipes import SHARES, images_for, scale_recipe, scale_width
+from tcm_fast.recipes import (
+    SHARES,
+    images_for,
+    leaves_signal_to_tf32,
+    scale_recipe,
+    scale_width,
+)
 
 CIFAR10 = load_preset("cifar10")
 WHOLE = {name: CIFAR10.phase(name).images for name in CIFAR10.phases}
@@ -53,9 +59,12 @@ def test_shorter_is_never_closer_pairs_nor_larger_batches():
 
 
 def test_tf32_where_the_schedule_leaves_it_enough_signal():
-    assert scaled(1 / 2000).precision == "tf32"
-    assert scaled(1 / 2000, on_gpu=False).precision == "fp32"
-    assert scaled(1 / 2).precision == CIFAR10.precision == "fp32"
+    assert leaves_signal_to_tf32(scaled(1 / 2000))
+    assert not leaves_signal_to_tf32(scaled(1 / 2))
+    assert scaled(1 / 2000).precision == CIFAR10.precision == "fp32"
+    found = scaled(1 / 2, tf32=True)
+    assert found.precision == "tf32"
+    assert found.ect.limit == found.tcm.limit == 1 - 0.004
 
 
 def test_width():

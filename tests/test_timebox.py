@@ -16,11 +16,28 @@ from tcm_fast.run_folder import newest_checkpoint
 SHAPE = ImageShape(32, 3, 10, 50_000)
 
 
-@pytest.mark.parametrize("hours", [1 / 6, 1, 8, 24])
-def test_the_schedule_fills_the_hours(hours):
-    plan = timebox.fit_hours(load_preset("cifar10"), SHAPE, CARDS["rtx4090"], hours, auto=True)
+@pytest.mark.parametrize("name", ["rtx4090", pytest.param("h200", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "hours",
+    [1 / 6, 8, pytest.param(1, marks=pytest.mark.slow), pytest.param(24, marks=pytest.mark.slow)],
+)
+def test_the_schedule_fills_the_hours(hours, name):
+    plan = timebox.fit_hours(load_preset("cifar10"), SHAPE, CARDS[name], hours, auto=True)
     assert 0.9 * hours * 3600 <= plan.seconds <= hours * 3600
-    assert plan.peak <= CARDS["rtx4090"].usable
+    assert plan.peak <= CARDS[name].usable
+
+
+def test_tf32_where_it_is_faster_and_pairs_are_far_apart():
+    config = load_preset("cifar10")
+    found = {
+        name: timebox.fit_hours(config, SHAPE, CARDS[name], 0.5).config
+        for name in ("h200", "rtx4090")
+    }
+    assert found["h200"].precision == "tf32"
+    assert found["h200"].ect.limit <= 0.996
+    assert found["rtx4090"].precision == "fp32"  # as fast there, by its data sheet
+    given = timebox.fit_hours(config, SHAPE, CARDS["h200"], 0.5, precision="fp32")
+    assert given.config.precision == "fp32"
 
 
 def test_more_time_is_a_longer_schedule_on_a_network_as_wide():
