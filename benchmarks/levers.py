@@ -28,6 +28,7 @@ from tcm_fast.config import Config, from_dict, load_preset
 from tcm_fast.data import ImageStream
 from tcm_fast.footprint import Counter, ImageShape, memory, with_levers
 from tcm_fast.offload import PiecewiseOptimizer
+from tcm_fast.phase import Phase
 from tcm_fast.plan_command import image_shape
 from tcm_fast.trainer import Trainer
 
@@ -71,8 +72,7 @@ def held(config: Config, name: str, out: str | Path) -> int:
     if on_gpu:
         _forget()
         floor = torch.cuda.memory_allocated()
-    previous = trainer.assembly.build(config.phase(name)) if name == "tcm" else None
-    phase = trainer.assembly.begin(name, previous)
+    phase = _begin(trainer, name)
     stream = ImageStream(trainer.data, seed=0, device=trainer.device)
     trainer._step(phase, trainer._prepare(phase, stream))
     phase.step = phase.steps - 1  # where most targets need a network
@@ -96,12 +96,17 @@ def held(config: Config, name: str, out: str | Path) -> int:
     return sum(size for key, size in sizes.items() if key not in host) + counter.peak
 
 
+def _begin(trainer: Trainer, name: str) -> Phase:
+    """A phase on a new network."""
+    previous = trainer.assembly.build(trainer.config.phase(name)) if name == "tcm" else None
+    return trainer.assembly.begin(name, previous)
+
+
 def first_moments(config: Config, name: str, out: str | Path) -> list[torch.Tensor]:
     """Of each parameter after one step: the gradient but for a factor."""
     trainer = Trainer(config, out)
     torch.manual_seed(0)
-    previous = trainer.assembly.build(config.phase(name)) if name == "tcm" else None
-    phase = trainer.assembly.begin(name, previous)
+    phase = _begin(trainer, name)
     stream = ImageStream(trainer.data, seed=0, device=trainer.device)
     trainer._step(phase, trainer._prepare(phase, stream))
     state = phase.optimizer.state_dict()["state"]
