@@ -59,7 +59,7 @@ class Trainer:
         resume: continue the newest sound checkpoint in `out`, if there is one.
 
     Attributes:
-        spent: seconds spent in "checks", "logging", "saving" and "pictures" so far.
+        spent: seconds that the host spent in "data", "checks", "logging", "saving" and "pictures" so far.
 
     Raises:
         ValueError, FileNotFoundError: what the user has to change.
@@ -101,6 +101,7 @@ class Trainer:
             measure=lambda phase: self.gallery.frechet_distance(phase),
         )
         self.log, self.spent = self.keeper.log, self.keeper.spent
+        self._fetched: float = 0.0  # seconds in "data" when a line was logged last
         self.gallery = Gallery(
             self.out, config, self.data, self.space, self.workers, self.log, self.spent
         )
@@ -276,7 +277,8 @@ class Trainer:
         plan, parts = self._plan(phase, step)
         batches = []
         for part in parts:
-            images, labels = stream.batch(seen + part)
+            with timed(self.spent, "data"):
+                images, labels = stream.batch(seen + part)
             if not self.config.network.class_conditional:
                 labels = None
             batch = make_batch(
@@ -562,6 +564,8 @@ class Trainer:
             values |= {"grad_norm": means.norm, "grad_norm_max": means.largest}
             size = phase.config.batch_size
             values["images_per_second"] = (phase.step - since) * size / max(seconds, 1e-9)
+            fetched, self._fetched = self.spent["data"] - self._fetched, self.spent["data"]
+            values["data_share"] = min(fetched / max(seconds, 1e-9), 1.0)
             if means.skipped:
                 values |= {"skipped": means.skipped, "skipped_total": phase.skips}
             self.log.metrics(phase.name, phase.images, values)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from tcm_fast import assembly, metrics, optim, saving
 from tcm_fast import trainer as trainer_module
 from tcm_fast.checkpoint import load_checkpoint, load_network
 from tcm_fast.config import Config, from_dict, load_config
-from tcm_fast.data import load_images
+from tcm_fast.data import ImageStream, load_images
 from tcm_fast.gallery import Gallery
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels._backend import extension
@@ -644,3 +645,19 @@ def test_resuming_needs_no_more_memory_than_running(images, no_pictures, tmp_pat
     counts.clear()
     train(dataclasses.replace(config, max_steps=4), tmp_path / "whole")
     assert resumed["tcm"] <= dict(counts)["tcm"] + 4096
+
+
+def test_the_share_of_time_that_images_take(images, no_pictures, tmp_path, monkeypatch):
+    fetch = ImageStream.batch
+
+    def slow(self, positions):
+        time.sleep(0.2)
+        return fetch(self, positions)
+
+    monkeypatch.setattr(ImageStream, "batch", slow)
+    train(tiny(images, phases=["edm"]), tmp_path / "run")
+    shares = [e["data_share"] for e in events(tmp_path / "run") if e["event"] == "train"]
+    assert all(0 < share <= 1 for share in shares)
+    assert max(shares) > 0.1
+    (spent,) = [e for e in events(tmp_path / "run") if e["event"] == "spent"]
+    assert spent["data"] >= 0.2 * 6
