@@ -95,7 +95,12 @@ def recipe(tmp_path):
     np.savez(tmp_path / "images.npz", images=rng.integers(0, 256, (64, 8, 8, 1), np.uint8))
     phase = {"batch_size": 64, "images": 10_000_000, "ema": ["power:6.94"], "dropout": 0.0}
     pairs = phase | {"double": 1000, "limit": 0.99}
-    network = {"model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1}
+    network = {
+        "model_channels": 32,
+        "channel_mult": [1, 1],
+        "num_blocks": 1,
+        "attn_resolutions": [4],
+    }
     return from_dict(
         Config,
         {
