@@ -17,7 +17,7 @@ def test_a_minute(tmp_path, monkeypatch, capsys):
     np.savez(data, images=rng.integers(0, 256, (300, 8, 8, 1), np.uint8), labels=np.arange(300) % 3)
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "results" / "recipe.json"
-    arguments = ["--data", str(data), "--preset", "digits", "--minutes", "1.5", "--num", "32"]
+    arguments = ["--data", str(data), "--preset", "digits", "--minutes", "2", "--num", "32"]
     arguments += ["--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["recipe_study", *arguments])
     recipe_study.main()
@@ -29,7 +29,7 @@ def test_a_minute(tmp_path, monkeypatch, capsys):
     times = [row["seconds"] for row in record["rows"]]
     assert times == sorted(times)
     assert all(row["frechet_1"] > 0 for row in record["rows"] if row["phase"] != "edm")
-    assert record["seconds"]["run"] < 1.5 * 60 * 1.3  # a busy machine  # a busy machine
+    assert record["seconds"]["run"] < 2 * 60 * 1.3  # a busy machine
     for name in ("recipe.png", "recipe_1_step.png", "recipe_2_step.png"):
         assert (out.parent / name).stat().st_size > 1000
     table = capsys.readouterr().out
