@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -110,7 +109,7 @@ def summarise(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    import torch
+    from tcm_fast.benchmarks.measure import write_record
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/digits_study.json"))
@@ -121,19 +120,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         rows = study(args.runs or Path(scratch), args.seeds, args.jobs, args.images)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    record = {
-        "what": "digits: Fréchet distances to held-out digits by phase, seeds and variants",
-        "commit": commit,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()} CPU, one thread a run",
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    what = "digits: Fréchet distances to held-out digits by phase, seeds and variants"
+    write_record(args.out, what, f"{platform.machine()} CPU, one thread a run", rows=rows)
     print(summarise(rows))
 
 

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
-import subprocess
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tcm_fast.benchmarks.measure import write_record
 from tcm_fast.budget import choose_levers
 from tcm_fast.cards import Card, this_device
 from tcm_fast.config import Config, from_dict, load_preset
@@ -227,17 +225,8 @@ def main() -> None:
         if card.on_gpu:
             chosen = choose_levers(config, shape, card)
             rows += measure(chosen, args.phase, {"auto": {}}, shape, card, seconds=args.seconds)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    record = {
-        "what": f"memory levers: a step of {args.phase}, {args.preset or 'narrow DDPM++'}",
-        "commit": commit.stdout.strip(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": card.name,
-        "rows": [asdict(row) for row in rows],
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    what = f"memory levers: a step of {args.phase}, {args.preset or 'narrow DDPM++'}"
+    write_record(args.out, what, card.name, rows=[asdict(row) for row in rows])
     print(summarise(rows))
 
 

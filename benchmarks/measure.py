@@ -8,6 +8,7 @@ On a CPU it is the host's clock around as many calls as make a millisecond.
 from __future__ import annotations
 
 import gc
+import json
 import platform
 import random
 import statistics
@@ -273,3 +274,18 @@ def environment(device: torch.device | str) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
         }
     return found
+
+
+def write_record(path: Path, what: str, machine: str, **found: Any) -> None:
+    """Write what a study found, as JSON, with where it comes from."""
+    here = environment("cpu")
+    record = {
+        "what": what,
+        "commit": here["commit"] or "",
+        "torch": torch.__version__,
+        "python": here["python"],
+        "machine": machine,
+        **found,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")

@@ -8,10 +8,8 @@ distances against held-out digits and the bytes of the optimizer's state go to a
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -79,7 +77,7 @@ def summarise(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    import torch
+    from tcm_fast.benchmarks.measure import write_record
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/moments_study.json"))
@@ -89,19 +87,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         rows = study(Path(scratch), args.seeds, args.jobs, args.images)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    record = {
-        "what": "digits: Fréchet distances to held-out digits by the memory of the optimizer's moments",
-        "commit": commit,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()} CPU, one thread a run",
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    what = "digits: Fréchet distances to held-out digits by the memory of the optimizer's moments"
+    write_record(args.out, what, f"{platform.machine()} CPU, one thread a run", rows=rows)
     print(summarise(rows))
 
 

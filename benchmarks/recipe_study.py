@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import tempfile
 import time
 from dataclasses import replace
@@ -21,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tcm_fast.benchmarks.measure import write_record
 from tcm_fast.cards import Card, this_device
 from tcm_fast.checkpoint import load_checkpoint, load_network
-from tcm_fast.config import Config, load_config, load_preset, save_config
+from tcm_fast.config import Config, load_config, load_preset
 from tcm_fast.data import load_images
 from tcm_fast.features import FeatureSpace, feature_space
 from tcm_fast.metrics import frechet_distance
@@ -162,25 +161,19 @@ def main() -> None:
             images = sample(load_network(newest), 60, steps=steps, seed=1)
             grid = args.out.with_name(f"{args.out.stem}_{steps}_step.png")
             save_grid(images, grid, 10, overwrite=True)
-        settings = out / "settings.json"
-        save_config(replace(load_config(out / "run" / "config.json"), data=config.data), settings)
-        chosen = json.loads(settings.read_text())
+        chosen = json.loads((out / "run" / "config.json").read_text())
     chosen["data"]["source"] = Path(args.data).name
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    record = {
-        "what": f"{args.preset} within {args.minutes:g} minutes; Fréchet distances of {args.num} samples "
-        f"in the features {args.features!r} (no published FID)",
-        "commit": commit.stdout.strip(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": card.name,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "config": chosen,
-        "frechet_training_images": round(yardstick, 4),
-        "rows": rows,
-        "control": control,
-    }
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(
+        args.out,
+        f"{args.preset} within {args.minutes:g} minutes; Fréchet distances of {args.num} samples in the "
+        f"features {args.features!r} (no published FID)",
+        card.name,
+        seconds={name: round(value, 1) for name, value in seconds.items()},
+        config=chosen,
+        frechet_training_images=round(yardstick, 4),
+        rows=rows,
+        control=control,
+    )
     print(summarise(rows, control, yardstick))
 
 

@@ -173,6 +173,12 @@ def advise(readings: Sequence[Reading]) -> str:
     )
 
 
+def thinned(readings: Sequence[Reading], most: int) -> list[Reading]:
+    """About `most` of them, evenly spaced, the first and the last among them."""
+    shown = list(readings[:: math.ceil(len(readings) / most)])
+    return shown if shown[-1] is readings[-1] else [*shown, readings[-1]]
+
+
 def plot(readings: Sequence[Reading], path: str | Path) -> None:
     """Distances over t, a line for each reading, as a picture (needs matplotlib, the [plot] extra).
 
@@ -186,8 +192,7 @@ def plot(readings: Sequence[Reading], path: str | Path) -> None:
         raise ValueError("eval: --plot needs matplotlib, pip install 'tcm-fast[plot]'") from None
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    shown = readings[:: math.ceil(len(readings) / 8)]
-    shown = [*shown, *([readings[-1]] if shown[-1] is not readings[-1] else [])]
+    shown = thinned(readings, 8)
     for i, reading in enumerate(shown):
         times = sorted(reading.distances)
         colour = colormaps["viridis"](i / max(len(shown) - 1, 1))

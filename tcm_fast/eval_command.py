@@ -146,8 +146,7 @@ def judge_denoising(args: Eval, net: Any, images: Any, space: Any) -> int:
     table.add_column("images", justify="right")
     for t in times:
         table.add_column(f"t = {t:g}", justify="right")
-    shown = readings[:: -(-len(readings) // 12)]
-    for reading in shown if shown[-1] is readings[-1] else [*shown, readings[-1]]:
+    for reading in denoising.thinned(readings, 12):
         cells = [f"{reading.distances[t]:.3g}" if t in reading.distances else "" for t in times]
         table.add_row(f"{reading.images:,}", *cells)
     Console().print(table)

@@ -54,10 +54,11 @@ class Gallery:
         if not self.workers.is_main:
             return
         with timed(self.spent, "pictures"):
+            net = net or phase.average()
             steps = 1 if phase.name in CONSISTENCY else None
             classes = phase.student.label_dim
             columns = classes if 0 < classes <= 16 else 8  # a column for each of few classes
-            images = sample(net or phase.average(), GRID // columns * columns, steps=steps)
+            images = sample(net, GRID // columns * columns, steps=steps)
             if phase.step:
                 name = f"{phase.name}-{phase.images:09d}.png"
                 try:
@@ -66,7 +67,7 @@ class Gallery:
                     self.log.warn("grid_failed", f"{error}; training goes on")
             if phase.name in CONSISTENCY:
                 self.watch_spread(phase, metrics.spread(images.numpy()))
-                self.watch_denoising(phase, net or phase.average())
+                self.watch_denoising(phase, net)
 
     def watch_spread(self, phase: Phase, spread: float) -> None:
         """Warn where one-step samples become nearly alike, or vary more than the data: a consistency

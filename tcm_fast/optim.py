@@ -292,7 +292,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._moments == "8bit":
             moved = [x for x in (t.param, t.copy, *t.averages) if x is not None]
             wide = all(x.data_ptr() % 16 == 0 for x in moved)
-            if t.param.numel() < SMALL or not (wide and can_be_packed(t.param.numel(), t.row)):
+            if not (wide and _may_pack(t.param.numel(), t.row)):
                 return t.param.dtype
         return MOMENTS[self._moments]
 
@@ -423,6 +423,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
 
+def _may_pack(numel: int, row: int = 0) -> bool:
+    return numel >= SMALL and can_be_packed(numel, row)
+
+
 def _is_packed(moment: Any) -> bool:
     return isinstance(moment, torch.Tensor) and moment.dtype == torch.uint8
 
@@ -439,7 +443,7 @@ def no_moment(t: StepTensors, kind: torch.dtype) -> torch.Tensor:
 def moment_size(numel: int, moments: str) -> int:
     """Bytes of one moment of a parameter of so many elements, whose rows are not normalised."""
     if moments == "8bit":
-        return packed_size(numel) if numel >= SMALL and can_be_packed(numel) else 4 * numel
+        return packed_size(numel) if _may_pack(numel) else 4 * numel
     return numel * MOMENTS[moments].itemsize
 
 

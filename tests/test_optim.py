@@ -276,14 +276,15 @@ def test_short_moments_are_saved_and_loaded(either_backend):
     assert b.state[twins[0]]["exp_avg"].dtype == torch.bfloat16
 
 
-def test_short_moments_train_as_well():
+@pytest.mark.parametrize(("short", "size"), [("bf16", 40), ("8bit", 64)])
+def test_short_moments_train_as_well(short, size):
     """A least-squares problem: the loss after 300 steps is that of fp32 moments within 5 %."""
     generator = torch.Generator().manual_seed(0)
-    x, noise = (torch.randn(512, 40, generator=generator) for _ in range(2))
-    target = x @ torch.randn(40, 40, generator=generator) + 0.3 * noise
+    x, noise = (torch.randn(512, size, generator=generator) for _ in range(2))
+    target = x @ torch.randn(size, size, generator=generator) + 0.3 * noise
     losses = {}
-    for moments in ("fp32", "bf16"):
-        weight = torch.nn.Parameter(torch.zeros(40, 40))
+    for moments in ("fp32", short):
+        weight = torch.nn.Parameter(torch.zeros(size, size))
         optimizer = FusedOptimizer([weight], "adam", lr=3e-2, betas=(0.9, 0.99), moments=moments)
         for _ in range(300):
             optimizer.zero_grad()
@@ -292,7 +293,7 @@ def test_short_moments_train_as_well():
             loss.backward()
             optimizer.step()
         losses[moments] = (x @ weight - target).square().mean().item()
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses[short] == pytest.approx(losses["fp32"], rel=0.05)
 
 
 @pytest.mark.parametrize(
