@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from tcm_fast.benchmarks.steps import Step, StepCase, use_tf32
+from tcm_fast.arithmetic import training_settings
+from tcm_fast.benchmarks.steps import Step, StepCase
 
 WITHIN = 0.10  # official_style.py must lie this near to the published code
 
@@ -92,8 +93,8 @@ def official_tcm(checkout: Path, case: StepCase) -> Step:
     optimizer = torch.optim.RAdam(net.parameters(), lr=5e-5)
     pixels, labels = _images(case)
 
+    @training_settings("fp32", deterministic=False)
     def step() -> None:
-        use_tf32("fp32")
         optimizer.zero_grad(set_to_none=True)
         images = pixels.to(torch.float32) / 127.5 - 1
         unweighted, loss, _, _, boundary = loss_fn(net=both, images=images, labels=labels)
@@ -134,9 +135,9 @@ def fastgen_tcm(checkout: Path, case: StepCase) -> Step:
     pixels, labels = _images(case)
     average, count = model.ema_9999, 0
 
+    @training_settings("fp32", deterministic=False)
     def step() -> None:
         nonlocal count
-        use_tf32("fp32")
         images = pixels.to(torch.float32) / 127.5 - 1
         data = {"real": images, "condition": labels, "neg_condition": labels}
         losses, _ = model.single_train_step(data, count)

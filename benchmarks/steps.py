@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
+from tcm_fast.arithmetic import tf32, training_settings
 from tcm_fast.benchmarks.cases import CIFAR10, DIGITS, NARROW, NetworkShape
 from tcm_fast.benchmarks.official_edm2 import OfficialStyleEdm2
 from tcm_fast.benchmarks.official_style import OfficialStyleStep, OfficialStyleUNet, denoise
 from tcm_fast.config import Config, PhaseConfig
 from tcm_fast.data import ImageData, ImageStream
-from tcm_fast.graphs import GraphCache
+from tcm_fast.graphs import CudaPlace, GraphCache
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.networks import Precond, build_network, force_rows
 from tcm_fast.networks.precision import is_derived, make_copies
@@ -95,11 +97,6 @@ def step_cases(device: torch.device | str, *, quick: bool = False) -> list[StepC
     return found
 
 
-def use_tf32(precision: str) -> None:
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-
-
 # ---- providers of a training step ---------------------------------------------------------------
 
 
@@ -172,8 +169,10 @@ def official_style_step(
     casts = dtype != torch.float32 and case.network.name != "edm2"
 
     def run() -> None:
-        use_tf32(precision)
-        with torch.autocast(case.device, dtype, enabled=casts):
+        with (
+            training_settings(precision, deterministic=False),
+            torch.autocast(case.device, dtype, enabled=casts),
+        ):
             step(images)
 
     return run
@@ -220,7 +219,11 @@ class OurStep:
         data = ImageData(images, labels, "noise", names)
         self.stream = ImageStream(data, seed=0, device=device)
         self.granule = row_granule(config.batch_size, device) if split else config.batch_size
-        self.graphs = GraphCache() if graphs else None
+        self.graphs: GraphCache | None = None
+        if graphs:
+            fused = isinstance(self.optimizer, FusedOptimizer)
+            around = self.optimizer.capturing if fused else nullcontext
+            self.graphs = GraphCache(CudaPlace(device), around)
         self.count = 0
 
     def prepare(self) -> Batch:
@@ -235,14 +238,20 @@ class OurStep:
     def work(self, batch: Batch) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         force_rows(self.net)
-        loss, stats = self.objective(batch)
-        fused = isinstance(self.optimizer, FusedOptimizer)
-        (self.optimizer.loss_scale.scale(loss) if fused else loss).backward()
+        with nullcontext() if self.graphs is None else self.graphs.memory():
+            loss, stats = self.objective(batch)
+            fused = isinstance(self.optimizer, FusedOptimizer)
+            (self.optimizer.loss_scale.scale(loss) if fused else loss).backward()
+            self.objective.forget_weights()
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return stats
 
     def __call__(self) -> torch.Tensor:
-        use_tf32(self.case.precision)
+        with training_settings(self.case.precision, deterministic=False):
+            return self.step()
+
+    def step(self) -> torch.Tensor:
         batch, size = self.prepare(), self.config.batch_size
         after = (ITERATION + self.count + 1, (self.count + 1) * size, size)
         for group in self.optimizer.param_groups:
@@ -300,12 +309,12 @@ def step_providers(case: StepCase) -> dict[str, tuple[Callable[[], Step], str]]:
 
 
 @torch.no_grad()
+@tf32(False)
 def check_networks(case: StepCase) -> str:
     """Whether official_style's network and ours are the same function on this device; empty where they
     are. (Loss and gradients of whole steps: tests/benchmarks/test_official_style.py.)"""
     if style_gap(case.network):
         return ""
-    use_tf32("fp32")
     ours, shape = case.build().to(case.device), case.network
     for parameter in ours.parameters():
         parameter += 0.02 * torch.randn_like(parameter)
@@ -368,8 +377,8 @@ def sample_providers(case: SampleCase) -> dict[str, Step]:
         labels = torch.nn.functional.one_hot(classes, net.label_dim).float()
 
     @torch.no_grad()
+    @tf32(case.precision == "tf32")
     def plain() -> torch.Tensor:
-        use_tf32(case.precision)
         y = torch.zeros(shape, device=device)
         for t in default_times(case.steps):
             x = y + t * torch.randn(shape, device=device)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tcm_fast.arithmetic import tf32
 from tcm_fast.benchmarks import official, optimizers
 from tcm_fast.benchmarks.accounting import Counting, profile_step, roofline
 from tcm_fast.benchmarks.cases import (
@@ -136,8 +137,8 @@ def _largest(found: list[Case], number: int) -> list[Case]:
     return [case for case in found if id(case) in kept]
 
 
+@tf32(False)
 def time_operations(settings: Settings, results: Results, say: Say) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     rows: list[Row] = []
     for case in chosen_cases(settings):
         rows += operation_rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -88,24 +88,56 @@ def calls_directly(x: torch.Tensor) -> bool:
     )
 
 
-_noted: list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]] | None = None
+class _Argument:
+    """What decides which compiled form a tensor gets: a stand-in that keeps no memory alive."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype, self._address = tensor.dtype, tensor.data_ptr() % 16
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    def ptr_range(self) -> int:
+        return 0
+
+    @property
+    def key(self) -> tuple[torch.dtype, int]:
+        return self.dtype, self._address
+
+
+_noted: dict[Any, tuple[Any, tuple[int, ...], list[Any], dict[str, Any]]] | None = None
+
+
+def _note(kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: Any) -> None:
+    """Remember a launch, unless one like it is known."""
+    assert _noted is not None
+    kept = [_Argument(a) if isinstance(a, torch.Tensor) else a for a in args]
+    # Triton tells whole numbers apart by whether they are 1, a multiple of 16, or need 64 bits.
+    by = [
+        a.key if isinstance(a, _Argument)
+        else (a == 1, a % 16 == 0, abs(a) >= 2**31) if type(a) is int
+        else type(a)
+        for a in kept
+    ]  # fmt: skip
+    _noted[(kernel, *by, *sorted(constants.items()))] = kernel, grid, kept, constants
 
 
 @contextmanager
-def compiling_together() -> Iterator[list[Any]]:
+def compiling_together() -> Iterator[Collection[Any]]:
     """Inside, launches are noted and not carried out (what they would write is undefined); at the end all
     noted kernels that are not compiled yet are compiled in parallel, instead of each at its first use.
 
-    Yields the list of noted launches. Not to be entered by two threads at once."""
+    Yields what is noted, one tuple (kernel, ...) for each compiled form. Not to be entered by two threads
+    at once."""
     global _noted
     assert _noted is None
-    noted = _noted = []
+    noted = _noted = {}
     try:
-        yield noted
+        yield noted.values()
     finally:
         _noted = None
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
-        for kernel, grid, args, constants in noted:
+        for kernel, grid, args, constants in noted.values():
             kernel.warmup(*args, grid=grid, **constants)
 
 
@@ -115,7 +147,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         return
     constants.setdefault("enable_fp_fusion", True)  # releases of Triton differ in what is usual
     if _noted is not None:
-        _noted.append((kernel, grid, args, constants))
+        _note(kernel, grid, args, constants)
         return
     LAUNCHES[kernel.__name__] += 1
     device = next(a.device for a in args if isinstance(a, torch.Tensor))

@@ -7,7 +7,8 @@ torch.nn.utils.clip_grad_norm_'s, the loss scale moves by torch.amp.GradScaler's
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -268,7 +269,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 @dataclass
 class StepTable:
-    """The addresses of a step's tensors where the kernels read them; filled anew when one has moved.
+    """The addresses of a step's tensors where the kernels read them; written anew when one has moved.
 
     It holds on to every tensor whose address it has given away."""
 
@@ -277,6 +278,9 @@ class StepTable:
     held: list[Any] = field(default_factory=list)
     host: torch.Tensor | None = None
     device: torch.Tensor | None = None
+    """The table that the next launch reads: `eager`, or that of the graph being captured."""
+    eager: torch.Tensor | None = None
+    """Of the steps that are in no graph, at one address for good."""
     chunks: torch.Tensor | None = None
     rows: int = 0
     """How many of the chunks, the last ones, are rows that are normalised."""
@@ -289,8 +293,8 @@ class StepTable:
     stored: tuple[float, ...] = ()
     """What the options were last filled with."""
     scratch: torch.Tensor | None = None
-    spare: list[torch.Tensor] | None = None
-    """Pinned memory for the table and the chunks of the next graph: none is made during a capture."""
+    reserved: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Pinned and device memory for the table of the graph that `capturing` is about to capture."""
     captured: list[Any] = field(default_factory=list)
     """What graphs read when they are replayed: kept for good."""
 
@@ -313,29 +317,34 @@ class StepTable:
                 *(average.data_ptr() for average in t.averages),
             )
         ]
-        if tensors is not self.tensors or places != self.places:
+        are_others, have_moved = tensors is not self.tensors, places != self.places
+        if are_others or have_moved:
             _check_tensors(tensors, groups)
             rows = [_row(t) for t in tensors]
-            host, averages = torch.tensor(rows, dtype=torch.int64), len(tensors[0].averages)
-            ext.fused_step_check(host.data_ptr(), len(rows), averages, groups)
+            # The device's copy of pinned memory waits for nothing; a capture must not allocate any.
+            host = torch.tensor(rows, dtype=torch.int64, pin_memory=on_cuda and not capturing)
+            ext.fused_step_check(host.data_ptr(), len(rows), len(tensors[0].averages), groups)
             self.tensors, self.places, self.host = tensors, places, host
             self.eight = any(t.is_packed for t in tensors)
             # Gradients come and go, and are known by their places; nothing else may be freed.
             self.held = [
                 (t.param, t.exp_avg, t.exp_avg_sq, t.step, t.copy, *t.averages) for t in tensors
             ]
-            if on_cuda:
-                self._to_device(ext, host, tensors[0].param.device, capturing)
-        if on_cuda and not capturing and self.spare is None:
-            sizes = [x.shape for x in (self.host, self.chunks)]
-            types = (torch.int64, torch.int32)
-            self.spare = [
-                torch.empty(size, dtype=dtype, pin_memory=True)
-                for size, dtype in zip(sizes, types, strict=True)
-            ]
+        if not on_cuda:
+            return
+        if capturing:
+            self._place_in_graph(are_others)
+            return
+        if are_others:
+            self._allocate(ext, tensors[0].param.device)
+        if are_others or have_moved or self.device is not self.eager:
+            assert self.eager is not None
+            self.device = self.eager.copy_(self.host, non_blocking=True)
 
-    def _to_device(self, ext, host: torch.Tensor, device: torch.device, capturing: bool) -> None:
-        numel, row = host[:, _NUMEL], host[:, _ROW]
+    def _allocate(self, ext, device: torch.device) -> None:
+        """Device memory for the table, and the chunks of work, which depend on sizes alone."""
+        assert self.host is not None
+        numel, row = self.host[:, _NUMEL], self.host[:, _ROW]
         sizes = -(-numel // row.where(row > 0, torch.tensor(ext.FUSED_STEP_CHUNK)))
         self.rows, self.longest = int(sizes[row > 0].sum()), int(row.max())
         order = (row > 0).to(torch.int32).argsort(stable=True)  # rows come last
@@ -343,23 +352,40 @@ class StepTable:
         number = order.repeat_interleave(sizes)
         first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         within = torch.arange(len(number)) - first
-        chunks = torch.stack([number, within], 1).to(torch.int32)
-        if not capturing:
-            self.device, self.chunks = host.to(device), chunks.to(device)
-        elif self.spare is None or self.spare[1].shape != chunks.shape:
-            raise ValueError(
-                "fused_step: take a step with these tensors before a graph is captured"
-            )
-        else:
-            # A graph copies from the host again whenever it is replayed, each from its own memory.
-            self.spare[0].copy_(host)
-            self.spare[1].copy_(chunks)
-            self.device, self.chunks = (x.to(device, non_blocking=True) for x in self.spare)
-            self.captured.append((self.spare, self.device, self.chunks, self.held))
-            self.spare = None
-        size = ext.fused_step_scratch(len(host), len(chunks))
+        self.chunks = torch.stack([number, within], 1).to(torch.int32).to(device)
+        self.eager = torch.empty_like(self.host, device=device)
+        size = ext.fused_step_scratch(len(self.host), len(self.chunks))
         if self.scratch is None or len(self.scratch) < size:
             self.scratch = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def _place_in_graph(self, are_others: bool) -> None:
+        if self.reserved is None or are_others:
+            raise ValueError(
+                "fused_step: a graph must be captured inside `capturing()` of the optimizer (or of the "
+                "StepTable), after a step with the same tensors"
+            )
+        pinned, self.device = self.reserved
+        pinned.copy_(self.host)
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Around the capture of a CUDA graph that contains one step. The graph reads a table of its own,
+        which is written once, behind the capture in the current stream.
+
+        Raises:
+            ValueError: no step has been taken yet.
+        """
+        if self.eager is None:
+            raise ValueError("fused_step: take a step before a graph is captured")
+        pinned = torch.empty(self.eager.shape, dtype=self.eager.dtype, pin_memory=True)
+        self.reserved = pinned, torch.empty_like(self.eager)
+        try:
+            yield
+            if self.device is self.reserved[1]:
+                self.device.copy_(pinned, non_blocking=True)
+                self.captured.append((self.device, self.chunks, self.scratch, self.held))
+        finally:
+            self.reserved = None
 
     def store_options(self, ext, values: tuple[float, ...], device: torch.device) -> None:
         """Put the options where the kernels read them, in the stream's order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from tcm_fast import checkpoint
 from tcm_fast.config import PHASES, Config, EdmConfig, PhaseConfig
 from tcm_fast.data import ImageData
 from tcm_fast.distributed import Workers
-from tcm_fast.graphs import GraphCache
+from tcm_fast.graphs import CudaPlace, GraphCache
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.memory import MicroBatches
 from tcm_fast.networks import LOGVAR_CHANNELS, Precond, build_network, force_rows
@@ -64,7 +65,7 @@ class Assembly:
             )
         for name in config.phases:
             self.check_phase(name)
-        self.graphs()
+        self.captures()
         for name in config.phases:  # what is wrong with them is said before anything is written
             phase = config.phase(name)
             check_augmentation(phase, self.build(phase, device="meta"))
@@ -155,7 +156,7 @@ class Assembly:
             if loss.frozen is not None:
                 loss.frozen.model.compile()
         index = PHASES.index(name)
-        graphs = self.graphs()
+        captures = self.captures()
         weights = list(student.parameters()) if shards is None else shards.parts
         emas = [Ema(rule, weights) for rule in config.ema]
         scaled = self.config.precision == "fp16"
@@ -173,7 +174,7 @@ class Assembly:
             normalized=normalized_parameters(student) if loss.folded else None,
             scale=LOSS_SCALE if scaled else None,
             growth_interval=SCALE_GROWTH_INTERVAL,
-            capturable=graphs is not None,
+            capturable=captures,
             fused=partial(PiecewiseOptimizer, on_host=self.config.offload)
             if self.config.offload or self.config.gradients == "16bit"
             else FusedOptimizer,
@@ -190,7 +191,7 @@ class Assembly:
             frozen=frozen,
             objective=objective,
             optimizer=optimizer,
-            graphs=graphs,
+            graphs=self.graphs(optimizer) if captures else None,
             shards=shards,
             scaler=optimizer.loss_scale
             if isinstance(optimizer, FusedOptimizer)
@@ -205,8 +206,13 @@ class Assembly:
             watch=Watch(self.config.guard),
         )
 
-    def graphs(self) -> GraphCache | None:
-        """Where steps are captured, None where they are not. ValueError where they have to be."""
+    def graphs(self, optimizer: torch.optim.Optimizer) -> GraphCache:
+        """Where the steps of an optimizer are captured."""
+        around = optimizer.capturing if isinstance(optimizer, FusedOptimizer) else nullcontext
+        return GraphCache(CudaPlace(self.device), around)
+
+    def captures(self) -> bool:
+        """Whether steps are captured. ValueError where they have to be and cannot."""
         obstacles = {
             "needs a GPU": self.device.type != "cuda",
             "cannot cut a batch (micro_batches 1)": self.micro.count > 1,
@@ -220,7 +226,7 @@ class Assembly:
         why = next((reason for reason, holds in obstacles.items() if holds), None)
         if self.config.cuda_graph == "on" and why is not None:
             raise ValueError(f"cuda_graph: a graph {why}; use auto or off")
-        return None if self.config.cuda_graph == "off" or why is not None else GraphCache()
+        return self.config.cuda_graph != "off" and why is None
 
     def build(self, config: PhaseConfig, device: str | None = None) -> Precond:
         """The network of a phase, equal on every rank and for every seed of the global generator."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -79,6 +79,17 @@ class Workers:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
+
+    def first_difference(self, tensors: Iterable[torch.Tensor]) -> int | None:
+        """Which of the tensors, fp32 and of equal shapes on all processes, is the first whose bits are not
+        the same everywhere, by the sums of the bit patterns; None where all agree. Waits for the device."""
+        if self.world == 1:
+            return None
+        sums = [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in tensors]
+        found = self.gather(torch.stack(sums).tolist())
+        return next(
+            (i for i, each in enumerate(zip(*found, strict=True)) if len({*each}) > 1), None
+        )
 
     def barrier(self) -> None:
         if self.world > 1:

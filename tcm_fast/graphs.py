@@ -4,13 +4,18 @@ where it started thousands of kernels."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 
 Work = Callable[..., torch.Tensor]
 WARM_UPS = 2  # eager calls before a capture: kernels compile, libraries choose, optimizers allocate
+
+
+class CaptureError(RuntimeError):
+    """Work could not be captured as a CUDA graph; nothing of it has been carried out."""
 
 
 class Replay(Protocol):
@@ -21,14 +26,78 @@ class Replay(Protocol):
     def replay(self) -> None: ...
 
 
-class _CudaReplay:
-    """`work` on tensors that keep their places, captured in a memory pool shared with others."""
+class Place(Protocol):
+    """Where eager calls and captures run and allocate."""
 
-    def __init__(self, work: Work, tensors: list[torch.Tensor], pool: Any) -> None:
+    def stream(self) -> AbstractContextManager[None]: ...
+
+    def memory(self) -> AbstractContextManager[None]: ...
+
+    def capture(self, work: Work, tensors: list[torch.Tensor]) -> Replay: ...
+
+
+class CudaPlace:
+    """A stream and a memory pool of their own.
+
+    Eager calls run on the stream that captures use, as torch advises: autograd's accumulation nodes
+    remember the stream they were made on, and a capture that met one of another stream would make the
+    two depend on each other, which CUDA refuses (pytorch pull request 180090). And they allocate from
+    the captures' pool, or a device would have to hold the memory of a step twice."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self.device = self._stream.device
+        with torch.cuda.device(self.device):
+            self._pool = torch.cuda.MemPool()
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Run on the stream, in order with the current one before and after."""
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
+
+    @contextmanager
+    def memory(self) -> Iterator[None]:
+        """Allocate from the pool: only what is freed, or not read any more, when the next call begins."""
+        if torch.cuda.is_current_stream_capturing():  # it does already
+            yield
+            return
+        # A backward pass in a thread of its own would allocate elsewhere.
+        with (
+            torch.cuda.use_mem_pool(self._pool, self.device),
+            torch.autograd.set_multithreading_enabled(False),
+        ):
+            yield
+
+    def capture(self, work: Work, tensors: list[torch.Tensor]) -> Replay:
+        return _CudaReplay(work, tensors, self._pool.id, self._stream)
+
+
+class _CudaReplay:
+    """`work` on tensors that keep their places, captured."""
+
+    def __init__(
+        self, work: Work, tensors: list[torch.Tensor], pool: Any, stream: torch.cuda.Stream
+    ) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.result = work(*tensors)
+        # Other threads read images into pinned memory meanwhile, which a global capture forbids.
+        capture = torch.cuda.graph(
+            self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        )
+        try:
+            with capture:
+                self.result = work(*tensors)
+        except Exception as error:
+            # What ended `work` is hidden behind what the end of the capture said to it.
+            cause = error.__context__ or error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            raise CaptureError(f"{type(cause).__name__}: {str(cause).splitlines()[0]}") from cause
 
     def replay(self) -> None:
         self.graph.replay()
@@ -41,37 +110,45 @@ class GraphCache:
     good until the next call.
 
     Args:
-        capture: makes a `Replay`; another one serves the tests.
+        place: where calls run; a `CudaPlace`, but in the tests.
+        capturing: makes a context that is entered around each capture.
     """
 
-    def __init__(self, capture: Callable[[Work, list[torch.Tensor]], Replay] | None = None) -> None:
-        self._pool: Any = None
-        self._capture = capture or self._capture_on_cuda
+    def __init__(
+        self,
+        place: Place,
+        capturing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._place, self._capturing = place, capturing
         self._calls: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, tuple[list[torch.Tensor], Replay]] = {}
 
-    def _capture_on_cuda(self, work: Work, tensors: list[torch.Tensor]) -> Replay:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return _CudaReplay(work, tensors, self._pool)
+    def memory(self) -> AbstractContextManager[None]:
+        """For `work`, around what allocates much: memory that all calls share. Nothing that outlives a
+        call must be allocated there, but its result."""
+        return self._place.memory()
 
     def __call__(self, key: Hashable, work: Work, *tensors: torch.Tensor) -> torch.Tensor:
         """work(*tensors), from the third call for this key on by replaying what the third captured.
 
         `key` tells apart what `work` would do differently; shapes and dtypes of the tensors are told
         apart here. `work` must read nothing but the tensors and what keeps its place in memory, and
-        must not wait for the device."""
+        must not wait for the device.
+
+        Raises:
+            CaptureError: the third call could not be captured.
+        """
         key = (key, *((t.shape, t.dtype) for t in tensors))
-        if key in self._captured:
+        with self._place.stream():
+            if key not in self._captured:
+                if self._calls[key] < WARM_UPS:
+                    self._calls[key] += 1
+                    return work(*tensors)
+                places = [t.clone(memory_format=torch.preserve_format) for t in tensors]
+                with self._capturing():
+                    self._captured[key] = places, self._place.capture(work, places)
             places, captured = self._captured[key]
-        elif self._calls[key] < WARM_UPS:
-            self._calls[key] += 1
-            return work(*tensors)
-        else:
-            places = [t.clone(memory_format=torch.preserve_format) for t in tensors]
-            captured = self._capture(work, places)
-            self._captured[key] = places, captured
-        for place, tensor in zip(places, tensors, strict=True):
-            place.copy_(tensor, non_blocking=True)
-        captured.replay()
-        return captured.result
+            for place, tensor in zip(places, tensors, strict=True):
+                place.copy_(tensor, non_blocking=True)
+            captured.replay()
+            return captured.result

@@ -245,6 +245,11 @@ class Objective(nn.Module):
             self._cast = (state, ready)
         return self._cast[1]
 
+    def forget_weights(self) -> None:
+        """Let go of the derived weights, at the end of a step: they keep its autograd graph alive, and a
+        step that failed must not lend them to the next."""
+        self._cast = None
+
     def _raw(
         self,
         net: Precond,

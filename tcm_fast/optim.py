@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -399,6 +400,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             max_norm=self.max_norm,
             table=self._table,
         )
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """Enter this around the capture of a CUDA graph that contains one `step`.
+
+        Raises:
+            ValueError: no step has been taken yet.
+        """
+        first = self._tensors[0].param
+        served = first.device.type == "cuda" and extension_for("fused_step", first.device)
+        return self._table.capturing() if served else nullcontext()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+
+from tcm_fast.arithmetic import tf32
 
 # ---- ceilings -----------------------------------------------------------------------------------
 
@@ -66,22 +67,12 @@ def measure_ceilings(device: torch.device | str = "cpu", *, quick: bool = False)
                 partial(F.conv2d, x, w, padding=1), 18.0 * images * 32 * 32 * channels**2
             ),
         }  # fmt: skip
-        with _tf32(precision == "tf32"):
+        with tf32(precision == "tf32"):
             for name, (work, flops) in works.items():
                 samples[name] = _seconds(work, device, repeats)
                 rate = flops / statistics.median(samples[name])
                 matmul[precision] = max(rate, matmul.get(precision, 0.0))
     return Ceilings(copy, matmul, samples)
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tcm_fast.arithmetic import tf32
 from tcm_fast.data import ImageData
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.noise_pair import network_input, noise_pair
@@ -90,7 +91,8 @@ def measure(
     net = net.float()
     readings = []
     for precision in precisions:
-        found = _differences(net, precision, images, labels, times, ratio, seed)
+        with tf32(precision == "tf32"):
+            found = _differences(net, precision, images, labels, times, ratio, seed)
         for t, low, high in zip(times, found, exact, strict=True):
             low, high = low.flatten(1).double(), high.flatten(1)
             cosine = nn.functional.cosine_similarity(low, high).mean().item()
@@ -113,9 +115,6 @@ def _differences(
 ) -> list[torch.Tensor]:
     """D(x_t,t) - D(x_r,r) for each t. The noisy images are the same in every precision."""
     is_cuda = images.device.type == "cuda"
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    use_tf32 = precision == "tf32" and is_cuda
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = use_tf32
     if precision == "tf32" and not is_cuda:
         net = _rounding_to_tf32(net)
     wide = torch.float64 if precision == "float64" else torch.float32
@@ -134,7 +133,6 @@ def _differences(
             output = net.raw(network_input(x, s, net.sigma_data, dtype), s, labels)
             denoised.append(denoise(output, x, s, net.sigma_data))
         found.append(denoised[0] - denoised[1])
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
     return found
 
 

@@ -16,9 +16,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from tcm_fast.arithmetic import tf32
 from tcm_fast.checkpoint import load_stage1
 from tcm_fast.distributed import Workers
-from tcm_fast.graphs import GraphCache
+from tcm_fast.graphs import CudaPlace, GraphCache
 from tcm_fast.kernels.denoise_to_uint8 import denoise_to_uint8, to_uint8
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.noise_pair import noise_pair
@@ -366,7 +367,7 @@ class Sampler:
             if id(net) not in ready:
                 ready[id(net)] = self._ready(net)
         self.nets = [ready[id(net)] for net in nets]
-        self.graphs = GraphCache() if is_cuda else None
+        self.graphs = GraphCache(CudaPlace(self.device)) if is_cuda else None
 
     def _ready(self, net: Precond) -> Precond:
         """The network on the device, with its weights cast."""
@@ -380,16 +381,19 @@ class Sampler:
 
         numbers: int64 [n] on the device; labels: one-hot fp32 [n,K] on the device, or None."""
         tensors = [numbers] if labels is None else [numbers, labels]
-        allow_tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
-        try:
-            with torch.inference_mode(), _evaluating(self.nets):
-                if self.graphs is None:
-                    return self._draw(*tensors)
-                return self.graphs("draw", self._draw, *tensors)
-        finally:
-            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        with (
+            tf32(self.precision == "tf32"),
+            torch.inference_mode(),
+            _evaluating(self.nets),
+        ):
+            if self.graphs is None:
+                return self._draw(*tensors)
+            return self.graphs("draw", self._draw_within, *tensors)
+
+    def _draw_within(self, *tensors: torch.Tensor) -> torch.Tensor:
+        assert self.graphs is not None
+        with self.graphs.memory():
+            return self._draw(*tensors)
 
     def _draw(self, numbers: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         if self.solve is multistep and all(isinstance(net, Precond) for net in self.nets):

@@ -8,9 +8,9 @@ nothing else; so a resumed run repeats an unbroken one.
 
 from __future__ import annotations
 
-import os
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from tcm_fast import checkpoint, distributed, run_folder
+from tcm_fast.arithmetic import training_settings
 from tcm_fast.assembly import Assembly
 from tcm_fast.budget import choose_levers
 from tcm_fast.cards import this_device, with_memory
@@ -28,6 +29,7 @@ from tcm_fast.diagnosis import diagnose
 from tcm_fast.features import feature_space
 from tcm_fast.footprint import ImageShape
 from tcm_fast.gallery import Gallery
+from tcm_fast.graphs import CaptureError
 from tcm_fast.keeping import Keeper
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.kernels._triton import compiling_together, runs_triton
@@ -42,6 +44,7 @@ from tcm_fast.times import TimePlan, plan_times, ratio
 from tcm_fast.watch import Reading, poison, summarise
 
 TALK_EVERY = 10  # steps after which several processes ask one another whether to stop or save
+COMPARED_STEPS = 3  # first steps after which the ranks' weights are compared
 LAST_STREAK = 5  # bad steps in a row at which a phase does not end well
 
 
@@ -78,7 +81,6 @@ class Trainer:
         self.workers = distributed.join(config.device)
         self.device = self.workers.device
         self.stop = StopRequest(config.max_hours, has_peers=self.workers.world > 1)
-        self._choose_arithmetic()
         data = config.data
         self.data = load_images(
             data.source, skip_corrupt=data.skip_corrupt, resolution=data.resolution
@@ -114,16 +116,15 @@ class Trainer:
         if self.micro.count > config.micro_batches:
             self.log.say(f"memory: {self.micro.count} micro-batches, as this run has found out")
 
-    def _choose_arithmetic(self) -> None:
-        """Settings that torch keeps for the whole program."""
-        torch.backends.cuda.matmul.allow_tf32 = self.config.precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = self.config.precision == "tf32"
-        if self.config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.backends.cudnn.benchmark = False
-            # Our kernels write all that they are given to write.
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(self.config.deterministic)
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        """torch's, for the whole program, while this trainer works; cuda:1 becomes the current device."""
+        config, on_cuda = self.config, self.device.type == "cuda"
+        with (
+            training_settings(config.precision, deterministic=config.deterministic),
+            torch.cuda.device(self.device) if on_cuda else nullcontext(),
+        ):
+            yield
 
     @property
     def image_shape(self) -> ImageShape:
@@ -144,6 +145,10 @@ class Trainer:
 
     def measure(self, name: str, *, seconds: float = 3.0) -> float:
         """Images per second at the end of a phase's schedule, by steps on weights that are thrown away."""
+        with self._settings():
+            return self._measure(name, seconds)
+
+    def _measure(self, name: str, seconds: float) -> float:
         phase = self.assembly.begin(name, self.assembly.build(self.config.phase(name)))
         phase.step = max(phase.steps - 1, 0)
         stream = ImageStream(self.data, seed=0, device=self.device, flip=self.config.data.flip)
@@ -172,7 +177,7 @@ class Trainer:
         previous, names = self.init, list(self.config.phases)
         results = []
         try:
-            with self.stop:
+            with self.stop, self._settings():
                 restored = None if self.resumed is None else self._resume(self.resumed)
                 if restored is not None and restored.name in names:
                     names = names[names.index(restored.name) :]
@@ -203,7 +208,7 @@ class Trainer:
         self.keeper.start_phase(phase)
         self.gallery.draw(phase)
         log.start_phase(phase.name, phase.steps, phase.step)
-        read = logged = phase.step
+        begun = read = logged = phase.step
         rows: list[np.ndarray] = []  # the steps' numbers since the last line of the log
         unsaved: list[np.ndarray] = []  # and since the last checkpoint
         is_new = phase.steps == 0
@@ -215,6 +220,8 @@ class Trainer:
         while phase.step < phase.steps and not stopped:
             self._step_within_memory(phase, stream, batches, row=phase.step - read)
             phase.step += 1
+            if phase.step - begun <= COMPARED_STEPS:
+                self._compare_ranks(phase)
             self.stop.step_ended()
             if phase.step < phase.steps:  # while the device is busy
                 batches = self._prepare(phase, stream)
@@ -246,6 +253,7 @@ class Trainer:
             if phase.step % config.grid_every == 0 and not is_last:
                 self.gallery.draw(phase)
             if may_save and phase.watch.streak == 0 and not is_last:
+                self._compare_ranks(phase)
                 self.keeper.save(phase, unsaved, micro_batches=self.micro.count)
                 unsaved, saved, owes_save = [], time.monotonic(), False
             self.keeper.settle()
@@ -255,6 +263,7 @@ class Trainer:
             mark += time.monotonic() - pause  # pictures and checkpoints are not training speed
         log.end_phase()
         if is_new:
+            self._compare_ranks(phase)
             self.keeper.save(phase, unsaved, micro_batches=self.micro.count, is_last=True)
         log.write("spent", phase=phase.name, training=phase.seconds, **self.spent)
         if stopped:
@@ -339,11 +348,24 @@ class Trainer:
             return
         begun = time.monotonic()
         with compiling_together() as noted:
-            phase.inner(batches[0])[0].backward()
+            # The first step will run out of memory too, cut its batch and compile what is missing.
+            with suppress(torch.OutOfMemoryError):
+                self._gradients(phase, batches[0])
             names = {kernel.__name__ for kernel, *_ in noted}
             self.log.say(f"{phase.name}: compiling {len(names)} kernels for this GPU")
-        phase.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         self.log.say(f"{phase.name}: kernels ready after {time.monotonic() - begun:.0f} s")
+
+    def _gradients(self, phase: Phase, batch: Batch) -> None:
+        """Forward and backward pass of a micro-batch that leave nothing behind. The gradients do not
+        arrive at the weights: DistributedDataParallel, which watches those, would take it for a step."""
+        weights = [p for p in phase.student.parameters() if p.requires_grad]
+        try:
+            loss, _ = phase.inner(batch)
+            torch.autograd.grad(loss, weights, allow_unused=True)
+        finally:
+            phase.inner.forget_weights()
 
     def _work(self, phase: Phase, batches: list[Batch]) -> torch.Tensor:
         """What the device does in a step: losses, gradients, the optimizer. Returns the mean losses off
@@ -359,15 +381,20 @@ class Trainer:
                     force_rows(part)
         else:
             force_rows(phase.student)
-        for batch in batches:
-            module, is_last = phase.objective, batch is batches[-1]
-            waits = isinstance(module, DistributedDataParallel) and not is_last
-            with module.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                loss, share = module(batch)
-                # Gradients are means over the processes; the loss is a sum over them.
-                phase.scaler.scale(loss * (self.workers.world * poison(loss))).backward()
-            losses += share
+        with nullcontext() if phase.graphs is None else phase.graphs.memory():
+            for batch in batches:
+                module, is_last = phase.objective, batch is batches[-1]
+                waits = isinstance(module, DistributedDataParallel) and not is_last
+                with module.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                    loss, share = module(batch)
+                    # Gradients are means over the processes; the loss is a sum over them.
+                    phase.scaler.scale(loss * (self.workers.world * poison(loss))).backward()
+                losses += share
+            phase.inner.forget_weights()
+            del loss, share
         phase.gauge.write(losses, phase.take_step())
+        if phase.graphs is not None:  # the next call takes their memory
+            phase.optimizer.zero_grad(set_to_none=True)
         return losses
 
     # ---- memory that does not suffice -----------------------------------------------------------
@@ -381,8 +408,13 @@ class Trainer:
                 self._step(phase, batches)
                 return
             except torch.OutOfMemoryError:
-                pass  # what the failed attempt holds is free from here on
-            self._cut_smaller(phase)
+                failure = "out of memory"  # what the failed attempt holds is free from here on
+            except CaptureError as error:
+                failure = str(error)
+            if phase.graphs is not None:
+                self._drop_graphs(phase, failure)
+            else:
+                self._cut_smaller(phase)
             if self.workers.world > 1:
                 raise TrainingError(
                     f"{phase.name}: rank {self.workers.rank} ran out of memory after {phase.images:,} "
@@ -390,6 +422,30 @@ class Trainer:
                 )
             phase.gauge.set_back(row)
             batches = self._prepare(phase, stream)
+
+    def _drop_graphs(self, phase: Phase, why: str) -> None:
+        """Go on without captured steps: the same result, with more work for the host."""
+        if self.config.cuda_graph == "on" and why != "out of memory":
+            raise TrainingError(
+                f"{phase.name}: a step could not be captured as a CUDA graph ({why}); use --cuda-graph auto"
+            )
+        self._free(phase)
+        self.log.warn(
+            "no_graphs",
+            f"{phase.name}: {why} where steps are captured as CUDA graphs: they run without from here on, "
+            "with the same result",
+            images=phase.images,
+        )
+
+    def _free(self, phase: Phase) -> None:
+        """Free what a step that failed holds, and the graphs."""
+        phase.optimizer.zero_grad(set_to_none=True)
+        if phase.shards is not None:
+            phase.shards.drop_gradients()
+        phase.inner.forget_weights()
+        phase.graphs = None  # one cannot cut a batch either
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _fit_in_memory(
         self, phase: Phase, stream: ImageStream, batches: list[Batch]
@@ -401,12 +457,9 @@ class Trainer:
         while True:
             is_short = False
             try:
-                weights = [p for p in phase.student.parameters() if p.requires_grad]
-                loss, _ = phase.inner(batches[0])
-                torch.autograd.grad(loss, weights, allow_unused=True)
+                self._gradients(phase, batches[0])
             except torch.OutOfMemoryError:
                 is_short = True
-            loss = None
             if not self.workers.any(is_short)[0]:
                 break
             self._cut_smaller(phase)
@@ -421,13 +474,8 @@ class Trainer:
     def _cut_smaller(self, phase: Phase) -> None:
         """Free what a step holds and cut the batch into more pieces. TrainingError where it has one
         image in each."""
-        phase.optimizer.zero_grad(set_to_none=True)
-        if phase.shards is not None:
-            phase.shards.drop_gradients()
-        phase.graphs = None  # a graph cannot cut a batch
         phase.inner.narrow_gradients = False  # 16 bits would round the sum of several
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free(phase)
         before = self.micro.of(phase.config.batch_size)
         if not self.micro.halve(phase.config.batch_size):
             raise TrainingError(
@@ -441,6 +489,19 @@ class Trainer:
             images=phase.images,
             micro_batches=self.micro.count,
         )
+
+    def _compare_ranks(self, phase: Phase) -> None:
+        """TrainingError where the processes' weights, equal at first, have drifted apart."""
+        if phase.shards is not None:
+            return
+        named = [(n, p) for n, p in phase.student.named_parameters() if p.numel()]
+        index = self.workers.first_difference(p for _, p in named)
+        if index is not None:
+            raise TrainingError(
+                f"{phase.name}: the ranks' weights differ after step {phase.step:,}, first in "
+                f"{named[index][0]}: gradients are not exchanged, or a device computes wrongly; nothing was "
+                "saved since. Go on from the last checkpoint with --resume auto, or with one process"
+            )
 
     # ---- beginning, saving, finishing a phase ---------------------------------------------------
 

@@ -35,10 +35,3 @@ def test_every_repetition_is_timed():
     assert len(samples) == 5
     assert len(calls) > 5  # warmed up
     assert all(sample >= 0 for sample in samples)
-
-
-def test_precision_flags_are_left_as_they_were():
-    before = torch.backends.cudnn.allow_tf32
-    with plan._tf32(not before):
-        assert torch.backends.cudnn.allow_tf32 is not before
-    assert torch.backends.cudnn.allow_tf32 is before

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from replays import OnHost
 from torch import nn
 
 from tcm_fast.checkpoint import load_network, save_checkpoint
@@ -533,18 +534,12 @@ def test_an_unknown_precision_is_refused():
 
 
 def test_a_sampler_replays_what_it_has_captured():
-    class Deferred:
-        def __init__(self, work, tensors):
-            self.work, self.tensors = work, tensors
-
-        def replay(self):
-            self.result = self.work(*self.tensors)
-
     net = trained_looking(3)
     sampler = Sampler([net], multistep, [80.0], seed=3)
-    sampler.graphs = GraphCache(Deferred)
+    sampler.graphs = GraphCache(place := OnHost())
     labels = torch.eye(3)[torch.arange(12) % 3]
     expected = sample(net, 12, seed=3)
     for first in range(0, 12, 2):
         drawn = sampler.draw(torch.arange(first, first + 2), labels[first : first + 2])
         assert torch.equal(drawn, expected[first : first + 2])
+    assert (place.captures, place.replays) == (1, 4)

@@ -8,11 +8,13 @@ import os
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from replays import OnHost
 from tiny_runs import assert_equal, assert_same_run, events, tiny, train, weights, write_images
 
 from tcm_fast import assembly, metrics, optim, saving
@@ -21,7 +23,7 @@ from tcm_fast.checkpoint import load_checkpoint, load_network
 from tcm_fast.config import Config, from_dict, load_config
 from tcm_fast.data import ImageStream, load_images
 from tcm_fast.gallery import Gallery
-from tcm_fast.graphs import GraphCache
+from tcm_fast.graphs import CaptureError, GraphCache
 from tcm_fast.kernels._backend import extension
 from tcm_fast.phase import TrainingError
 from tcm_fast.run_folder import find_checkpoints, newest_checkpoint
@@ -231,36 +233,93 @@ def test_other_precisions_train(precision, images, tmp_path):
     assert all(v.dtype == torch.float32 for v in weights(tmp_path / "run").values())
 
 
-class Deferred:
-    """Stands for a CUDA graph: capturing runs nothing, replaying reads the captured places."""
+def capture_on_host(monkeypatch, **options):
+    """Steps are captured as on a GPU, by a stand-in, which is returned."""
+    place, build = OnHost(**options), assembly.build_optimizer
 
-    replays = 0
+    def plain(parameters, config, *, capturable, **rest):
+        return build(parameters, config, **rest)
 
-    def __init__(self, work, tensors):
-        self.work, self.tensors = work, tensors
-
-    def replay(self):
-        type(self).replays += 1
-        self.result = self.work(*self.tensors)
+    monkeypatch.setattr(assembly, "build_optimizer", plain)
+    monkeypatch.setattr(assembly.Assembly, "captures", lambda self: True)
+    monkeypatch.setattr(assembly.Assembly, "graphs", lambda self, optimizer: GraphCache(place))
+    monkeypatch.setattr(trainer_module, "row_granule", lambda *_: 8)
+    return place
 
 
 def test_replayed_steps_are_the_steps(images, tmp_path, monkeypatch):
     """Every step of a run from a captured place in memory: its times, noise, images and labels."""
     config = tiny(images, network={"class_conditional": True}, data={"source": str(images)})
     train(config, tmp_path / "eager")
-    build = assembly.build_optimizer
-
-    def plain(parameters, config, *, capturable, **rest):
-        return build(parameters, config, **rest)
-
-    monkeypatch.setattr(assembly, "build_optimizer", plain)
-    monkeypatch.setattr(assembly.Assembly, "graphs", lambda self: GraphCache(Deferred))
-    monkeypatch.setattr(trainer_module, "row_granule", lambda *_: 8)
+    place = capture_on_host(monkeypatch)
     train(config, tmp_path / "replayed")
-    assert Deferred.replays >= 9
+    assert place.replays >= 9
     eager, replayed = weights(tmp_path / "eager"), weights(tmp_path / "replayed")
     for name, value in eager.items():
         torch.testing.assert_close(replayed[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (torch.OutOfMemoryError("full"), "out of memory where steps are captured"),
+        (CaptureError("not permitted"), "not permitted where steps are captured"),
+    ],
+)
+def test_a_run_goes_on_without_graphs_where_a_capture_fails(
+    failure, said, images, no_pictures, tmp_path, monkeypatch
+):
+    config = tiny(images, phases=["ect"])
+    train(config, tmp_path / "eager")
+    place = capture_on_host(monkeypatch, failures=[failure])
+    train(config, tmp_path / "run")
+    (warning,) = [e for e in events(tmp_path / "run") if e["event"] == "no_graphs"]
+    assert said in warning["message"]
+    assert place.replays == 0
+    assert_equal(weights(tmp_path / "eager"), weights(tmp_path / "run"))
+
+
+def test_a_capture_that_fails_ends_a_run_that_insists(images, no_pictures, tmp_path, monkeypatch):
+    capture_on_host(monkeypatch, failures=[CaptureError("not permitted")])
+    config = tiny(images, phases=["ect"], cuda_graph="on")
+    with pytest.raises(
+        TrainingError, match=r"not be captured .*\(not permitted\).*--cuda-graph auto"
+    ):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_leaves_no_autograd_graph(precision, images, no_pictures, tmp_path, monkeypatch):
+    """One that outlives its step holds memory, and ties the capture of the next step to another stream."""
+    step, alive = Trainer._step, []
+
+    def counted(self, *args):
+        step(self, *args)
+        gc.collect()
+        alive.extend(t for t in gc.get_objects() if type(t) is torch.Tensor and t.grad_fn)
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+    train(tiny(images, phases=["edm", "ect"], precision=precision, max_steps=2), tmp_path / "run")
+    assert not alive
+
+
+def test_warming_up_leaves_weights_and_gradients_alone(images, no_pictures, tmp_path, monkeypatch):
+    """Gradients that arrive at the weights are exchanged between ranks: nothing but a step may do that."""
+    monkeypatch.setattr(trainer_module, "runs_triton", lambda *_: True)
+    monkeypatch.setattr(trainer_module, "compiling_together", lambda: nullcontext([]))
+    gradients, compile_kernels = [], Trainer._compile_kernels
+
+    def watched(self, phase, batches):
+        for parameter in phase.student.parameters():
+            parameter.register_post_accumulate_grad_hook(gradients.append)
+        compile_kernels(self, phase, batches)
+        assert not gradients
+        assert phase.inner._cast is None
+        raise InterruptedError
+
+    monkeypatch.setattr(Trainer, "_compile_kernels", watched)
+    with pytest.raises(InterruptedError):
+        train(tiny(images, phases=["ect"], precision="bf16"), tmp_path / "run")
 
 
 def test_a_graph_where_there_can_be_none_is_refused(images, tmp_path):
@@ -599,12 +658,21 @@ def test_exact_resume_of_all_state(precision, backend, images, no_pictures, tmp_
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*snapshots, strict=True))
 
 
-def test_deterministic_training(images, no_pictures, tmp_path):
+def test_deterministic_training(images, no_pictures, tmp_path, monkeypatch):
     config = tiny(images, deterministic=True)
+    seen = []
+    step = Trainer._step
+    monkeypatch.setattr(
+        Trainer,
+        "_step",
+        lambda *a: (seen.append(torch.are_deterministic_algorithms_enabled()), step(*a)),
+    )
     train(config, tmp_path / "run")
-    assert torch.are_deterministic_algorithms_enabled()
+    assert all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()  # as the caller had it
+    seen.clear()
     train(dataclasses.replace(config, deterministic=False), tmp_path / "plain")
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert not any(seen)
     assert_equal(weights(tmp_path / "run"), weights(tmp_path / "plain"))
 
 

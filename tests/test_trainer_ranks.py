@@ -248,3 +248,12 @@ def test_commands_share_their_work(start, tmp_path):
     np.testing.assert_array_equal(*images)
     assert "Fréchet" in tables[0]
     assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+def test_ranks_whose_weights_drift_apart_end_the_run(start, tmp_path):
+    """Nothing else would show it: each rank goes on with weights of its own."""
+    config = config_of(start, save_every=STEPS)
+    said = run_ranks(2, config, tmp_path / "run", start[1], fault="drift 7", fails=True)
+    assert "tcm: the ranks' weights differ after step 2, first in " in said
+    assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from tcm_fast import trainer
 from tcm_fast.checkpoint import load_checkpoint
 from tcm_fast.config import Config, from_dict, load_config, save_config
 from tcm_fast.objectives import Objective
@@ -87,14 +89,16 @@ def forkserver():
 
 
 def break_something(fault, rank):
-    """Make a process fail: "nan STEP", "memory SIZE" (that many images are too many to differentiate) or
-    "memory SIZE from STEP", all on rank 1."""
+    """Make a process fail: "nan STEP", "memory SIZE" (that many images are too many to differentiate),
+    "memory SIZE from STEP" or "drift STEP" (a weight changes by itself), all on rank 1."""
     losses, words = Objective.losses, fault.split()
 
     def broken(self, batch):
         values, step = losses(self, batch), int(batch.key.step)
         if words[0] == "nan" and step == int(words[1]):
             values = values * torch.nan
+        if words[0] == "drift" and step == int(words[1]):
+            next(self.student.parameters()).data[0] += 1e-3
         starts = int(words[3]) if len(words) > 3 else 0
         is_short = words[0] == "memory" and len(batch.t) >= int(words[1]) and step >= starts
         if is_short and torch.is_grad_enabled():
@@ -103,6 +107,12 @@ def break_something(fault, rank):
 
     if rank == 1:
         Objective.losses = broken
+
+
+def as_on_a_gpu():
+    """Go through what only a GPU needs before the first step."""
+    trainer.runs_triton = lambda *_: True
+    trainer.compiling_together = lambda: nullcontext([])
 
 
 def child(config, out, output, place=None, init=None, fault=None):
@@ -114,6 +124,7 @@ def child(config, out, output, place=None, init=None, fault=None):
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     if place is not None:
+        as_on_a_gpu()
         names = ("RANK", "WORLD_SIZE", "MASTER_PORT")
         os.environ |= dict(zip(names, map(str, place), strict=True)) | {"MASTER_ADDR": "localhost"}
     if fault is not None:

@@ -1,0 +1,51 @@
+"""torch's settings for the whole program, changed for a while and put back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Inside, fp32 convolutions and matrix products on a GPU may (or may not) round operands to TF32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@contextmanager
+def training_settings(precision: str, *, deterministic: bool) -> Iterator[None]:
+    """Inside, what training in `precision` needs: TF32 or not; cuDNN tries its algorithms out for each
+    shape, or, where the run has to be deterministic, only algorithms that are."""
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, not deterministic
+    try:
+        with tf32(precision == "tf32"), _deterministic() if deterministic else nullcontext():
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    settings: Any = torch.utils.deterministic
+    fill, workspace = settings.fill_uninitialized_memory, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    mode = torch.get_deterministic_debug_mode()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    settings.fill_uninitialized_memory = False  # our kernels write all that they are given to write
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        settings.fill_uninitialized_memory = fill
+        if workspace is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
