@@ -364,10 +364,8 @@ class Config:
     """Replay a step as one CUDA graph: on is an error where it cannot be, auto then goes without."""
     deterministic: bool = False
     """On a GPU, use algorithms alone that give equal bits in every run, as a CPU does."""
-    engine: Literal["ddp", "fsdp"] = "ddp"
-    """Several processes hold the weights each (ddp) or in parts (fsdp, for networks too large)."""
     gradient_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """In which processes exchange gradients (ddp)."""
+    """In which processes exchange gradients."""
     compile: bool = False
     """Compile the networks with torch.compile around the fused operations: a minute or more before the
     first step."""

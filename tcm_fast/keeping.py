@@ -13,7 +13,6 @@ import numpy as np
 from tcm_fast import checkpoint, run_folder
 from tcm_fast.config import Config, save_config, to_dict
 from tcm_fast.distributed import Workers
-from tcm_fast.optimizer_state import kind_of
 from tcm_fast.phase import FROZEN_FILE, Phase, TrainingError, named_averages
 from tcm_fast.run_lock import RunLock
 from tcm_fast.runlog import RunLog, timed
@@ -162,9 +161,6 @@ class Keeper:
             if ema.rule.kind != "power":
                 continue
             net, values = phase.student, ema.average
-            if phase.shards is not None:
-                net = phase.average(index)
-                values = [p.detach() for p in net.parameters()]
             if self.workers.is_main:
                 net.info = phase.info() | {"class_names": self.class_names}
                 try:
@@ -187,24 +183,16 @@ class Keeper:
     def _contents(
         self, phase: Phase, judged: dict[str, float], micro_batches: int
     ) -> checkpoint.Contents:
-        """What a checkpoint holds; of weights in parts, all processes gather the whole."""
+        """What a checkpoint holds."""
         phase.settle()
-        averages = [ema.average for ema in phase.emas]
-        student = phase.student
-        moments: Any = phase.optimizer
-        if phase.shards is not None:
-            shards = phase.shards
-            averages = [shards.gather(values) for values in averages]
-            moments = kind_of(phase.optimizer), shards.gather_state(phase.optimizer)
-            student = shards.assembled(shards.parts, "cpu")
-        networks: dict[str, Any] = {"model": student}
-        for number, values in enumerate(averages):
-            networks[f"ema-{number}"] = student, named_averages(phase, values)
+        networks: dict[str, Any] = {"model": phase.student}
+        for number, ema in enumerate(phase.emas):
+            networks[f"ema-{number}"] = phase.student, named_averages(phase, ema.average)
         if phase.frozen is not None:
             networks[FROZEN_FILE[phase.name]] = phase.frozen
         return checkpoint.collect(
             networks,
-            moments,
+            phase.optimizer,
             phase.info() | {"class_names": self.class_names},
             {
                 **phase.counters(),

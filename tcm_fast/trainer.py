@@ -335,8 +335,6 @@ class Trainer:
         """Compile the Triton kernels of a step in parallel, by one that only notes them."""
         if not batches or self.config.compile or not runs_triton("step", self.device.type):
             return
-        if phase.shards is not None:  # a step that only notes would exchange weights all the same
-            return
         begun = time.monotonic()
         with compiling_together() as noted:
             phase.inner(batches[0])[0].backward()
@@ -350,10 +348,7 @@ class Trainer:
         and on the boundary, [2]."""
         losses = torch.zeros(2, device=self.device)
         phase.optimizer.zero_grad(set_to_none=True)
-        if phase.shards is not None:
-            phase.shards.drop_gradients()
-            phase.shards.force_rows()
-        elif phase.inner.folded:  # the optimizer leaves the network's rows normalised
+        if phase.inner.folded:  # the optimizer leaves the network's rows normalised
             for name, part in phase.student.named_children():
                 if name != "model":
                     force_rows(part)
@@ -396,7 +391,7 @@ class Trainer:
     ) -> list[Batch]:
         """Several processes cannot repeat a step that one of them failed in, while the others wait for
         its gradients: so each tries the first one alone."""
-        if self.workers.world == 1 or phase.shards is not None or not batches:
+        if self.workers.world == 1 or not batches:
             return batches
         while True:
             is_short = False
@@ -422,8 +417,6 @@ class Trainer:
         """Free what a step holds and cut the batch into more pieces. TrainingError where it has one
         image in each."""
         phase.optimizer.zero_grad(set_to_none=True)
-        if phase.shards is not None:
-            phase.shards.drop_gradients()
         phase.graphs = None  # a graph cannot cut a batch
         phase.inner.narrow_gradients = False  # 16 bits would round the sum of several
         if self.device.type == "cuda":
@@ -487,16 +480,9 @@ class Trainer:
         found: list[str] = []
         try:
             batches = self._prepare(phase, stream, first)
-            with_gradients = phase.shards is None
-            found = [
-                text
-                for batch in batches
-                if (text := diagnose(phase.inner, batch, scale, with_gradients=with_gradients))
-            ]
+            found = [text for batch in batches if (text := diagnose(phase.inner, batch, scale))]
         except torch.OutOfMemoryError:
             found = ["memory did not suffice for running the batch again"]
-        if phase.shards is not None:
-            phase.shards.reshard()
         told = [text for texts in self.workers.gather(found[:1]) for text in texts]
         again = "finite when run again with the weights of now"
         again += f" and a loss scale of {scale:g}" if phase.scaler.is_enabled() else ""

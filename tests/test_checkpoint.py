@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tcm_fast.checkpoint import (
+    collect,
     load_checkpoint,
     load_network,
     load_stage1,
-    save_checkpoint,
     save_network,
+    write_checkpoint,
 )
 from tcm_fast.networks import build_network
 from tcm_fast.optimizer_state import flatten_optimizer, restore_optimizer
@@ -58,9 +59,7 @@ def save(run, *, images=512, phase="ect", net=None, **options):
     networks = options.pop("networks", {"model": net, "ema-0": tiny_net(1)})
     state = options.pop("state", {"step": images // 64, "scaler": {"scale": 16.0}})
     info = {**INFO, "phase": phase, "images": images}
-    return save_checkpoint(
-        run, networks=networks, optimizer=optimizer, info=info, state=state, **options
-    )
+    return write_checkpoint(run, collect(networks, optimizer, info, state), **options)
 
 
 def equal(a, b):
