@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +147,6 @@ class Assembly:
         if is_derived(student, dtype) and not extension_gap(self.device):
             loss.folded = self.config.folds_rows
             loss.copies = make_copies(student, dtype, rows_too=loss.folded)
-            loss.narrow_gradients = self.config.gradients == "16bit"
         optimizer = build_optimizer(
             weights,
             config,
@@ -158,9 +156,7 @@ class Assembly:
             scale=LOSS_SCALE if scaled else None,
             growth_interval=SCALE_GROWTH_INTERVAL,
             capturable=graphs is not None,
-            fused=partial(PiecewiseOptimizer, on_host=self.config.offload)
-            if self.config.offload or self.config.gradients == "16bit"
-            else FusedOptimizer,
+            fused=PiecewiseOptimizer if self.config.offload else FusedOptimizer,
         )
         if isinstance(optimizer, PiecewiseOptimizer):
             for ema, average in zip(emas, optimizer.averages, strict=True):
@@ -195,7 +191,6 @@ class Assembly:
             "cannot cut a batch (micro_batches 1)": self.micro.count > 1,
             "cannot talk to other processes": self.workers.world > 1,
             "cannot reach the host's memory (offload)": self.config.offload,
-            "cannot widen gradients (gradients 16bit)": self.config.gradients == "16bit",
             "cannot choose a loss scale (fp16) without the extension": (
                 self.config.precision == "fp16" and extension_gap(self.device) != ""
             ),
@@ -237,11 +232,6 @@ class Assembly:
         if config.gradient_dtype == "bf16" and self.device.type == "cpu" and self.workers.world > 1:
             raise ValueError(
                 "gradient_dtype: bf16 is exchanged between GPUs only; take fp16 or fp32"
-            )
-        if self.workers.world > 1 and config.gradients == "16bit":
-            raise ValueError(
-                "gradients: 16bit needs one process (a sum over several would be rounded), got "
-                f"{self.workers.world}"
             )
         if config.guard.lower == "scale" and config.precision != "fp16":
             raise ValueError(f"guard.lower: scale needs fp16, got {config.precision}")

@@ -324,7 +324,7 @@ class Config:
     """Cut each rank's share of the batch into this many passes; the result is the same. Doubled where
     memory does not suffice."""
     memory: Literal["given", "auto"] = "given"
-    """auto: choose micro_batches and the four fields below so that the run fits, the cheapest first."""
+    """auto: choose micro_batches and the three fields below so that the run fits, the cheapest first."""
     memory_limit: str = ""
     """What auto has to fit into, such as 8GiB; by default the device's memory."""
     recompute_norms: bool = False
@@ -333,9 +333,6 @@ class Config:
     """Compute whole blocks again, those at this resolution or above."""
     offload: bool = False
     """Keep moments and averages in the host's memory; they visit the device piece by piece."""
-    gradients: Literal["fp32", "16bit"] = "fp32"
-    """16bit: keep gradients as the 16-bit backward pass makes them, instead of widening them all at once;
-    exact where each is made in one pass, so with micro_batches 1 and one process."""
     max_steps: int | None = None
     """Stop each phase after this many optimizer steps."""
     max_hours: float | None = None
@@ -390,15 +387,6 @@ class Config:
         if self.memory_limit:
             parse_bytes("memory_limit", self.memory_limit)
         require(
-            self.gradients == "fp32" or self.precision in ("fp16", "bf16"),
-            f"gradients: 16bit needs precision fp16 or bf16, got {self.precision}",
-        )
-        require(
-            self.gradients == "fp32" or self.micro_batches == 1,
-            "gradients: 16bit needs micro_batches 1 (a sum of several would be rounded), "
-            f"got {self.micro_batches}",
-        )
-        require(
             self.max_steps is None or self.max_steps >= 1,
             f"max_steps: must be at least 1, got {self.max_steps}",
         )
@@ -408,13 +396,12 @@ class Config:
     def is_lean(self) -> bool:
         """Whether any lever trades time for memory."""
         recomputes = self.recompute_norms or self.recompute_blocks is not None
-        return recomputes or self.offload or self.micro_batches > 1 or self.gradients != "fp32"
+        return recomputes or self.offload or self.micro_batches > 1
 
     @property
     def folds_rows(self) -> bool:
-        """Whether the optimizer may take the gradients of normalised rows as they are: all at once, and
-        in fp32."""
-        return not self.offload and self.gradients == "fp32"
+        """Whether the optimizer may take the gradients of normalised rows as they are: all at once."""
+        return not self.offload
 
     def phase(self, name: str) -> PhaseConfig:
         """The section of a phase."""

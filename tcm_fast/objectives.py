@@ -24,7 +24,6 @@ from tcm_fast.networks.precision import (
     cast_weights,
     in_precision,
     is_derived,
-    leaf_copies,
 )
 from tcm_fast.networks.precond import Precond
 from tcm_fast.times import IMAGE, STAGE1, STUDENT, TimePlan
@@ -202,8 +201,6 @@ class Objective(nn.Module):
         self._derives = is_derived(student, dtype)
         self.apart = False
         """Gradients go to the weights one by one, where memory is short (`cast_weights`)."""
-        self.narrow_gradients = False
-        """Gradients stay in `dtype` at these copies, instead of going to the weights in fp32."""
         self._cast: tuple[tuple[int, bool], dict[str, torch.Tensor]] | None = None
         image_size = student.img_channels * student.img_resolution**2
         check_augmentation(config, student)
@@ -235,8 +232,6 @@ class Objective(nn.Module):
             ready = cast_weights(
                 self.student, self.dtype, self.copies, folded=self.folded, apart=self.apart
             )
-            if self.narrow_gradients and self.copies is not None:
-                ready |= leaf_copies(self.student, self.copies)
             self._cast = (state, ready)
         return self._cast[1]
 

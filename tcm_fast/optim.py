@@ -510,7 +510,7 @@ def build_optimizer(
         assert copies is None
         assert not any(normalized or ())
         if fused is not FusedOptimizer:
-            raise ValueError("offload, gradients: need the extension, see tcm-fast doctor")
+            raise ValueError("offload: needs the extension, see tcm-fast doctor")
         if config.moments != "fp32":
             raise ValueError(f"moments: {config.moments} needs the extension, see tcm-fast doctor")
         rate = torch.tensor(config.lr, device=device) if capturable else config.lr

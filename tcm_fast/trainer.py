@@ -418,7 +418,6 @@ class Trainer:
         image in each."""
         phase.optimizer.zero_grad(set_to_none=True)
         phase.graphs = None  # a graph cannot cut a batch
-        phase.inner.narrow_gradients = False  # 16 bits would round the sum of several
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         before = self.micro.of(phase.config.batch_size)
