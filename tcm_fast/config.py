@@ -118,9 +118,6 @@ class PhaseConfig:
     """The learning rate falls as 1/sqrt(i) after this many iterations."""
     moments: Literal["fp32", "bf16", "8bit"] = "fp32"
     """Memory of the optimizer's moments: bf16 takes half, 8bit a quarter; both are rounded at random."""
-    weight_norm: Literal["exact", "fused"] = "exact"
-    """Averages of normalised weights (EDM2's) see an update before it is normalised, as EDM2's do
-    (exact), or after."""
     grad_clip: float | None = None
     """Largest norm of the gradient over all parameters."""
     dropout: float = 0.0
