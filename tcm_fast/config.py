@@ -164,16 +164,6 @@ class ConsistencyConfig(PhaseConfig):
     """Standard deviation of ln t."""
     t_min: float = 0.002
     t_max: float = 80.0
-    truncate: bool = True
-    """Draw ln t from [ln t_min, ln t_max] only; the original ECT does not."""
-    r_min: float = 1e-6
-    """Smallest inner noise level; the original ECT has 0."""
-    q: float = 2.0
-    """r/t approaches 1 as 1 - 1/q^(stage+1)."""
-    double: int = 25_000
-    """Iterations per stage of that schedule."""
-    limit: float = 0.999
-    """The ratio r/t stops here."""
     c: float = 1e-8
     """Constant of the pseudo-Huber distance."""
     weighting: Weighting = "inv_dt"
@@ -186,6 +176,25 @@ class ConsistencyConfig(PhaseConfig):
             f"{name}.t_min: must lie in (0, t_max={self.t_max:g}), got {self.t_min:g}",
         )
         require(self.t_std > 0, f"{name}.t_std: must be positive, got {self.t_std}")
+        require(self.c >= 0, f"{name}.c: must not be negative, got {self.c}")
+
+
+@dataclass(frozen=True)
+class RatioConfig(ConsistencyConfig):
+    """What the phases share whose pairs have a ratio r/t that rises in stages."""
+
+    r_min: float = 1e-6
+    """Smallest inner noise level; the original ECT has 0."""
+    q: float = 2.0
+    """r/t approaches 1 as 1 - 1/q^(stage+1)."""
+    double: int = 25_000
+    """Iterations per stage of that schedule."""
+    limit: float = 0.999
+    """The ratio r/t stops here."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__.removesuffix("Config").lower()
         require(
             0 <= self.r_min < self.t_min,
             f"{name}.r_min: must lie in [0, t_min={self.t_min:g}), got {self.r_min:g}",
@@ -196,19 +205,20 @@ class ConsistencyConfig(PhaseConfig):
             0 < self.limit < 1,
             f"{name}.limit: the ratio r/t must stay in (0, 1), got {self.limit}",
         )
-        require(self.c >= 0, f"{name}.c: must not be negative, got {self.c}")
 
 
 @dataclass(frozen=True)
-class EctConfig(ConsistencyConfig):
+class EctConfig(RatioConfig):
     """Stage 1: consistency training over all noise levels ("Consistency Models Made Easy")."""
 
+    truncate: bool = True
+    """Draw ln t from [ln t_min, ln t_max] only; the original ECT does not."""
     images: int = 350_000 * 512
     dropout: float = 0.2
 
 
 @dataclass(frozen=True)
-class TcmConfig(ConsistencyConfig):
+class TcmConfig(RatioConfig):
     """Stage 2: truncated consistency training (Lee et al., ICLR 2025). ln t is Student-t distributed
     with location t_mean, scale t_std and df degrees of freedom, truncated to [ln t_prime, ln t_max]."""
 
@@ -442,7 +452,37 @@ def load_config(path: str | Path) -> Config:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {path} cannot be read: {error}") from None
-    return from_dict(Config, values)
+    return from_dict(Config, from_earlier(values) if path.suffix == ".json" else values)
+
+
+NO_EFFECT = object()
+GONE: dict[str, Any] = {
+    "engine": "ddp",
+    "gradients": "fp32",
+    **{f"{phase}.weight_norm": "exact" for phase in PHASES},
+    **{f"ict.{name}": NO_EFFECT for name in ("q", "double", "limit", "truncate", "r_min")},
+    "tcm.truncate": NO_EFFECT,
+}
+"""Fields of earlier versions, and the value of each that is still what happens."""
+
+
+def from_earlier(values: Any) -> Any:
+    """What an earlier version saved, as this one reads it: without the fields that are gone. ValueError
+    for a value of theirs that is no longer supported."""
+    if not isinstance(values, dict):
+        return values
+    values = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
+    for path, kept in GONE.items():
+        section, _, name = path.rpartition(".")
+        table = values.get(section) if section else values
+        if not isinstance(table, dict) or name not in table:
+            continue
+        value = table.pop(name)
+        require(
+            kept is NO_EFFECT or value == kept,
+            f"{path}: {value!r} is no longer supported, of an earlier version's settings {kept!r} is",
+        )
+    return values
 
 
 def save_config(config: Config, path: Path) -> None:

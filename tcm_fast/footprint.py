@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tcm_fast.config import Config, ConsistencyConfig, IctConfig, phase_name
+from tcm_fast.config import Config, RatioConfig, phase_name
 from tcm_fast.kernels._triton import assuming_kernels
 from tcm_fast.networks import LOGVAR_CHANNELS, Precond, build_network
 from tcm_fast.networks.precision import is_derived, make_copies
@@ -221,7 +221,7 @@ def _what_counts(config: Config, name: str) -> Config:
         phase, images=0, lr=1.0, warmup_images=0, decay_start=None, ema=("constant:0",), moments="fp32",
         dropout=0.1 * (phase.dropout > 0), weight_decay=0.0,
     )  # fmt: skip
-    if isinstance(plain, ConsistencyConfig) and not isinstance(plain, IctConfig):
+    if isinstance(plain, RatioConfig):
         plain = dataclasses.replace(plain, double=1)
     levers = {
         key: getattr(config, key)

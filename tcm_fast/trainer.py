@@ -22,7 +22,7 @@ from tcm_fast import checkpoint, distributed, run_folder
 from tcm_fast.assembly import Assembly
 from tcm_fast.budget import choose_levers
 from tcm_fast.cards import this_device, with_memory
-from tcm_fast.config import Config, ConsistencyConfig
+from tcm_fast.config import Config, RatioConfig
 from tcm_fast.data import ImageStream, load_images
 from tcm_fast.diagnosis import diagnose
 from tcm_fast.features import feature_space
@@ -543,7 +543,7 @@ class Trainer:
             values = {"loss": phase.loss(means.losses)}
             if phase.name == "tcm":
                 values |= {"consistency": consistency, "boundary": boundary}
-            if isinstance(phase.config, ConsistencyConfig) and phase.name != "ict":
+            if isinstance(phase.config, RatioConfig):
                 values["ratio"] = ratio(phase.config, phase.iteration - 1)
             values["lr"] = float(phase.optimizer.param_groups[0]["lr"])
             values |= {"grad_norm": means.norm, "grad_norm_max": means.largest}
