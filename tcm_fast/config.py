@@ -359,9 +359,8 @@ class Config:
     """Checkpoints kept besides the last of each phase."""
     milestone_every: int = 0
     """Steps between checkpoints that are kept for good; 0 for none."""
-    best: Literal["", "loss", "frechet"] = ""
-    """Keep the checkpoint with the smallest loss since the one before, or with the smallest Fréchet
-    distance (measured whenever one is saved), too."""
+    best: Literal["", "frechet"] = ""
+    """Keep the checkpoint with the smallest Fréchet distance (measured whenever one is saved), too."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU where there is one."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"

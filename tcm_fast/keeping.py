@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tcm_fast import checkpoint, run_folder
 from tcm_fast.config import Config, save_config, to_dict
 from tcm_fast.distributed import Workers
@@ -18,7 +16,6 @@ from tcm_fast.run_lock import RunLock
 from tcm_fast.runlog import RunLog, timed
 from tcm_fast.saving import CheckpointWriter, NotFinite
 from tcm_fast.snapshots import save_snapshot
-from tcm_fast.watch import summarise
 
 FAILED_SAVES = 3  # in a row, that end a run
 
@@ -88,7 +85,6 @@ class Keeper:
     def save(
         self,
         phase: Phase,
-        rows: list[np.ndarray],
         *,
         micro_batches: int,
         is_last: bool = False,
@@ -97,14 +93,13 @@ class Keeper:
 
         Args:
             phase: what to save.
-            rows: the numbers of the steps since the last one (`Gauge.read`).
             micro_batches: how many passes a batch takes.
             is_last: wait for the end, which then has to be a good one.
         """
         self.settle(waits=True)
         every = self.config.milestone_every
         is_milestone = phase.step == phase.steps or bool(every and phase.step % every == 0)
-        judged = self._judge(phase, rows)
+        judged = {"frechet": self.measure(phase)} if self.config.best == "frechet" else {}
         with timed(self.spent, "saving"):
             contents = self._contents(phase, judged, micro_batches)
             if self._writer is not None and self.workers.is_main:
@@ -169,16 +164,6 @@ class Keeper:
                     )
                 except OSError as error:
                     self.log.warn("snapshot_failed", f"{error}; training goes on without it")
-
-    def _judge(self, phase: Phase, rows: list[np.ndarray]) -> dict[str, float]:
-        """The numbers by which a checkpoint can be the best."""
-        judged: dict[str, float] = {}
-        if rows:
-            loss = phase.loss(summarise(np.concatenate(rows)).losses)
-            judged |= {"loss": loss} if np.isfinite(loss) else {}
-        if self.config.best == "frechet":
-            judged["frechet"] = self.measure(phase)
-        return judged
 
     def _contents(
         self, phase: Phase, judged: dict[str, float], micro_batches: int

@@ -205,7 +205,6 @@ class Trainer:
         log.start_phase(phase.name, phase.steps, phase.step)
         read = logged = phase.step
         rows: list[np.ndarray] = []  # the steps' numbers since the last line of the log
-        unsaved: list[np.ndarray] = []  # and since the last checkpoint
         is_new = phase.steps == 0
         mark = saved = time.monotonic()
         stopped = owes_save = False
@@ -227,12 +226,11 @@ class Trainer:
             if logs or may_save or phase.step - read == phase.gauge.size:
                 reading = self._read(phase, stream, read)
                 rows.append(reading.rows)
-                unsaved.append(reading.rows)
                 read, is_new = phase.step, True
                 if self._is_lost(phase, reading, stopped):
                     phase = self._roll_back(phase, previous)
                     read = logged = phase.step
-                    rows, unsaved, mark = [], [], time.monotonic()
+                    rows, mark = [], time.monotonic()
                     stopped = owes_save = False
                     batches = self._prepare(phase, stream)
                     continue
@@ -246,8 +244,8 @@ class Trainer:
             if phase.step % config.grid_every == 0 and not is_last:
                 self.gallery.draw(phase)
             if may_save and phase.watch.streak == 0 and not is_last:
-                self.keeper.save(phase, unsaved, micro_batches=self.micro.count)
-                unsaved, saved, owes_save = [], time.monotonic(), False
+                self.keeper.save(phase, micro_batches=self.micro.count)
+                saved, owes_save = time.monotonic(), False
             self.keeper.settle()
             every = config.snapshot_every
             if every and (phase.step % every == 0 or phase.step == phase.steps):
@@ -255,7 +253,7 @@ class Trainer:
             mark += time.monotonic() - pause  # pictures and checkpoints are not training speed
         log.end_phase()
         if is_new:
-            self.keeper.save(phase, unsaved, micro_batches=self.micro.count, is_last=True)
+            self.keeper.save(phase, micro_batches=self.micro.count, is_last=True)
         log.write("spent", phase=phase.name, training=phase.seconds, **self.spent)
         if stopped:
             raise Interrupted(
@@ -532,7 +530,7 @@ class Trainer:
             images=fresh.images,
         )
         # So that a run that is resumed knows of it.
-        self.keeper.save(fresh, [], micro_batches=self.micro.count)
+        self.keeper.save(fresh, micro_batches=self.micro.count)
         return fresh
 
     def _log_step(self, phase: Phase, rows: np.ndarray, since: int, seconds: float) -> None:

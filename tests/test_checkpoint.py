@@ -529,10 +529,10 @@ def test_damaged_and_unfinished_checkpoints_are_passed_over_and_named(tmp_path):
 
 
 def test_the_best_stays(tmp_path):
-    losses = {64: 3.0, 128: 1.0, 192: 2.0, 256: None, 320: 5.0}
-    for images, loss in losses.items():
-        metrics = {} if loss is None else {"loss": loss}
-        save(tmp_path, images=images, keep=1, best="loss", state={"metrics": metrics})
+    distances = {64: 3.0, 128: 1.0, 192: 2.0, 256: None, 320: 5.0}
+    for images, distance in distances.items():
+        metrics = {} if distance is None else {"frechet": distance}
+        save(tmp_path, images=images, keep=1, best="frechet", state={"metrics": metrics})
     names = [p.name for p in sorted((tmp_path / "checkpoints").iterdir())]
     assert names == ["ect-000000128", "ect-000000320"]
 
