@@ -181,7 +181,7 @@ class Assembly:
             ),
             emas=emas,
             gauge=Gauge(self.device),
-            watch=Watch(self.config.guard),
+            watch=Watch(),
         )
 
     def graphs(self) -> GraphCache | None:

@@ -43,6 +43,7 @@ from tcm_fast.watch import Reading, poison, summarise
 
 TALK_EVERY = 10  # steps after which several processes ask one another whether to stop or save
 LAST_STREAK = 5  # bad steps in a row at which a phase does not end well
+LOWERED = 0.5  # by which a roll-back multiplies the learning rate or the loss scale
 
 
 class Interrupted(Exception):
@@ -520,7 +521,7 @@ class Trainer:
         fresh = self.assembly.begin(name, previous) if good is None else self.assembly.restore(good)
         missing = count - fresh.rollbacks
         fresh.rollbacks, fresh.skips = count, phase.skips
-        now = fresh.lower(guard.lower, guard.factor**missing)
+        now = fresh.lower(guard.lower, LOWERED**missing)
         self.log.warn(
             "roll_back",
             f"{what}: going on from image {fresh.images:,} with {now} (roll-back {count} of "

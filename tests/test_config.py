@@ -106,6 +106,7 @@ def test_what_an_earlier_version_saved_is_read(tmp_path):
     path = tmp_path / "config.json"
     config = load_preset("digits")
     saved = to_dict(config) | {"engine": "ddp", "gradients": "fp32"}
+    saved["guard"] |= {"factor": 0.5, "spike": 10.0}
     for name in PHASES:
         saved[name]["weight_norm"] = "exact"
     saved["ict"] |= {"q": 3.0, "double": 5, "limit": 0.5, "truncate": False, "r_min": 0.0}
@@ -117,9 +118,10 @@ def test_what_an_earlier_version_saved_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engine": "fsdp"}, "engine: 'fsdp' is no longer supported"),
-        ({"gradients": "16bit"}, "gradients: '16bit' is no longer supported"),
-        ({"edm": {"weight_norm": "fused"}}, "edm.weight_norm: 'fused' is no longer supported"),
+        ({"engine": "fsdp"}, "engine: must be 'ddp', .* no longer supported, got 'fsdp'"),
+        ({"gradients": "16bit"}, "gradients: must be 'fp32', .* got '16bit'"),
+        ({"guard": {"spike": 5}}, "guard.spike: must be 10.0, .* no longer supported, got 5"),
+        ({"edm": {"weight_norm": "fused"}}, "edm.weight_norm: must be 'exact', .* got 'fused'"),
     ],
 )
 def test_what_is_no_longer_supported_is_said(changes, message, tmp_path):
