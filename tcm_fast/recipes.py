@@ -16,7 +16,6 @@ from typing import Any
 from tcm_fast.config import Config, ConsistencyConfig, EdmConfig, PhaseConfig, RatioConfig
 
 SHARES = {"edm": 0.35, "ect": 0.40, "tcm": 0.25, "ict": 0.65, "cd": 0.40}  # of the time
-SHORT = 1 / 16  # of the recipe's arithmetic: below it, pre-training is part of the budget
 SMALLEST_BATCH, SMALLEST_WIDTH = 64, 32
 WIDTH_EXPONENT = 1 / 8  # of the arithmetic: 16 times less of it, a network 1.4 times narrower
 BATCH_EXPONENT = 1 / 3  # of the images: the rest of the shortening falls on the number of steps
