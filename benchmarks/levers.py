@@ -46,7 +46,6 @@ LEVERS: dict[str, dict[str, Any]] = {
         "offload": True,
     },
 }
-SHORT: dict[str, dict[str, Any]] = {"none": {}, "gradients 16bit": {"gradients": "16bit"}}
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def held(config: Config, name: str, out: str | Path) -> int:
     there += [x for state in phase.optimizer.state.values() for x in state.values()]
     sizes = {k: v for k, v in _storages(there).items() if k not in before}
     host: set[int] = set()
-    if isinstance(phase.optimizer, PiecewiseOptimizer) and phase.optimizer.on_host:
+    if isinstance(phase.optimizer, PiecewiseOptimizer):
         blocks = [piece.host for piece in phase.optimizer._pieces if piece.host is not None]
         host |= _storages(blocks).keys()
     if name == "tcm" and config.precision != "fp32" and phase.frozen is not None:
@@ -219,7 +218,7 @@ def main() -> None:
                 config = replace(config, data=replace(config.data, source=args.data))
         shape = image_shape(config, args.preset or "", None)
         rows: list[Row] = []
-        for precision, levers in (("fp32", LEVERS), ("bf16", SHORT)):
+        for precision, levers in (("fp32", LEVERS), ("bf16", {"none": {}})):
             own = replace(config, precision=precision)
             rows += measure(own, args.phase, levers, shape, card, seconds=args.seconds)
         if card.on_gpu:

@@ -234,17 +234,17 @@ void step_chunk(const Chunk& chunk, const Run& run) {
   });
 }
 
-// Update, normalise, copy: the row stays in the second-level cache between the three.
+// Update, normalise, copy: the row stays in the second-level cache between the three. Averages see
+// it as it is after the update.
 void step_row(const int64_t* row, int64_t first, const Projection& projection, const Run& run) {
   const int64_t n = row[kRow];
-  const bool early = row[kGrad] && !(row[kFlags] & kAverageNormalized);
   float values[kRun];
   double squares = 0;
   if (row[kGrad]) {
     by_runs(first, n, [&](int64_t i, int64_t count) {
       project(values, at<float>(row, kGrad) + i, run.param(i), count, projection);
       run.update_with(values, i, count);
-      if (early) run.move_averages(i, count);
+      run.move_averages(i, count);
       squares += sum_of_squares(run.param(i), count);
     });
     const float factor = static_cast<float>(row_factor(squares, n));
@@ -253,7 +253,7 @@ void step_row(const int64_t* row, int64_t first, const Projection& projection, c
             [&](int64_t i, int64_t count) { multiply(run.param(i), run.param(i), count, factor); });
   }
   by_runs(first, n, [&](int64_t i, int64_t count) {
-    if (!early) run.move_averages(i, count);
+    if (!row[kGrad]) run.move_averages(i, count);
     squares += sum_of_squares(run.param(i), count);
   });
   if (!row[kCopy]) return;

@@ -404,8 +404,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A row's update, its normalisation and its copy. Between them a thread keeps its elements in
-// shared memory, as many as fit; the others go through `param`.
+// A row's update, its normalisation and its copy. Averages see it as it is after the update.
+// Between the three a thread keeps its elements in shared memory, as many as fit; the others go
+// through `param`.
 struct RowStep {
   const Places& at_row;
   const Span& span;
@@ -413,7 +414,6 @@ struct RowStep {
   const double* betas;
   float* kept;
   int capacity;
-  bool early;  // averages see the row before it is normalised
 
   template <int kWide>
   __device__ __forceinline__ void load(Elements<kWide>& param, int i) const {
@@ -426,24 +426,24 @@ struct RowStep {
     Elements<kWide> param, average;
     const int64_t e = span.first + i;
     param.load(at_row.param + e);
-    if (early && at_row.average) average.load(at_row.average + e);
+    if (at_row.average) average.load(at_row.average + e);
     update_elements<kWide, true, kEight>(at_row, span, e, param, factor, c, projection);
     i + kWide <= capacity ? param.keep(kept + i) : param.store(at_row.param + e);
-    if (early) move_averages(at_row, e, averages, span.row, betas, average, param);
+    move_averages(at_row, e, averages, span.row, betas, average, param);
     return param.multiply(1);
   }
   template <int kWide>
   __device__ __forceinline__ float normalize(int i, float factor) const {
     Elements<kWide> param, average;
     const int64_t e = span.first + i;
-    if (!early && at_row.average) average.load(at_row.average + e);
+    if (!at_row.grad && at_row.average) average.load(at_row.average + e);
     load(param, i);
     const float squares = param.multiply(factor);
     if (at_row.grad) {
       param.store(at_row.param + e);
       if (i + kWide <= capacity) param.keep(kept + i);
     }
-    if (!early) move_averages(at_row, e, averages, span.row, betas, average, param);
+    if (!at_row.grad) move_averages(at_row, e, averages, span.row, betas, average, param);
     return squares;
   }
   template <int kWide>
@@ -472,9 +472,8 @@ __global__ void __launch_bounds__(kThreads, kEight ? 2 : 4)
   const int2 chunk = chunks[blockIdx.x];
   const Span span(table, width, chunk);
   const Places places(span.row, averages, chunk.x, options);
-  const bool early = places.grad && !(span.row[kFlags] & kAverageNormalized);
-  const RowStep step{places,   span, averages, options + kOptions, reinterpret_cast<float*>(kept),
-                     capacity, early};
+  const RowStep step{places,  span, averages, options + kOptions, reinterpret_cast<float*>(kept),
+                     capacity};
   const int rest = 4 * span.vectors + threadIdx.x;
   float factor = 1;
   if (places.grad) {

@@ -34,7 +34,7 @@ COPY_DTYPES = (torch.float16, torch.bfloat16)
 KINDS = {"adam": 0, "radam": 1}
 _DECOUPLED = 2
 _NUMEL, _ROW = 6, 9  # csrc/fused_step.h: Field
-_ALIGNED, _BFLOAT, _MOMENTS_16, _FLOAT_COPY, _AVERAGE_NORMALIZED, _MOMENTS_8 = 1, 2, 4, 8, 16, 32
+_ALIGNED, _BFLOAT, _MOMENTS_16, _FLOAT_COPY, _MOMENTS_8 = 1, 2, 4, 8, 16
 _MOMENTS_LAYER = 0x6D6F6D74
 _CONTROL_DTYPES = {
     "norm": torch.float64,
@@ -60,11 +60,11 @@ class StepTensors:
     copy: torch.Tensor | None = None
     """fp16 or bf16; receives the new weights."""
     group: int = 0
-    normalized: Literal["", "exact", "fused"] = ""
+    normalized: bool = False
     """Only the direction of each row of the parameter [out, ...] counts: the network computes with its
     `normalized_copy`, which is `copy` (or fp32), and `grad` is with respect to that. A step takes the
-    gradient to the parameter and normalises the new rows in place; averages see them before ("exact": as
-    in EDM2, which normalises when the next step begins) or after ("fused")."""
+    gradient to the parameter and normalises the new rows in place; averages see them before, as in EDM2,
+    which normalises when the next step begins."""
 
     @property
     def row(self) -> int:
@@ -182,7 +182,7 @@ def fused_step_reference(
         if t.grad is not None:
             _update_reference(t, groups[t.group], factor, control.seed, index)
             if t.normalized:
-                updated = t.param.clone() if t.normalized == "exact" else t.param
+                updated = t.param.clone()
                 t.param.copy_(normalized_rows(t.param))
         for average, beta in zip(t.averages, average_betas, strict=True):
             average.lerp_(updated, 1 - beta)
@@ -422,7 +422,6 @@ def _row(t: StepTensors) -> list[int]:
     flags = _ALIGNED * all(a % 16 == 0 for a in wide) | _MOMENTS_16 * is_short
     flags |= _MOMENTS_8 * t.is_packed
     flags |= _BFLOAT * (copy == torch.bfloat16) | _FLOAT_COPY * (copy == torch.float32)
-    flags |= _AVERAGE_NORMALIZED * (t.normalized == "fused")
     return [*addresses, t.param.numel(), t.group, flags, row, *averages]
 
 
@@ -503,14 +502,12 @@ def _check_tensors(tensors: Sequence[StepTensors], groups: int) -> None:
             got = f"{t.step.dtype} {list(t.step.shape)} on {t.step.device}"
             _require(fits, f"step {where} must be an fp32 scalar on {p.device}, got {got}")
         if t.copy is not None:
-            wide = (torch.float32,) * bool(t.normalized)
+            wide = (torch.float32,) * t.normalized
             fits = t.copy.dtype in (*COPY_DTYPES, *wide) and t.copy.device == p.device
             kinds = "fp16, bf16 or fp32" if wide else "fp16 or bf16"
             _require(fits, f"copy {where} must be {kinds} on {p.device}, got {t.copy.dtype}")
             _require(in_layout(t.copy, p), f"copy {where} must have the shape of the parameter")
         if t.normalized:
-            rule = f'normalized {where} must be "exact", "fused" or empty, got {t.normalized!r}'
-            _require(t.normalized in ("exact", "fused"), rule)
             rows = p.ndim > 1 and (row_size(p) > 0 or p.shape[0] == 0)
             rule = f"param {where} must have rows, one after another in memory, to be normalised"
             apart = p.numel() == 0 or p.shape[0] == 1 or p.stride(0) == row_size(p)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +22,7 @@ from tcm_fast.networks.recompute import set_recompute
 from tcm_fast.objectives import Objective, check_augmentation
 from tcm_fast.offload import PiecewiseOptimizer
 from tcm_fast.optim import Ema, EmaRule, FusedOptimizer, build_optimizer
-from tcm_fast.optimizer_state import restore_optimizer
-from tcm_fast.parallel import Shards, replicate, shard
+from tcm_fast.parallel import replicate
 from tcm_fast.phase import CONSISTENCY, FROZEN_FILE, Phase, load_weights
 from tcm_fast.times import plan_times
 from tcm_fast.watch import Gauge, Watch
@@ -57,7 +54,6 @@ class Assembly:
     ) -> None:
         self.config, self.workers, self.data, self.micro = config, workers, data, micro
         self.device = workers.device
-        self.is_cut = workers.world > 1 and config.engine == "fsdp"
         if config.network.class_conditional and data.labels is None:
             raise ValueError(
                 f"network.class_conditional: needs labels, but {config.data.source} has none (put each "
@@ -112,18 +108,12 @@ class Assembly:
         if name in FROZEN_FILE:
             frozen = copy.deepcopy(student)
             saved.restore_network(frozen, FROZEN_FILE[name])
-        names = [name for name, _ in student.named_parameters()]
         phase = self.assemble(name, student, frozen)
-        moments = saved.optimizer_tensors(phase.optimizer)
-        weights = list(student.parameters())
-        if phase.shards is not None:
-            moments, weights = phase.shards.cut_state(moments), phase.shards.parts
-        restore_optimizer(phase.optimizer, zip(names, weights, strict=True), moments)
+        saved.restore_optimizer(phase.optimizer, student)
         for number, ema in enumerate(phase.emas):
             tensors = saved.network_tensors(f"ema-{number}")
-            for index, average in enumerate(ema.average):
-                whole = tensors[names[index]]
-                average.copy_(whole if phase.shards is None else phase.shards.part_of(whole, index))
+            for average, (key, _) in zip(ema.average, student.named_parameters(), strict=True):
+                average.copy_(tensors[key])
         phase.restore_counters(state)
         return phase
 
@@ -139,17 +129,11 @@ class Assembly:
             blocks_from=self.config.recompute_blocks,
         )
         dtype = DTYPES[self.config.precision]
-        shards: Shards | None = None
-        in_use = frozen
-        if self.is_cut:
-            shards = Shards(student, self.device)
-            if frozen is not None:
-                in_use = shard(copy.deepcopy(frozen), shards.mesh)
-        loss = Objective(name, config, student, in_use, dtype=dtype, plain=shards is not None)
+        loss = Objective(name, config, student, frozen, dtype=dtype)
         if frozen is not None and loss.frozen is not frozen:
             frozen.to("cpu")  # for checkpoints; the device holds the objective's copy alone
         objective: torch.nn.Module = loss
-        if self.workers.world > 1 and shards is None:
+        if self.workers.world > 1:
             objective = replicate(loss, self.device, self.config.gradient_dtype)
         if self.config.compile:
             student.model.compile()
@@ -157,27 +141,23 @@ class Assembly:
                 loss.frozen.model.compile()
         index = PHASES.index(name)
         captures = self.captures()
-        weights = list(student.parameters()) if shards is None else shards.parts
+        weights = list(student.parameters())
         emas = [Ema(rule, weights) for rule in config.ema]
         scaled = self.config.precision == "fp16"
         loss.apart = self.config.is_lean
-        if shards is None and is_derived(student, dtype) and not extension_gap(self.device):
+        if is_derived(student, dtype) and not extension_gap(self.device):
             loss.folded = self.config.folds_rows
             loss.copies = make_copies(student, dtype, rows_too=loss.folded)
-            loss.narrow_gradients = self.config.gradients == "16bit"
         optimizer = build_optimizer(
             weights,
-            # Of weights in parts, only the processes together know the gradient's norm.
-            config if shards is None else replace(config, grad_clip=None),
+            config,
             emas=emas,
             copies=loss.copies,
             normalized=normalized_parameters(student) if loss.folded else None,
             scale=LOSS_SCALE if scaled else None,
             growth_interval=SCALE_GROWTH_INTERVAL,
             capturable=captures,
-            fused=partial(PiecewiseOptimizer, on_host=self.config.offload)
-            if self.config.offload or self.config.gradients == "16bit"
-            else FusedOptimizer,
+            fused=PiecewiseOptimizer if self.config.offload else FusedOptimizer,
         )
         if isinstance(optimizer, PiecewiseOptimizer):
             for ema, average in zip(emas, optimizer.averages, strict=True):
@@ -192,7 +172,6 @@ class Assembly:
             objective=objective,
             optimizer=optimizer,
             graphs=self.graphs(optimizer) if captures else None,
-            shards=shards,
             scaler=optimizer.loss_scale
             if isinstance(optimizer, FusedOptimizer)
             else torch.amp.GradScaler(
@@ -203,7 +182,7 @@ class Assembly:
             ),
             emas=emas,
             gauge=Gauge(self.device),
-            watch=Watch(self.config.guard),
+            watch=Watch(),
         )
 
     def graphs(self, optimizer: torch.optim.Optimizer) -> GraphCache:
@@ -218,7 +197,6 @@ class Assembly:
             "cannot cut a batch (micro_batches 1)": self.micro.count > 1,
             "cannot talk to other processes": self.workers.world > 1,
             "cannot reach the host's memory (offload)": self.config.offload,
-            "cannot widen gradients (gradients 16bit)": self.config.gradients == "16bit",
             "cannot choose a loss scale (fp16) without the extension": (
                 self.config.precision == "fp16" and extension_gap(self.device) != ""
             ),
@@ -246,8 +224,7 @@ class Assembly:
             return net
         on_gpu = self.device.type == "cuda"
         layout = torch.channels_last if on_gpu else torch.preserve_format
-        place = torch.device("cpu") if self.is_cut else self.device  # parts alone go to the device
-        return net.to(place, memory_format=layout)  # type: ignore[call-overload]
+        return net.to(self.device, memory_format=layout)  # type: ignore[call-overload]
 
     def check_phase(self, name: str) -> None:
         """The batch of a phase must be cut evenly, tcm's must hold a boundary sample, and its averages
@@ -261,17 +238,6 @@ class Assembly:
         if config.gradient_dtype == "bf16" and self.device.type == "cpu" and self.workers.world > 1:
             raise ValueError(
                 "gradient_dtype: bf16 is exchanged between GPUs only; take fp16 or fp32"
-            )
-        if config.engine == "fsdp" and DTYPES[config.precision] != torch.float32:
-            raise ValueError(f"engine: fsdp computes in fp32 or tf32, got {config.precision}")
-        if self.is_cut and config.offload:
-            raise ValueError("offload: needs whole weights, engine ddp, got fsdp")
-        if self.is_cut and config.phase(name).moments == "8bit":
-            raise ValueError(f"{name}.moments: 8bit needs whole weights, engine ddp, got fsdp")
-        if self.workers.world > 1 and config.gradients == "16bit":
-            raise ValueError(
-                "gradients: 16bit needs one process (a sum over several would be rounded), got "
-                f"{self.workers.world}"
             )
         if config.guard.lower == "scale" and config.precision != "fp16":
             raise ValueError(f"guard.lower: scale needs fp16, got {config.precision}")

@@ -195,7 +195,7 @@ def _candidates(config: Config, shape: ImageShape, card: Card, gpus: int) -> Ite
     found: list[tuple[float, Config]] = []
     smallest = config
     for recompute in _recomputations(shape):
-        levers = replace(config, gradients="fp32", **recompute)
+        levers = replace(config, **recompute)
         few = max(m for m in cuts if batch // m >= min(8, batch))
         step = dry_step(replace(levers, micro_batches=gpus * few), name, shape, on_gpu=card.on_gpu)
         fixed, per_image = _activations(levers, name, shape, card, step, gpus)
@@ -212,10 +212,7 @@ def _candidates(config: Config, shape: ImageShape, card: Card, gpus: int) -> Ite
             ]
             for m in fitting[:2]:  # the estimate may be a little too low
                 chosen = replace(variant, micro_batches=m)
-                seconds = _step_seconds(chosen, name, card, step, batch // m)
-                found.append((seconds, chosen))
-                if m == 1 and DTYPES[config.precision].itemsize == 2:
-                    found.append((1.001 * seconds, replace(chosen, gradients="16bit")))
+                found.append((_step_seconds(chosen, name, card, step, batch // m), chosen))
     yield from (chosen for _, chosen in sorted(found, key=lambda pair: pair[0]))
     yield smallest
 

@@ -203,19 +203,16 @@ class Checkpoint:
         file = self.path / f"{name}.safetensors"
         _fill(net, *network_file(file), file)
 
-    def optimizer_tensors(self, optimizer: torch.optim.Optimizer) -> Tensors:
-        """The optimizer's state, for `restore_optimizer`. ValueError for one of another kind."""
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer, net: Precond) -> None:
+        """Load the optimizer's state, for the parameters of `net`. ValueError for one of another kind, or
+        that does not fit."""
         kind = kind_of(optimizer)
         if kind != self.state["optimizer"]:
             raise ValueError(
                 f"optimizer: the checkpoint {self.path} was written by {self.state['optimizer']}, "
                 f"got {kind}"
             )
-        return read_tensors(self.path / "optimizer.safetensors")[1]
-
-    def restore_optimizer(self, optimizer: torch.optim.Optimizer, net: Precond) -> None:
-        """Load the optimizer's state, for the parameters of `net`. ValueError unless it fits."""
-        tensors = self.optimizer_tensors(optimizer)
+        tensors = read_tensors(self.path / "optimizer.safetensors")[1]
         restore_optimizer(optimizer, net.named_parameters(), tensors)
 
 
@@ -239,7 +236,7 @@ class Contents:
 
 def collect(
     networks: Mapping[str, Precond | tuple[Precond, Mapping[str, torch.Tensor]]],
-    optimizer: torch.optim.Optimizer | tuple[str, Tensors],
+    optimizer: torch.optim.Optimizer,
     info: Mapping[str, Any],
     state: Mapping[str, Any],
 ) -> Contents:
@@ -248,8 +245,7 @@ def collect(
     Args:
         networks: "model" (whose parameters the optimizer holds), "ema-0", ..., "stage1"; a pair is
             a network with state-dict values that take the place of its own.
-        optimizer: its state is stored by the names of the model's parameters; or its kind and what
-            `flatten_optimizer` gave.
+        optimizer: its state is stored by the names of the model's parameters.
         info: phase, t_prime, images, iterations, class_names of model and averages. Other networks
             keep their own `info`.
         state: what else a resumed run has to know, as JSON.
@@ -267,28 +263,9 @@ def collect(
         own = {"class_names": info["class_names"], **getattr(net, "info", {})}
         files[name] = _contents_of(net, info if is_student else own, values)
     assert model is not None, "a checkpoint needs its model"
-    if isinstance(optimizer, tuple):
-        kind, moments = optimizer
-    else:
-        kind, moments = kind_of(optimizer), flatten_optimizer(optimizer, model.named_parameters())
+    kind, moments = kind_of(optimizer), flatten_optimizer(optimizer, model.named_parameters())
     files["optimizer"] = moments, {"format": FORMAT, "optimizer": kind}
     return Contents(files, info, kind, dict(state))
-
-
-def save_checkpoint(
-    run: str | Path,
-    *,
-    networks: Mapping[str, Precond | tuple[Precond, Mapping[str, torch.Tensor]]],
-    optimizer: torch.optim.Optimizer | tuple[str, Tensors],
-    info: Mapping[str, Any],
-    state: Mapping[str, Any],
-    keep: int = 2,
-    milestone: bool = False,
-    best: str = "",
-) -> Path:
-    """`collect` and `write_checkpoint`, one after the other."""
-    contents = collect(networks, optimizer, info, state)
-    return write_checkpoint(run, contents, keep=keep, milestone=milestone, best=best)
 
 
 def write_checkpoint(

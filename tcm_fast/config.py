@@ -118,9 +118,6 @@ class PhaseConfig:
     """The learning rate falls as 1/sqrt(i) after this many iterations."""
     moments: Literal["fp32", "bf16", "8bit"] = "fp32"
     """Memory of the optimizer's moments: bf16 takes half, 8bit a quarter; both are rounded at random."""
-    weight_norm: Literal["exact", "fused"] = "exact"
-    """Averages of normalised weights (EDM2's) see an update before it is normalised, as EDM2's do
-    (exact), or after."""
     grad_clip: float | None = None
     """Largest norm of the gradient over all parameters."""
     dropout: float = 0.0
@@ -167,16 +164,6 @@ class ConsistencyConfig(PhaseConfig):
     """Standard deviation of ln t."""
     t_min: float = 0.002
     t_max: float = 80.0
-    truncate: bool = True
-    """Draw ln t from [ln t_min, ln t_max] only; the original ECT does not."""
-    r_min: float = 1e-6
-    """Smallest inner noise level; the original ECT has 0."""
-    q: float = 2.0
-    """r/t approaches 1 as 1 - 1/q^(stage+1)."""
-    double: int = 25_000
-    """Iterations per stage of that schedule."""
-    limit: float = 0.999
-    """The ratio r/t stops here."""
     c: float = 1e-8
     """Constant of the pseudo-Huber distance."""
     weighting: Weighting = "inv_dt"
@@ -189,6 +176,25 @@ class ConsistencyConfig(PhaseConfig):
             f"{name}.t_min: must lie in (0, t_max={self.t_max:g}), got {self.t_min:g}",
         )
         require(self.t_std > 0, f"{name}.t_std: must be positive, got {self.t_std}")
+        require(self.c >= 0, f"{name}.c: must not be negative, got {self.c}")
+
+
+@dataclass(frozen=True)
+class RatioConfig(ConsistencyConfig):
+    """What the phases share whose pairs have a ratio r/t that rises in stages."""
+
+    r_min: float = 1e-6
+    """Smallest inner noise level; the original ECT has 0."""
+    q: float = 2.0
+    """r/t approaches 1 as 1 - 1/q^(stage+1)."""
+    double: int = 25_000
+    """Iterations per stage of that schedule."""
+    limit: float = 0.999
+    """The ratio r/t stops here."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__.removesuffix("Config").lower()
         require(
             0 <= self.r_min < self.t_min,
             f"{name}.r_min: must lie in [0, t_min={self.t_min:g}), got {self.r_min:g}",
@@ -199,19 +205,20 @@ class ConsistencyConfig(PhaseConfig):
             0 < self.limit < 1,
             f"{name}.limit: the ratio r/t must stay in (0, 1), got {self.limit}",
         )
-        require(self.c >= 0, f"{name}.c: must not be negative, got {self.c}")
 
 
 @dataclass(frozen=True)
-class EctConfig(ConsistencyConfig):
+class EctConfig(RatioConfig):
     """Stage 1: consistency training over all noise levels ("Consistency Models Made Easy")."""
 
+    truncate: bool = True
+    """Draw ln t from [ln t_min, ln t_max] only; the original ECT does not."""
     images: int = 350_000 * 512
     dropout: float = 0.2
 
 
 @dataclass(frozen=True)
-class TcmConfig(ConsistencyConfig):
+class TcmConfig(RatioConfig):
     """Stage 2: truncated consistency training (Lee et al., ICLR 2025). ln t is Student-t distributed
     with location t_mean, scale t_std and df degrees of freedom, truncated to [ln t_prime, ln t_max]."""
 
@@ -288,19 +295,11 @@ class GuardConfig:
     rollbacks: int = 3
     """How often that is tried in a phase before the run stops with a diagnosis."""
     lower: Literal["rate", "scale"] = "rate"
-    """What is multiplied by `factor` then: the learning rate, or the loss scale (fp16)."""
-    factor: float = 0.5
-    spike: float = 10.0
-    """A gradient whose norm is this many times the median of the last 200 is reported; 0 for none."""
+    """What is halved then: the learning rate, or the loss scale (fp16)."""
 
     def __post_init__(self) -> None:
         require(self.bad_steps >= 1, f"guard.bad_steps: must be at least 1, got {self.bad_steps}")
         require(self.rollbacks >= 0, f"guard.rollbacks: must not be negative, got {self.rollbacks}")
-        require(0 < self.factor <= 1, f"guard.factor: must lie in (0, 1], got {self.factor}")
-        require(
-            self.spike == 0 or self.spike > 1,
-            f"guard.spike: must be greater than 1, or 0, got {self.spike}",
-        )
 
 
 @dataclass(frozen=True)
@@ -324,7 +323,7 @@ class Config:
     """Cut each rank's share of the batch into this many passes; the result is the same. Doubled where
     memory does not suffice."""
     memory: Literal["given", "auto"] = "given"
-    """auto: choose micro_batches and the four fields below so that the run fits, the cheapest first."""
+    """auto: choose micro_batches and the three fields below so that the run fits, the cheapest first."""
     memory_limit: str = ""
     """What auto has to fit into, such as 8GiB; by default the device's memory."""
     recompute_norms: bool = False
@@ -333,9 +332,6 @@ class Config:
     """Compute whole blocks again, those at this resolution or above."""
     offload: bool = False
     """Keep moments and averages in the host's memory; they visit the device piece by piece."""
-    gradients: Literal["fp32", "16bit"] = "fp32"
-    """16bit: keep gradients as the 16-bit backward pass makes them, instead of widening them all at once;
-    exact where each is made in one pass, so with micro_batches 1 and one process."""
     max_steps: int | None = None
     """Stop each phase after this many optimizer steps."""
     max_hours: float | None = None
@@ -355,19 +351,16 @@ class Config:
     """Checkpoints kept besides the last of each phase."""
     milestone_every: int = 0
     """Steps between checkpoints that are kept for good; 0 for none."""
-    best: Literal["", "loss", "frechet"] = ""
-    """Keep the checkpoint with the smallest loss since the one before, or with the smallest Fréchet
-    distance (measured whenever one is saved), too."""
+    best: Literal["", "frechet"] = ""
+    """Keep the checkpoint with the smallest Fréchet distance (measured whenever one is saved), too."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU where there is one."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Replay a step as one CUDA graph: on is an error where it cannot be, auto then goes without."""
     deterministic: bool = False
     """On a GPU, use algorithms alone that give equal bits in every run, as a CPU does."""
-    engine: Literal["ddp", "fsdp"] = "ddp"
-    """Several processes hold the weights each (ddp) or in parts (fsdp, for networks too large)."""
     gradient_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """In which processes exchange gradients (ddp)."""
+    """In which processes exchange gradients."""
     compile: bool = False
     """Compile the networks with torch.compile around the fused operations: a minute or more before the
     first step."""
@@ -392,15 +385,6 @@ class Config:
         if self.memory_limit:
             parse_bytes("memory_limit", self.memory_limit)
         require(
-            self.gradients == "fp32" or self.precision in ("fp16", "bf16"),
-            f"gradients: 16bit needs precision fp16 or bf16, got {self.precision}",
-        )
-        require(
-            self.gradients == "fp32" or self.micro_batches == 1,
-            "gradients: 16bit needs micro_batches 1 (a sum of several would be rounded), "
-            f"got {self.micro_batches}",
-        )
-        require(
             self.max_steps is None or self.max_steps >= 1,
             f"max_steps: must be at least 1, got {self.max_steps}",
         )
@@ -410,13 +394,12 @@ class Config:
     def is_lean(self) -> bool:
         """Whether any lever trades time for memory."""
         recomputes = self.recompute_norms or self.recompute_blocks is not None
-        return recomputes or self.offload or self.micro_batches > 1 or self.gradients != "fp32"
+        return recomputes or self.offload or self.micro_batches > 1
 
     @property
     def folds_rows(self) -> bool:
-        """Whether the optimizer may take the gradients of normalised rows as they are: all at once, and
-        in fp32."""
-        return not self.offload and self.gradients == "fp32"
+        """Whether the optimizer may take the gradients of normalised rows as they are: all at once."""
+        return not self.offload
 
     def phase(self, name: str) -> PhaseConfig:
         """The section of a phase."""
@@ -460,7 +443,39 @@ def load_config(path: str | Path) -> Config:
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {path} cannot be read: {error}") from None
-    return from_dict(Config, values)
+    return from_dict(Config, from_earlier(values) if path.suffix == ".json" else values)
+
+
+NO_EFFECT = object()
+GONE: dict[str, Any] = {
+    "engine": "ddp",
+    "gradients": "fp32",
+    "guard.factor": 0.5,
+    "guard.spike": 10.0,
+    **{f"{phase}.weight_norm": "exact" for phase in PHASES},
+    **{f"ict.{name}": NO_EFFECT for name in ("q", "double", "limit", "truncate", "r_min")},
+    "tcm.truncate": NO_EFFECT,
+}
+"""Fields of earlier versions, and the value of each that is still what happens."""
+
+
+def from_earlier(values: Any) -> Any:
+    """What an earlier version saved, as this one reads it: without the fields that are gone. ValueError
+    for a value of theirs that is no longer supported."""
+    if not isinstance(values, dict):
+        return values
+    values = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
+    for path, kept in GONE.items():
+        section, _, name = path.rpartition(".")
+        table = values.get(section) if section else values
+        if not isinstance(table, dict) or name not in table:
+            continue
+        value = table.pop(name)
+        require(
+            kept is NO_EFFECT or value == kept,
+            f"{path}: must be {kept!r}, what else there was is no longer supported, got {value!r}",
+        )
+    return values
 
 
 def save_config(config: Config, path: Path) -> None:

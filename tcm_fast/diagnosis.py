@@ -14,9 +14,7 @@ from tcm_fast.objectives import Batch, Objective
 NAMED = 3  # rows and parameters that are named
 
 
-def diagnose(
-    objective: Objective, batch: Batch, scale: float = 1.0, *, with_gradients: bool = True
-) -> str:
+def diagnose(objective: Objective, batch: Batch, scale: float = 1.0) -> str:
     """What is not finite first when a batch goes through the objective again, with the weights of now;
     empty where everything is. Changes neither weights nor gradients; waits for the device at every
     module.
@@ -25,7 +23,6 @@ def diagnose(
         objective: of the phase, not the wrapper that talks to other processes.
         batch: the micro-batch.
         scale: of the loss.
-        with_gradients: look at the backward pass as well.
     """
     spoilt = [n for n, p in objective.student.named_parameters() if not _is_finite(p)]
     if spoilt:
@@ -38,15 +35,13 @@ def diagnose(
         "student": objective.student,
         "frozen network": objective.frozen,
     }
-    with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(with_gradients):
+    with torch.compiler.set_stance("force_eager"), torch.enable_grad():
         with _watching(networks, culprits):
             losses = objective.losses(batch)
         rows = _rows(losses.detach()[:, None])
         if rows:
             module = f"{culprits[0]}, " if culprits else "the loss itself, "
             return f"first in the forward pass: {module}{_where(batch, rows)}"
-        if not with_gradients:
-            return ""
         parameters = dict(objective.student.named_parameters())
         loss = torch.dot(losses, batch.weights[0]) * scale
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

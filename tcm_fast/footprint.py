@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tcm_fast.config import Config, ConsistencyConfig, IctConfig, phase_name
+from tcm_fast.config import Config, RatioConfig, phase_name
 from tcm_fast.kernels._triton import assuming_kernels
 from tcm_fast.networks import LOGVAR_CHANNELS, Precond, build_network
 from tcm_fast.networks.precision import is_derived, make_copies
@@ -221,11 +221,11 @@ def _what_counts(config: Config, name: str) -> Config:
         phase, images=0, lr=1.0, warmup_images=0, decay_start=None, ema=("constant:0",), moments="fp32",
         dropout=0.1 * (phase.dropout > 0), weight_decay=0.0,
     )  # fmt: skip
-    if isinstance(plain, ConsistencyConfig) and not isinstance(plain, IctConfig):
+    if isinstance(plain, RatioConfig):
         plain = dataclasses.replace(plain, double=1)
     levers = {
         key: getattr(config, key)
-        for key in ("micro_batches", "recompute_norms", "recompute_blocks", "offload", "gradients")
+        for key in ("micro_batches", "recompute_norms", "recompute_blocks", "offload")
     }
     kept: dict[str, Any] = {name: plain, "precision": config.precision, **levers}
     return Config(network=config.network, phases=(phase_name(name),), **kept)
@@ -247,7 +247,6 @@ def _dry_step(config: Config, name: str, shape: ImageShape, on_gpu: bool, last: 
     if is_derived(net, dtype):
         objective.folded = config.folds_rows
         objective.copies = make_copies(net, dtype, rows_too=objective.folded)
-        objective.narrow_gradients = config.gradients == "16bit"
     batches = _batches(config, name, shape, on_gpu, last)
 
     own = [
@@ -261,7 +260,7 @@ def _dry_step(config: Config, name: str, shape: ImageShape, on_gpu: bool, last: 
     with (
         assuming_kernels(on_gpu),
         Counter([*own, *others]) as counter,
-        _tagged(net, objective, counter),
+        _tagged(net, counter),
     ):
         for batch in batches:
             before = len(counter.work)
@@ -282,14 +281,11 @@ def _held(tensors: list[torch.Tensor]) -> int:
 
 
 @contextmanager
-def _tagged(net: Precond, objective: Objective, counter: Counter) -> Iterator[None]:
-    """Gradients are known as such from when they reach their parameters (or 16-bit copies)."""
-    leaves: list[torch.Tensor] = list(net.parameters())
-    if objective.narrow_gradients:
-        leaves += [c.requires_grad_() for c in objective.copies or [] if c is not None]
+def _tagged(net: Precond, counter: Counter) -> Iterator[None]:
+    """Gradients are known as such from when they reach their parameters."""
     handles = [
-        leaf.register_post_accumulate_grad_hook(lambda p: counter.is_gradient(p.grad))
-        for leaf in leaves
+        parameter.register_post_accumulate_grad_hook(lambda p: counter.is_gradient(p.grad))
+        for parameter in net.parameters()
     ]
     try:
         yield
@@ -355,13 +351,12 @@ def memory(
     moments = 2 * sum(moment_size(count, phase.moments) for count in step.elements)
     averages = 4 * step.parameters * len(phase.ema)
     workspace, host = 0, 0
-    if config.offload or config.gradients == "16bit":
+    if config.offload:
         pieces = piece_sizes(step.elements, len(phase.ema), phase.moments)
-        workspace += max(grads for _, grads in pieces)  # gradients of a piece, widened
-        if config.offload:
-            host = moments + averages
-            workspace += max(state for state, _ in pieces) * min(SLOTS, len(pieces))
-            moments = averages = 0
+        workspace = max(grads for _, grads in pieces)  # gradients of a piece, scaled
+        workspace += max(state for state, _ in pieces) * min(SLOTS, len(pieces))
+        host = moments + averages
+        moments = averages = 0
     batch = phase.batch_size * (shape.bytes + 4 * shape.classes)
     return Memory(
         weights=step.weights,

@@ -49,8 +49,6 @@ class Gallery:
 
     def draw(self, phase: Phase, net: Precond | None = None) -> None:
         """Samples of the first average as a picture; a warning where they are all alike."""
-        if phase.shards is not None:
-            net = net or phase.average()
         if not self.workers.is_main:
             return
         with timed(self.spent, "pictures"):

@@ -8,18 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tcm_fast import checkpoint, run_folder
 from tcm_fast.config import Config, save_config, to_dict
 from tcm_fast.distributed import Workers
-from tcm_fast.optimizer_state import kind_of
 from tcm_fast.phase import FROZEN_FILE, Phase, TrainingError, named_averages
 from tcm_fast.run_lock import RunLock
 from tcm_fast.runlog import RunLog, timed
 from tcm_fast.saving import CheckpointWriter, NotFinite
 from tcm_fast.snapshots import save_snapshot
-from tcm_fast.watch import summarise
 
 FAILED_SAVES = 3  # in a row, that end a run
 
@@ -89,7 +85,6 @@ class Keeper:
     def save(
         self,
         phase: Phase,
-        rows: list[np.ndarray],
         *,
         micro_batches: int,
         is_last: bool = False,
@@ -98,14 +93,13 @@ class Keeper:
 
         Args:
             phase: what to save.
-            rows: the numbers of the steps since the last one (`Gauge.read`).
             micro_batches: how many passes a batch takes.
             is_last: wait for the end, which then has to be a good one.
         """
         self.settle(waits=True)
         every = self.config.milestone_every
         is_milestone = phase.step == phase.steps or bool(every and phase.step % every == 0)
-        judged = self._judge(phase, rows)
+        judged = {"frechet": self.measure(phase)} if self.config.best == "frechet" else {}
         with timed(self.spent, "saving"):
             contents = self._contents(phase, judged, micro_batches)
             if self._writer is not None and self.workers.is_main:
@@ -162,9 +156,6 @@ class Keeper:
             if ema.rule.kind != "power":
                 continue
             net, values = phase.student, ema.average
-            if phase.shards is not None:
-                net = phase.average(index)
-                values = [p.detach() for p in net.parameters()]
             if self.workers.is_main:
                 net.info = phase.info() | {"class_names": self.class_names}
                 try:
@@ -174,37 +165,19 @@ class Keeper:
                 except OSError as error:
                     self.log.warn("snapshot_failed", f"{error}; training goes on without it")
 
-    def _judge(self, phase: Phase, rows: list[np.ndarray]) -> dict[str, float]:
-        """The numbers by which a checkpoint can be the best."""
-        judged: dict[str, float] = {}
-        if rows:
-            loss = phase.loss(summarise(np.concatenate(rows)).losses)
-            judged |= {"loss": loss} if np.isfinite(loss) else {}
-        if self.config.best == "frechet":
-            judged["frechet"] = self.measure(phase)
-        return judged
-
     def _contents(
         self, phase: Phase, judged: dict[str, float], micro_batches: int
     ) -> checkpoint.Contents:
-        """What a checkpoint holds; of weights in parts, all processes gather the whole."""
+        """What a checkpoint holds."""
         phase.settle()
-        averages = [ema.average for ema in phase.emas]
-        student = phase.student
-        moments: Any = phase.optimizer
-        if phase.shards is not None:
-            shards = phase.shards
-            averages = [shards.gather(values) for values in averages]
-            moments = kind_of(phase.optimizer), shards.gather_state(phase.optimizer)
-            student = shards.assembled(shards.parts, "cpu")
-        networks: dict[str, Any] = {"model": student}
-        for number, values in enumerate(averages):
-            networks[f"ema-{number}"] = student, named_averages(phase, values)
+        networks: dict[str, Any] = {"model": phase.student}
+        for number, ema in enumerate(phase.emas):
+            networks[f"ema-{number}"] = phase.student, named_averages(phase, ema.average)
         if phase.frozen is not None:
             networks[FROZEN_FILE[phase.name]] = phase.frozen
         return checkpoint.collect(
             networks,
-            moments,
+            phase.optimizer,
             phase.info() | {"class_names": self.class_names},
             {
                 **phase.counters(),

@@ -24,7 +24,6 @@ from tcm_fast.networks.precision import (
     cast_weights,
     in_precision,
     is_derived,
-    leaf_copies,
 )
 from tcm_fast.networks.precond import Precond
 from tcm_fast.times import IMAGE, STAGE1, STUDENT, TimePlan
@@ -173,9 +172,6 @@ class Objective(nn.Module):
     the teacher of `cd` (eval mode); below fp32, and where its rows are normalised, a copy of it is kept
     that is ready to compute with. It is kept out of the module tree, so that neither the optimizer nor
     DistributedDataParallel nor a state dict sees it.
-
-    `plain` networks compute with their parameters as they are, and normalise rows as they go: where
-    weights lie in parts on several processes, they are whole for a moment only.
     """
 
     def __init__(
@@ -186,7 +182,6 @@ class Objective(nn.Module):
         frozen: Precond | None = None,
         *,
         dtype: torch.dtype = torch.float32,
-        plain: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.config, self.dtype = name, config, dtype
@@ -197,18 +192,15 @@ class Objective(nn.Module):
                 f"objective: {name} {'needs a' if needs_frozen else 'has no'} frozen network"
             )
         if frozen is not None:
-            frozen = frozen if plain else in_precision(frozen, dtype)
-            frozen = frozen.requires_grad_(False).train(name == "tcm")
+            frozen = in_precision(frozen, dtype).requires_grad_(False).train(name == "tcm")
         self._frozen = (frozen,)
         self.copies: list[torch.Tensor | None] | None = None
         """The weights that the student computes with, where the optimizer keeps them (`make_copies`)."""
         self.folded = False
         """Whether the optimizer takes the gradients of normalised rows as they are (`cast_weights`)."""
-        self._derives = not plain and is_derived(student, dtype)
+        self._derives = is_derived(student, dtype)
         self.apart = False
         """Gradients go to the weights one by one, where memory is short (`cast_weights`)."""
-        self.narrow_gradients = False
-        """Gradients stay in `dtype` at these copies, instead of going to the weights in fp32."""
         self._cast: tuple[tuple[int, bool], dict[str, torch.Tensor]] | None = None
         image_size = student.img_channels * student.img_resolution**2
         check_augmentation(config, student)
@@ -240,8 +232,6 @@ class Objective(nn.Module):
             ready = cast_weights(
                 self.student, self.dtype, self.copies, folded=self.folded, apart=self.apart
             )
-            if self.narrow_gradients and self.copies is not None:
-                ready |= leaf_copies(self.student, self.copies)
             self._cast = (state, ready)
         return self._cast[1]
 

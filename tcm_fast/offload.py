@@ -1,5 +1,5 @@
 """The optimizer step piece by piece, so that what it alone needs does not have to lie on the device: moments
-and averages in pinned host memory, gradients in 16 bits.
+and averages in pinned host memory.
 
     host memory -> slot on the device -> step of that piece -> host memory
 
@@ -20,7 +20,7 @@ import torch
 
 from tcm_fast.kernels.eight_bit import packed_size
 from tcm_fast.kernels.fused_step import StepControl, StepTable, StepTensors, fused_step
-from tcm_fast.optim import FusedOptimizer, moment_as, moment_size, no_moment
+from tcm_fast.optim import FusedOptimizer, moment_as, moment_size
 
 PIECES = 8  # at least: what visits the device twice over must be much less than all
 PIECE_BYTES = 64 << 20  # of state, at most; a larger parameter is a piece of its own
@@ -43,19 +43,17 @@ class Piece:
     """As the step sees them: on the device."""
     control: StepControl | None = None
     grads: int = 0
-    """Elements of the widened gradients."""
+    """Elements of the scaled gradients."""
 
 
 class PiecewiseOptimizer(FusedOptimizer):
-    """A `FusedOptimizer` that takes its step piece by piece. Same numbers: without clipping bit for bit
-    (but for the random rounding of moments below fp32, which is keyed by the piece).
+    """A `FusedOptimizer` that takes its step piece by piece, with moments and averages in host memory,
+    pinned for CUDA. Same numbers: without clipping bit for bit (but for the random rounding of moments
+    below fp32, which is keyed by the piece).
 
     Args:
-        on_host: keep moments and averages in host memory, pinned for CUDA. `averages` are the lists to
-            use then; they are copies of those given.
         piece_bytes: state that is on the device at a time, twice; None is an eighth of all, or 64 MiB.
-        others: as `FusedOptimizer`'s. A copy that has a gradient (`copies`) lends it to its parameter: 16
-            bits until the piece's turn.
+        others: as `FusedOptimizer`'s. `averages` are the lists to use; they are copies of those given.
     """
 
     def __init__(
@@ -63,14 +61,13 @@ class PiecewiseOptimizer(FusedOptimizer):
         params: Any,
         kind: str = "radam",
         *,
-        on_host: bool = True,
         piece_bytes: int | None = None,
         **options: Any,
     ) -> None:
-        self.on_host, self.piece_bytes = on_host, piece_bytes
+        self.piece_bytes = piece_bytes
         self._pieces: list[Piece] = []
         self._slots: list[torch.Tensor] = []
-        self._wide: torch.Tensor | None = None
+        self._scaled: torch.Tensor | None = None
         self._streams: tuple[Any, Any] | None = None
         self._free: list[Any] = [None] * SLOTS
         super().__init__(params, kind, **options)
@@ -110,18 +107,16 @@ class PiecewiseOptimizer(FusedOptimizer):
         for number, piece in enumerate(self._pieces):
             seed = (self.control.seed + number * SEED_STEP) % 2**32
             piece.control = StepControl.on(device, seed=seed)
-            if self.on_host:
-                pinned = device.type == "cuda"
-                piece.host = torch.zeros(piece.size, dtype=torch.uint8, pin_memory=pinned)
-        if self.on_host:
-            largest = max(piece.size for piece in self._pieces)
-            self._slots = [
-                torch.empty(largest, dtype=torch.uint8, device=device)
-                for _ in range(min(SLOTS, len(self._pieces)))
-            ]
-            self._move_averages()
-        wide = max(piece.grads for piece in self._pieces)
-        self._wide = torch.empty(wide, dtype=torch.float32, device=device)
+            pinned = device.type == "cuda"
+            piece.host = torch.zeros(piece.size, dtype=torch.uint8, pin_memory=pinned)
+        largest = max(piece.size for piece in self._pieces)
+        self._slots = [
+            torch.empty(largest, dtype=torch.uint8, device=device)
+            for _ in range(min(SLOTS, len(self._pieces)))
+        ]
+        self._move_averages()
+        most = max(piece.grads for piece in self._pieces)
+        self._scaled = torch.empty(most, dtype=torch.float32, device=device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """ValueError once the pieces are cut."""
@@ -144,16 +139,12 @@ class PiecewiseOptimizer(FusedOptimizer):
 
     def _gather(self) -> None:
         """State on the host: what is loaded or new moves there."""
-        if not self.on_host:
-            super()._gather()
-            self._lend_gradients()
-            return
         for piece in self._pieces:
             for index, places in zip(piece.indices, piece.places, strict=True):
                 t = self._tensors[index]
-                has_grad = t.param.grad is not None or _grad(t.copy) is not None
-                state = self.state[t.param] if has_grad else self.state.get(t.param, {})
-                if not has_grad and not state:
+                t.grad = t.param.grad
+                state = self.state.get(t.param, {}) if t.grad is None else self.state[t.param]
+                if t.grad is None and not state:
                     continue
                 if "step" not in state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=t.param.device)
@@ -169,18 +160,6 @@ class PiecewiseOptimizer(FusedOptimizer):
                             moment_as(state[key], view.dtype, t, key)
                         ) if key in state else view.zero_()
                         state[key] = view
-        self._lend_gradients()
-
-    def _lend_gradients(self) -> None:
-        for t in self._tensors:
-            t.grad = t.param.grad if _grad(t.copy) is None else _grad(t.copy)
-            if t.grad is not None and t.step is None:  # on the device: the first time
-                state = self.state[t.param]
-                state["step"] = torch.zeros((), dtype=torch.float32, device=t.param.device)
-                for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = no_moment(t, self._kind_of_moments(t))
-                    setattr(t, key, state[key])
-                t.step = state["step"]
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -228,22 +207,22 @@ class PiecewiseOptimizer(FusedOptimizer):
         return torch.where(finite, factor, math.nan).float()
 
     def _step_piece(self, piece: Piece, slot: int, factor: torch.Tensor) -> None:
-        assert self._wide is not None
+        assert self._scaled is not None
         if not piece.tensors:
             piece.tensors = [self._on_device(piece, k, slot) for k in range(len(piece.indices))]
         there, start = [], 0
         for index, t in zip(piece.indices, piece.tensors, strict=True):
             own = self._tensors[index]
-            if not self.on_host:
-                t.exp_avg, t.exp_avg_sq = own.exp_avg, own.exp_avg_sq
             t.step, t.grad = own.step, None
             if own.grad is not None:
-                t.grad = _view(self._wide.view(torch.uint8), (4 * start, torch.float32), own.param)
+                t.grad = _view(
+                    self._scaled.view(torch.uint8), (4 * start, torch.float32), own.param
+                )
                 there.append((t.grad, own.grad))
             start += _aligned(4 * own.param.numel()) // 4
         if there:
-            torch._foreach_copy_([wide for wide, _ in there], [grad for _, grad in there])
-            torch._foreach_mul_([wide for wide, _ in there], factor)
+            torch._foreach_copy_([scaled for scaled, _ in there], [grad for _, grad in there])
+            torch._foreach_mul_([scaled for scaled, _ in there], factor)
         assert piece.control is not None
         averages = [] if there else [a for t in piece.tensors for a in t.averages]
         before = [average.clone() for average in averages]
@@ -261,8 +240,6 @@ class PiecewiseOptimizer(FusedOptimizer):
     def _on_device(self, piece: Piece, k: int, slot: int) -> StepTensors:
         """A parameter's tensors, its state in the slot."""
         own = self._tensors[piece.indices[k]]
-        if not self.on_host:
-            return dataclasses.replace(own)
         block, places = self._slots[slot], piece.places[k]
         return dataclasses.replace(
             own,
@@ -276,8 +253,7 @@ class PiecewiseOptimizer(FusedOptimizer):
     # ---- copies ---------------------------------------------------------------------------------
 
     def _bring_in(self, piece: Piece, slot: int) -> None:
-        if piece.host is None:
-            return
+        assert piece.host is not None
         place = self._slots[slot][: piece.size]
         if place.device.type != "cuda":
             place.copy_(piece.host)
@@ -292,8 +268,7 @@ class PiecewiseOptimizer(FusedOptimizer):
         torch.cuda.current_stream(place.device).wait_stream(incoming)
 
     def _take_out(self, piece: Piece, slot: int) -> None:
-        if piece.host is None:
-            return
+        assert piece.host is not None
         place = self._slots[slot][: piece.size]
         if place.device.type != "cuda":
             piece.host.copy_(place)
@@ -318,12 +293,6 @@ class PiecewiseOptimizer(FusedOptimizer):
         self._wait()
         return super().state_dict()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        for copy in self._copies:
-            if copy is not None:
-                copy.grad = None
-
 
 def piece_bytes(elements: Sequence[int], averages: int, moments: str) -> int:
     """How much state a piece may have, of fp32 parameters of so many elements."""
@@ -332,7 +301,7 @@ def piece_bytes(elements: Sequence[int], averages: int, moments: str) -> int:
 
 
 def piece_sizes(elements: Sequence[int], averages: int, moments: str) -> list[tuple[int, int]]:
-    """Bytes of (state, widened gradients) of each piece that fp32 parameters of so many elements are cut
+    """Bytes of (state, scaled gradients) of each piece that fp32 parameters of so many elements are cut
     into."""
     limit = piece_bytes(elements, averages, moments)
     pieces: list[tuple[int, int]] = []
@@ -343,10 +312,6 @@ def piece_sizes(elements: Sequence[int], averages: int, moments: str) -> list[tu
         size, grads = pieces[-1]
         pieces[-1] = size + state, grads + _aligned(4 * count)
     return pieces
-
-
-def _grad(copy: torch.Tensor | None) -> torch.Tensor | None:
-    return None if copy is None or not copy.requires_grad else copy.grad
 
 
 def _aligned(size: int) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -180,9 +180,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         normalized: for each parameter [out, ...] whether only the direction of its rows counts (Karras
             et al. 2024). Such a parameter's copy, 16-bit or fp32, is its `normalized_copy`, which the
             network computes with, and its gradient is with respect to that; a step takes it to the
-            parameter and normalises the new rows in place. The first step takes them as they are.
-        weight_norm: "exact": averages see the rows before they are normalised, as in EDM2; "fused":
-            after.
+            parameter and normalises the new rows in place, after the averages have seen them, as in
+            EDM2. The first step takes them as they are.
         scale: of the loss, at first; None does not scale. `growth_interval`: steps until it doubles.
         moments: "bf16" keeps both in half the memory, "8bit" those of tensors of 4096 elements and more in
             a quarter (`kernels.eight_bit`), rounded at random by `seed` (below 2**32), the step and the
@@ -209,7 +208,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         averages: Sequence[Sequence[torch.Tensor]] = (),
         copies: Sequence[torch.Tensor | None] | None = None,
         normalized: Sequence[bool] | None = None,
-        weight_norm: Literal["exact", "fused"] = "exact",
         scale: float | None = None,
         growth_interval: int = 2000,
         moments: str = "fp32",
@@ -254,14 +252,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"optimizer: copies must be {len(own)} tensors, got {len(copies)}")
         if normalized is not None and len(normalized) != len(own):
             raise ValueError(f"optimizer: normalized must be {len(own)}, got {len(normalized)}")
-        if weight_norm not in ("exact", "fused"):
-            raise ValueError(f"optimizer: weight_norm must be exact or fused, got {weight_norm}")
         self._averages = [list(values) for values in averages]
         self._copies = [None] * len(own) if copies is None else list(copies)
-        self._normalized: list[Literal["", "exact", "fused"]] = [
-            weight_norm if is_normalized else ""
-            for is_normalized in normalized or [False] * len(own)
-        ]
+        self._normalized = [False] * len(own) if normalized is None else list(normalized)
         self._describe()
         self.write_copies()
 
@@ -330,7 +323,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
             super().add_param_group(param_group)
             self._copies += [None] * len(self.param_groups[-1]["params"])
-            self._normalized += [""] * len(self.param_groups[-1]["params"])
+            self._normalized += [False] * len(self.param_groups[-1]["params"])
             self._describe()
         else:
             super().add_param_group(param_group)
@@ -521,7 +514,7 @@ def build_optimizer(
         assert copies is None
         assert not any(normalized or ())
         if fused is not FusedOptimizer:
-            raise ValueError("offload, gradients: need the extension, see tcm-fast doctor")
+            raise ValueError("offload: needs the extension, see tcm-fast doctor")
         if config.moments != "fp32":
             raise ValueError(f"moments: {config.moments} needs the extension, see tcm-fast doctor")
         rate = torch.tensor(config.lr, device=device) if capturable else config.lr
@@ -535,7 +528,6 @@ def build_optimizer(
         averages=[ema.average for ema in emas],
         copies=copies,
         normalized=normalized,
-        weight_norm=config.weight_norm,
         scale=scale,
         growth_interval=growth_interval,
         moments=config.moments,

@@ -16,7 +16,6 @@ from tcm_fast.graphs import GraphCache
 from tcm_fast.networks import Precond
 from tcm_fast.offload import PiecewiseOptimizer
 from tcm_fast.optim import Ema, FusedOptimizer, LossScale
-from tcm_fast.parallel import Shards
 from tcm_fast.watch import Gauge, Watch
 
 CONSISTENCY = ("ect", "tcm", "ict", "cd")
@@ -45,8 +44,6 @@ class Phase:
     watch: Watch
     graphs: GraphCache | None = None
     """Captured steps; None where every step is started operation by operation."""
-    shards: Shards | None = None
-    """The parts of the student that this process holds; None where it holds all."""
     step: int = 0
     """Optimizer steps of this phase."""
     first_iteration: int = 0
@@ -88,12 +85,9 @@ class Phase:
         """A copy of the student with the weights of one of its averages, in eval mode."""
         self.settle()
         values = self.emas[index].average
-        if self.shards is not None:
-            net = self.shards.assembled(values, values[0].device)
-        else:
-            net = copy.deepcopy(self.student)
-            for parameter, value in zip(net.parameters(), values, strict=True):
-                parameter.detach().copy_(value)
+        net = copy.deepcopy(self.student)
+        for parameter, value in zip(net.parameters(), values, strict=True):
+            parameter.detach().copy_(value)
         net.info = self.info()
         return net.eval().requires_grad_(False)
 
@@ -144,30 +138,19 @@ class Phase:
     def take_step(self) -> torch.Tensor:
         """The optimizer's step from the gradients that are there, or none where they are not finite;
         returns their norm, on the device."""
-        clip = self.config.grad_clip
-        norm: torch.Tensor | None = None
         if isinstance(self.optimizer, FusedOptimizer):
-            if self.shards is not None:
-                scale = self.optimizer.control.scale
-                norm = self.shards.take_gradients(1.0 if scale is None else scale, clip)
             self.optimizer.step()
-            # Of parts, the optimizer knows a part of the norm.
-            return self.optimizer.grad_norm if norm is None else norm
-        return self._take_torch_step(clip)
+            return self.optimizer.grad_norm
+        return self._take_torch_step()
 
-    def _take_torch_step(self, clip: float | None) -> torch.Tensor:
+    def _take_torch_step(self) -> torch.Tensor:
         assert not isinstance(self.scaler, LossScale)
-        if self.shards is not None:
-            scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
-            norm = self.shards.take_gradients(scale, clip)
-            self.scaler.unscale_(self.optimizer)
-        else:
-            self.scaler.unscale_(self.optimizer)
-            weights = list(self.student.parameters())
-            grads = [p.grad for p in weights if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-            if clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(weights, clip, norm, foreach=True)
+        self.scaler.unscale_(self.optimizer)
+        weights, clip = list(self.student.parameters()), self.config.grad_clip
+        grads = [p.grad for p in weights if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(weights, clip, norm, foreach=True)
         # Torch's optimizers cannot skip on the device. In a graph nothing can be asked of it: what a
         # gradient spoils there, a roll-back mends.
         if self.graphs is not None or bool(norm.isfinite()):

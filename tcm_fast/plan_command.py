@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -253,15 +252,3 @@ def _table(title: str) -> Table:
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE)
     table.pad_edge, table.padding = False, (0, 1, 0, 0)
     return table
-
-
-def before_training(settings: Config, shape: ImageShape, device: object) -> Sequence[Table]:
-    """The tables of a run that is about to begin."""
-    import torch
-
-    from tcm_fast.budget import plan_run
-    from tcm_fast.cards import this_device
-
-    assert isinstance(device, torch.device)
-    plan = plan_run(replace(settings, memory="given"), shape, this_device(device, measure=False))
-    return [memory_table(plan, "Memory"), time_table(plan, None)]

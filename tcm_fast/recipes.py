@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tcm_fast.config import Config, ConsistencyConfig, EdmConfig, PhaseConfig
+from tcm_fast.config import Config, ConsistencyConfig, EdmConfig, PhaseConfig, RatioConfig
 
 SHARES = {"edm": 0.35, "ect": 0.40, "tcm": 0.25, "ict": 0.65, "cd": 0.40}  # of the time
-SHORT = 1 / 16  # of the recipe's arithmetic: below it, pre-training is part of the budget
 SMALLEST_BATCH, SMALLEST_WIDTH = 64, 32
 WIDTH_EXPONENT = 1 / 8  # of the arithmetic: 16 times less of it, a network 1.4 times narrower
 BATCH_EXPONENT = 1 / 3  # of the images: the rest of the shortening falls on the number of steps
@@ -59,7 +58,7 @@ def scale_recipe(
     for name in phases:
         phase = config.phase(name)
         own = _scale_phase(phase, min(images[name], phase.images), narrow, count)
-        if tf32 and isinstance(own, ConsistencyConfig):
+        if tf32 and isinstance(own, RatioConfig):
             own = replace(own, limit=min(own.limit, 1 - TF32_GAP))
         scaled[name] = own
     if "ect" in scaled and "tcm" in scaled:  # one schedule over both, counted on
@@ -78,9 +77,13 @@ def scale_recipe(
 
 
 def leaves_signal_to_tf32(config: Config) -> bool:
-    """Whether a recipe's pairs are far enough apart for its rounding."""
+    """Whether a recipe's pairs are far enough apart for its rounding; ict's are not known to be."""
     phases = [config.phase(name) for name in config.phases]
-    gaps = [1 - p.limit for p in phases if isinstance(p, ConsistencyConfig)]
+    gaps = [
+        1 - p.limit if isinstance(p, RatioConfig) else 0.0
+        for p in phases
+        if isinstance(p, ConsistencyConfig)
+    ]
     return min(gaps, default=1.0) >= TF32_GAP
 
 
@@ -105,11 +108,12 @@ def _scale_phase(phase: PhaseConfig, images: int, narrow: float, count: int) -> 
     elif isinstance(phase, ConsistencyConfig):
         fewer = before / steps
         changes["lr"] = max(min(rate * fewer ** (1 / 3), MAX_RATE), min(rate, phase.lr))
-        changes |= _scale_schedule(phase, steps, before)
+        if isinstance(phase, RatioConfig):
+            changes |= _scale_schedule(phase, steps, before)
     return replace(phase, **changes)
 
 
-def _scale_schedule(phase: ConsistencyConfig, steps: int, before: float) -> dict[str, Any]:
+def _scale_schedule(phase: RatioConfig, steps: int, before: float) -> dict[str, Any]:
     """How close r comes to t, and how fast. The gap 1 - r/t at the end grows as 1/sqrt(steps): what
     remains to be learnt from pairs so close together drowns in the noise of fewer steps. The schedule
     reaches it after the same share of the phase."""

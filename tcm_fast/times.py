@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import special
 
-from tcm_fast.config import ConsistencyConfig, EdmConfig, IctConfig, PhaseConfig, TcmConfig
+from tcm_fast.config import EctConfig, EdmConfig, IctConfig, PhaseConfig, RatioConfig, TcmConfig
 
 # Where a sample's target comes from, in the order in which a batch is sorted: each network has one end
 # of the batch, so that either may take some rows too many and its number of rows stay the same.
@@ -79,7 +79,7 @@ def karras_grid(levels: int, t_min: float = 0.002, t_max: float = 80.0) -> np.nd
 # ---- t -> r -------------------------------------------------------------------------------------
 
 
-def ratio(config: ConsistencyConfig, iteration: int) -> float:
+def ratio(config: RatioConfig, iteration: int) -> float:
     """r/t far from zero: min(1 - 1/q^(stage+1), limit) with stage = iteration // double (ECT)."""
     stage = iteration // config.double
     return min(1 - config.q ** -(stage + 1.0), config.limit)
@@ -172,11 +172,11 @@ def plan_times(
     if isinstance(config, EdmConfig):
         t = draw_t(rng.random(size), mean=config.t_mean, std=config.t_std)
         return TimePlan(t, None, None, boundary, share, source)
-    assert isinstance(config, ConsistencyConfig)
     if isinstance(config, IctConfig):
         t, r = _draw_ict(config, ict_levels(config, iteration, iterations), rng, size)
         return TimePlan(t, r, t - r, boundary, share, source)
 
+    assert isinstance(config, RatioConfig)
     t = _draw_outer(config, rng, size)
     if isinstance(config, TcmConfig):
         quota = math.floor(config.rho * size)
@@ -195,13 +195,14 @@ def plan_times(
     return TimePlan(t, r, delta, boundary, share, source)
 
 
-def _draw_outer(config: ConsistencyConfig, rng: np.random.Generator, size: int) -> np.ndarray:
+def _draw_outer(config: RatioConfig, rng: np.random.Generator, size: int) -> np.ndarray:
     u = rng.random(size)
     if isinstance(config, TcmConfig):
         return draw_t(
             u, mean=config.t_mean, std=config.t_std, df=config.df,
             low=config.t_prime, high=config.t_max,
         )  # fmt: skip
+    assert isinstance(config, EctConfig)
     if config.truncate:
         return draw_t(u, mean=config.t_mean, std=config.t_std, low=config.t_min, high=config.t_max)
     return draw_t(u, mean=config.t_mean, std=config.t_std)

@@ -23,7 +23,7 @@ from tcm_fast.arithmetic import training_settings
 from tcm_fast.assembly import Assembly
 from tcm_fast.budget import choose_levers
 from tcm_fast.cards import this_device, with_memory
-from tcm_fast.config import Config, ConsistencyConfig
+from tcm_fast.config import Config, RatioConfig
 from tcm_fast.data import ImageStream, load_images
 from tcm_fast.diagnosis import diagnose
 from tcm_fast.features import feature_space
@@ -46,6 +46,7 @@ from tcm_fast.watch import Reading, poison, summarise
 TALK_EVERY = 10  # steps after which several processes ask one another whether to stop or save
 COMPARED_STEPS = 3  # first steps after which the ranks' weights are compared
 LAST_STREAK = 5  # bad steps in a row at which a phase does not end well
+LOWERED = 0.5  # by which a roll-back multiplies the learning rate or the loss scale
 
 
 class Interrupted(Exception):
@@ -210,7 +211,6 @@ class Trainer:
         log.start_phase(phase.name, phase.steps, phase.step)
         begun = read = logged = phase.step
         rows: list[np.ndarray] = []  # the steps' numbers since the last line of the log
-        unsaved: list[np.ndarray] = []  # and since the last checkpoint
         is_new = phase.steps == 0
         mark = saved = time.monotonic()
         stopped = owes_save = False
@@ -234,12 +234,11 @@ class Trainer:
             if logs or may_save or phase.step - read == phase.gauge.size:
                 reading = self._read(phase, stream, read)
                 rows.append(reading.rows)
-                unsaved.append(reading.rows)
                 read, is_new = phase.step, True
                 if self._is_lost(phase, reading, stopped):
                     phase = self._roll_back(phase, previous)
                     read = logged = phase.step
-                    rows, unsaved, mark = [], [], time.monotonic()
+                    rows, mark = [], time.monotonic()
                     stopped = owes_save = False
                     batches = self._prepare(phase, stream)
                     continue
@@ -254,8 +253,8 @@ class Trainer:
                 self.gallery.draw(phase)
             if may_save and phase.watch.streak == 0 and not is_last:
                 self._compare_ranks(phase)
-                self.keeper.save(phase, unsaved, micro_batches=self.micro.count)
-                unsaved, saved, owes_save = [], time.monotonic(), False
+                self.keeper.save(phase, micro_batches=self.micro.count)
+                saved, owes_save = time.monotonic(), False
             self.keeper.settle()
             every = config.snapshot_every
             if every and (phase.step % every == 0 or phase.step == phase.steps):
@@ -264,7 +263,7 @@ class Trainer:
         log.end_phase()
         if is_new:
             self._compare_ranks(phase)
-            self.keeper.save(phase, unsaved, micro_batches=self.micro.count, is_last=True)
+            self.keeper.save(phase, micro_batches=self.micro.count, is_last=True)
         log.write("spent", phase=phase.name, training=phase.seconds, **self.spent)
         if stopped:
             raise Interrupted(
@@ -344,8 +343,6 @@ class Trainer:
         """Compile the Triton kernels of a step in parallel, by one that only notes them."""
         if not batches or self.config.compile or not runs_triton("step", self.device.type):
             return
-        if phase.shards is not None:  # a step that only notes would exchange weights all the same
-            return
         begun = time.monotonic()
         with compiling_together() as noted:
             # The first step will run out of memory too, cut its batch and compile what is missing.
@@ -372,10 +369,7 @@ class Trainer:
         and on the boundary, [2]."""
         losses = torch.zeros(2, device=self.device)
         phase.optimizer.zero_grad(set_to_none=True)
-        if phase.shards is not None:
-            phase.shards.drop_gradients()
-            phase.shards.force_rows()
-        elif phase.inner.folded:  # the optimizer leaves the network's rows normalised
+        if phase.inner.folded:  # the optimizer leaves the network's rows normalised
             for name, part in phase.student.named_children():
                 if name != "model":
                     force_rows(part)
@@ -440,8 +434,6 @@ class Trainer:
     def _free(self, phase: Phase) -> None:
         """Free what a step that failed holds, and the graphs."""
         phase.optimizer.zero_grad(set_to_none=True)
-        if phase.shards is not None:
-            phase.shards.drop_gradients()
         phase.inner.forget_weights()
         phase.graphs = None  # one cannot cut a batch either
         if self.device.type == "cuda":
@@ -452,7 +444,7 @@ class Trainer:
     ) -> list[Batch]:
         """Several processes cannot repeat a step that one of them failed in, while the others wait for
         its gradients: so each tries the first one alone."""
-        if self.workers.world == 1 or phase.shards is not None or not batches:
+        if self.workers.world == 1 or not batches:
             return batches
         while True:
             is_short = False
@@ -474,7 +466,6 @@ class Trainer:
     def _cut_smaller(self, phase: Phase) -> None:
         """Free what a step holds and cut the batch into more pieces. TrainingError where it has one
         image in each."""
-        phase.inner.narrow_gradients = False  # 16 bits would round the sum of several
         self._free(phase)
         before = self.micro.of(phase.config.batch_size)
         if not self.micro.halve(phase.config.batch_size):
@@ -492,8 +483,6 @@ class Trainer:
 
     def _compare_ranks(self, phase: Phase) -> None:
         """TrainingError where the processes' weights, equal at first, have drifted apart."""
-        if phase.shards is not None:
-            return
         named = [(n, p) for n, p in phase.student.named_parameters() if p.numel()]
         index = self.workers.first_difference(p for _, p in named)
         if index is not None:
@@ -548,16 +537,9 @@ class Trainer:
         found: list[str] = []
         try:
             batches = self._prepare(phase, stream, first)
-            with_gradients = phase.shards is None
-            found = [
-                text
-                for batch in batches
-                if (text := diagnose(phase.inner, batch, scale, with_gradients=with_gradients))
-            ]
+            found = [text for batch in batches if (text := diagnose(phase.inner, batch, scale))]
         except torch.OutOfMemoryError:
             found = ["memory did not suffice for running the batch again"]
-        if phase.shards is not None:
-            phase.shards.reshard()
         told = [text for texts in self.workers.gather(found[:1]) for text in texts]
         again = "finite when run again with the weights of now"
         again += f" and a loss scale of {scale:g}" if phase.scaler.is_enabled() else ""
@@ -598,7 +580,7 @@ class Trainer:
         fresh = self.assembly.begin(name, previous) if good is None else self.assembly.restore(good)
         missing = count - fresh.rollbacks
         fresh.rollbacks, fresh.skips = count, phase.skips
-        now = fresh.lower(guard.lower, guard.factor**missing)
+        now = fresh.lower(guard.lower, LOWERED**missing)
         self.log.warn(
             "roll_back",
             f"{what}: going on from image {fresh.images:,} with {now} (roll-back {count} of "
@@ -608,7 +590,7 @@ class Trainer:
             images=fresh.images,
         )
         # So that a run that is resumed knows of it.
-        self.keeper.save(fresh, [], micro_batches=self.micro.count)
+        self.keeper.save(fresh, micro_batches=self.micro.count)
         return fresh
 
     def _log_step(self, phase: Phase, rows: np.ndarray, since: int, seconds: float) -> None:
@@ -619,7 +601,7 @@ class Trainer:
             values = {"loss": phase.loss(means.losses)}
             if phase.name == "tcm":
                 values |= {"consistency": consistency, "boundary": boundary}
-            if isinstance(phase.config, ConsistencyConfig) and phase.name != "ict":
+            if isinstance(phase.config, RatioConfig):
                 values["ratio"] = ratio(phase.config, phase.iteration - 1)
             values["lr"] = float(phase.optimizer.param_groups[0]["lr"])
             values |= {"grad_norm": means.norm, "grad_norm_max": means.largest}

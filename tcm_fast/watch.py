@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tcm_fast.config import GuardConfig
-
 ROWS = 100  # steps after which the host reads at the latest
 MEMORY = 200  # gradient norms whose median a spike is measured by
 ENOUGH = 20  # norms before there is talk of spikes
+SPIKE = 10.0  # times the median: a gradient that is reported
 
 
 class Gauge:
@@ -100,8 +99,7 @@ def summarise(rows: np.ndarray) -> Summary:
 class Watch:
     """Judges the steps of a phase, in their order."""
 
-    def __init__(self, guard: GuardConfig) -> None:
-        self.guard = guard
+    def __init__(self) -> None:
         self.streak = 0
         self._norms: deque[float] = deque(maxlen=MEMORY)
 
@@ -115,7 +113,7 @@ class Watch:
                 bad.append(number)
                 continue
             usual = statistics.median(self._norms) if len(self._norms) >= ENOUGH else 0.0
-            if self.guard.spike and usual and row[2] > self.guard.spike * usual:
+            if usual and row[2] > SPIKE * usual:
                 spikes.append(Spike(number, float(row[2]), usual))
             self._norms.append(float(row[2]))
         return Reading(rows, bad, spikes, self.streak)

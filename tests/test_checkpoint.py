@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tcm_fast.checkpoint import (
+    collect,
     load_checkpoint,
     load_network,
     load_stage1,
-    save_checkpoint,
     save_network,
+    write_checkpoint,
 )
 from tcm_fast.networks import build_network
 from tcm_fast.optimizer_state import flatten_optimizer, restore_optimizer
@@ -58,9 +59,7 @@ def save(run, *, images=512, phase="ect", net=None, **options):
     networks = options.pop("networks", {"model": net, "ema-0": tiny_net(1)})
     state = options.pop("state", {"step": images // 64, "scaler": {"scale": 16.0}})
     info = {**INFO, "phase": phase, "images": images}
-    return save_checkpoint(
-        run, networks=networks, optimizer=optimizer, info=info, state=state, **options
-    )
+    return write_checkpoint(run, collect(networks, optimizer, info, state), **options)
 
 
 def equal(a, b):
@@ -530,10 +529,10 @@ def test_damaged_and_unfinished_checkpoints_are_passed_over_and_named(tmp_path):
 
 
 def test_the_best_stays(tmp_path):
-    losses = {64: 3.0, 128: 1.0, 192: 2.0, 256: None, 320: 5.0}
-    for images, loss in losses.items():
-        metrics = {} if loss is None else {"loss": loss}
-        save(tmp_path, images=images, keep=1, best="loss", state={"metrics": metrics})
+    distances = {64: 3.0, 128: 1.0, 192: 2.0, 256: None, 320: 5.0}
+    for images, distance in distances.items():
+        metrics = {} if distance is None else {"frechet": distance}
+        save(tmp_path, images=images, keep=1, best="frechet", state={"metrics": metrics})
     names = [p.name for p in sorted((tmp_path / "checkpoints").iterdir())]
     assert names == ["ect-000000128", "ect-000000320"]
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcm_fast.config import (
+    PHASES,
     Config,
     EctConfig,
     TcmConfig,
@@ -99,6 +100,42 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "bad.toml").write_text("seed = ")
     with pytest.raises(ValueError, match=r"bad\.toml cannot be read"):
         load_config(tmp_path / "bad.toml")
+
+
+def test_what_an_earlier_version_saved_is_read(tmp_path):
+    path = tmp_path / "config.json"
+    config = load_preset("digits")
+    saved = to_dict(config) | {"engine": "ddp", "gradients": "fp32"}
+    saved["guard"] |= {"factor": 0.5, "spike": 10.0}
+    for name in PHASES:
+        saved[name]["weight_norm"] = "exact"
+    saved["ict"] |= {"q": 3.0, "double": 5, "limit": 0.5, "truncate": False, "r_min": 0.0}
+    saved["tcm"]["truncate"] = True
+    path.write_text(json.dumps(saved))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "fsdp"}, "engine: must be 'ddp', .* no longer supported, got 'fsdp'"),
+        ({"gradients": "16bit"}, "gradients: must be 'fp32', .* got '16bit'"),
+        ({"guard": {"spike": 5}}, "guard.spike: must be 10.0, .* no longer supported, got 5"),
+        ({"edm": {"weight_norm": "fused"}}, "edm.weight_norm: must be 'exact', .* got 'fused'"),
+    ],
+)
+def test_what_is_no_longer_supported_is_said(changes, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(changes))
+    with pytest.raises(ValueError, match=message):
+        load_config(path)
+
+
+def test_a_field_that_is_gone_is_unknown_in_a_new_file(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('engine = "ddp"')
+    with pytest.raises(ValueError, match="engine: unknown"):
+        load_config(path)
 
 
 def test_a_phase_takes_its_images_or_the_given_steps():

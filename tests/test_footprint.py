@@ -20,7 +20,6 @@ LEVERS = {
     "moments": {"moments": "bf16"},
     "8-bit moments": {"moments": "8bit"},
     "bf16": {"precision": "bf16"},
-    "16-bit gradients": {"precision": "bf16", "gradients": "16bit"},
     "two averages": {"ema": ["power:6.94", "constant:0.99"]},
     "all": {
         "precision": "bf16", "offload": True, "recompute_norms": True, "recompute_blocks": 8,

@@ -14,7 +14,7 @@ from PIL import Image
 from replays import OnHost
 from torch import nn
 
-from tcm_fast.checkpoint import load_network, save_checkpoint
+from tcm_fast.checkpoint import collect, load_network, write_checkpoint
 from tcm_fast.graphs import GraphCache
 from tcm_fast.kernels.denoise_to_uint8 import to_uint8
 from tcm_fast.kernels.philox import philox_normal
@@ -270,10 +270,9 @@ def test_stage1_is_found_beside_the_network(tmp_path):
         )  # fmt: skip
 
     net, stage1 = tiny(), tiny()
-    save_checkpoint(
-        tmp_path, networks={"model": net, "stage1": stage1},
-        optimizer=torch.optim.Adam(net.parameters()), info={**TCM, "images": 1}, state={},
-    )  # fmt: skip
+    optimizer = torch.optim.Adam(net.parameters())
+    networks = {"model": net, "stage1": stage1}
+    write_checkpoint(tmp_path, collect(networks, optimizer, {**TCM, "images": 1}, {}))
     loaded = load_network(tmp_path)
     found = sample(loaded, 2, times=[0.5])
     assert torch.equal(found, sample(loaded, 2, times=[0.5], stage1=stage1))

@@ -173,16 +173,6 @@ def is_derived(net: Precond, dtype: torch.dtype) -> bool:
     return bool(_derived(net.model, dtype))
 
 
-def leaf_copies(net: Precond, copies: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    """The copies of `make_copies` by their names in `net.model`, as leaves: a gradient stays at the copy,
-    in its dtype."""
-    return {
-        name.removeprefix("model."): copy.requires_grad_()
-        for (name, _), copy in zip(net.named_parameters(), copies, strict=True)
-        if copy is not None
-    }
-
-
 @torch.no_grad()
 def in_precision(net: Precond, dtype: torch.dtype) -> Precond:
     """A copy of a network for inference in `dtype`: derived weights in place of the wide ones. `net`

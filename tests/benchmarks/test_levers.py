@@ -36,7 +36,7 @@ def test_a_second_precision_is_compared_with_its_own():
     rows = [
         levers.Row("fp32", "none", 100, 100, 10.0, 0.0),
         levers.Row("bf16", "none", 60, 50, 5.0, 0.0),
-        levers.Row("bf16", "gradients 16bit", 60, 40, 6.0, 0.0),
+        levers.Row("bf16", "offload", 60, 40, 6.0, 0.0),
     ]
     last = levers.summarise(rows).splitlines()[-1]
     assert "| 0.80 |" in last

@@ -404,10 +404,10 @@ def test_short_moments_depend_on_the_seed_alone():
 ROWS = [(5, 7, 3, 3), (64, 32), (3, 130, 3, 3), (1, 1025), (2, 13827), (4, 2), (0, 8), (40, 12)]
 
 
-def with_normalized_rows(tensors, mode, copy=None):
+def with_normalized_rows(tensors, copy=None):
     """Rows normalised as they are when a phase begins."""
     for t in tensors:
-        t.normalized = mode
+        t.normalized = True
         t.param.copy_(normalized_rows(t.param))
         if copy is not None:
             t.copy = torch.full_like(t.param, math.nan, dtype=copy)
@@ -454,7 +454,7 @@ def test_fifty_steps_are_edm2s(copy, backend, monkeypatch):
     ours = tensors_like(shapes)
     options, table = StepOptions(0.01, betas=(0.9, 0.99)), StepTable()
     theirs, control = Edm2Layers(ours, options, 0.75), StepControl.on(CPU)
-    with_normalized_rows(ours, "exact", copy)
+    with_normalized_rows(ours, copy)
     generator = torch.Generator().manual_seed(3)
     for step in range(50):
         for t in ours:
@@ -484,11 +484,10 @@ def test_fifty_steps_are_edm2s(copy, backend, monkeypatch):
             assert (got - expected).norm() <= 2e-6 * expected.norm(), i
 
 
-@pytest.mark.parametrize("mode", ["exact", "fused"])
 @pytest.mark.parametrize("kind", ["adamw", "radam-decay"])
-def test_normalized_rows_against_the_float64_oracle(mode, kind, monkeypatch, check_against_oracle):
+def test_normalized_rows_against_the_float64_oracle(kind, monkeypatch, check_against_oracle):
     """Beside tensors whose rows are not, with decay, a loss scale and clipping."""
-    ours = with_normalized_rows(tensors_like(ROWS, averages=2), mode, torch.float32)
+    ours = with_normalized_rows(tensors_like(ROWS, averages=2), torch.float32)
     ours += tensors_like(SHAPES, averages=2)
     plain, oracle = as_dtype(ours, torch.float32), as_dtype(ours, torch.float64)
     controls = [StepControl.on(CPU, 64.0) for _ in range(3)]
@@ -515,17 +514,11 @@ def test_normalized_rows_against_the_float64_oracle(mode, kind, monkeypatch, che
             check_against_oracle(a.copy, *copies, what=f"copy of tensor {i}")
 
 
-def test_averages_see_rows_before_or_after_they_are_normalised():
-    results = {}
-    for mode in ("exact", "fused"):
-        tensors = with_normalized_rows(tensors_like([(6, 50)]), mode)
-        fused_step(tensors, [StepOptions(0.1)], StepControl.on(CPU), average_betas=[0.0])
-        results[mode] = tensors[0]
-    exact, fused = results["exact"], results["fused"]
-    assert torch.equal(exact.param, fused.param)
-    assert torch.equal(fused.averages[0], fused.param)
-    torch.testing.assert_close(exact.param, normalized_rows(exact.averages[0]))
-    assert (exact.averages[0] - exact.param).norm() > 1e-3 * exact.param.norm()
+def test_averages_see_rows_before_they_are_normalised():
+    (t,) = with_normalized_rows(tensors_like([(6, 50)]))
+    fused_step([t], [StepOptions(0.1)], StepControl.on(CPU), average_betas=[0.0])
+    torch.testing.assert_close(t.param, normalized_rows(t.averages[0]))
+    assert (t.averages[0] - t.param).norm() > 1e-3 * t.param.norm()
 
 
 def test_the_projected_gradient_is_autograds():
@@ -542,7 +535,7 @@ def test_the_projected_gradient_is_autograds():
 
 
 def test_rows_without_gradient_stay_and_are_copied():
-    tensors = with_normalized_rows(tensors_like([(7, 33), (3, 8)], copy=torch.float16), "exact")
+    tensors = with_normalized_rows(tensors_like([(7, 33), (3, 8)], copy=torch.float16))
     (still, moved) = tensors
     still.param *= 3
     still.grad = still.exp_avg = still.exp_avg_sq = still.step = None
@@ -552,14 +545,14 @@ def test_rows_without_gradient_stay_and_are_copied():
     assert torch.equal(still.param, before)
     torch.testing.assert_close(still.averages[0], 0.25 * before)
     torch.testing.assert_close(still.copy, normalized_copy(before).half())
-    again = [StepTensors(moved.param, copy=moved.copy.clone(), normalized="exact")]
+    again = [StepTensors(moved.param, copy=moved.copy.clone(), normalized=True)]
     fused_step(again, [KINDS["adam"]], StepControl.on(CPU))
     assert torch.equal(again[0].copy, moved.copy)  # a resumed run begins with the same bits
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_row_that_is_not_finite_changes_no_bit(bad):
-    tensors = with_normalized_rows(tensors_like(ROWS), "exact")
+    tensors = with_normalized_rows(tensors_like(ROWS))
     control, table = StepControl.on(CPU, 8.0), StepTable()
     fused_step(tensors, [KINDS["adam"]], control, average_betas=[0.5], table=table)
     before = state_of(tensors)
@@ -572,7 +565,7 @@ def test_a_row_that_is_not_finite_changes_no_bit(bad):
 
 
 def test_rows_whose_squares_overflow_do_not_move():
-    tensors = with_normalized_rows(tensors_like([(4, 30)]), "exact")
+    tensors = with_normalized_rows(tensors_like([(4, 30)]))
     tensors[0].grad.fill_(1e30)
     before, control = tensors[0].param.clone(), StepControl.on(CPU)
     fused_step(tensors, [KINDS["adam"]], control, average_betas=[0.5], max_norm=1.0)
@@ -584,7 +577,7 @@ def test_rows_whose_squares_overflow_do_not_move():
 def test_rows_have_the_same_bits_whatever_the_threads_and_again():
     results = []
     for threads in (1, 2, 1):
-        tensors = with_normalized_rows(tensors_like([*ROWS, (300, 301)]), "fused", torch.bfloat16)
+        tensors = with_normalized_rows(tensors_like([*ROWS, (300, 301)]), torch.bfloat16)
         with_short_moments(tensors[:3])
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -599,7 +592,7 @@ def test_rows_have_the_same_bits_whatever_the_threads_and_again():
 
 
 def test_short_moments_of_rows_are_the_references():
-    ours = with_short_moments(with_normalized_rows(tensors_like(ROWS), "exact"))
+    ours = with_short_moments(with_normalized_rows(tensors_like(ROWS)))
     theirs = as_dtype(ours, torch.float32)
     with_short_moments(theirs)
     for tensors, step in ((ours, fused_step), (theirs, fused_step_reference)):
@@ -644,7 +637,7 @@ def transposed_rows(t):
     """Everything laid out column by column."""
     for name in ("param", "grad", "exp_avg", "exp_avg_sq", "copy"):
         setattr(t, name, getattr(t, name).t().contiguous().t())
-    t.averages, t.normalized = (t.param.clone(),), "exact"
+    t.averages, t.normalized = (t.param.clone(),), True
 
 
 @pytest.mark.parametrize("backend", ["reference", "kernel"])
@@ -668,11 +661,7 @@ def transposed_rows(t):
         (replace_with(copy=torch.zeros(4, 6)), "copy of tensor 1 must be fp16 or bf16"),
         (replace_with(copy=torch.zeros(6).half()), "copy of tensor 1 must have the shape"),
         (
-            replace_with(normalized="rows"),
-            'normalized of tensor 1 must be "exact", "fused" or empty',
-        ),
-        (
-            replace_with(normalized="exact", copy=torch.zeros(4, 6).double()),
+            replace_with(normalized=True, copy=torch.zeros(4, 6).double()),
             "copy of tensor 1 must be fp16, bf16 or fp32",
         ),
         (replace_with(group=1), "group of tensor 1 must be below 1, got 1"),
@@ -682,7 +671,7 @@ def transposed_rows(t):
             r"param of tensor 1 must have rows, one after another in memory, .* got \[4, 6\]",
         ),
         (
-            lambda tensors: setattr(tensors[0], "normalized", "fused"),
+            lambda tensors: setattr(tensors[0], "normalized", True),
             "param of tensor 0 must have rows",
         ),
     ],
@@ -794,10 +783,9 @@ def test_a_gpu_computes_what_the_cpu_does(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["exact", "fused"])
-def test_a_gpu_normalises_rows_as_the_cpu_does(mode, monkeypatch):
+def test_a_gpu_normalises_rows_as_the_cpu_does(monkeypatch):
     monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
-    ours = with_normalized_rows(tensors_like(ROWS, averages=2), mode, torch.float32)
+    ours = with_normalized_rows(tensors_like(ROWS, averages=2), torch.float32)
     ours += tensors_like(SHAPES, averages=2)
     theirs = [
         StepTensors(

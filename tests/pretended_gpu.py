@@ -1,0 +1,270 @@
+"""Training and sampling on a pretended GPU: a stand-in for CUDA's libraries on which a CUDA build of torch
+runs the host's side (launches, copies, streams, captures, memory) and no arithmetic. Values mean nothing
+there; what CUDA refuses is refused, and out of memory is out of memory.
+
+    START PYTHON tests/pretended_gpu.py [--only PATTERN] [--list] [--json FILE]
+
+START is what starts a program on one, `run.sh` of a folder with `fakegpu.py`; PYTHON has a CUDA build of torch
+and this project. Prints a line a case, and ends with 1 where one failed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import io
+import itertools
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import tcm_fast
+from tcm_fast.accelerate import accelerate
+from tcm_fast.config import Config, from_dict, to_dict
+from tcm_fast.trainer import Interrupted, Trainer
+
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "micro-batches": {"micro_batches": 2},
+    "offload": {"offload": True},
+    "recomputing": {"recompute_norms": True, "recompute_blocks": 8},
+    "deterministic": {"deterministic": True},
+    "8-bit moments": {"moments": "8bit"},
+    "several EMAs": {"ema": ["power:16.97", "constant:0.999", "halflife:1000"]},
+}
+NARROW = {"model_channels": 32, "num_blocks": 1}
+PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
+    "digits": (8, {}),
+    "cifar10-tiny": (16, {}),
+    "cifar10": (32, NARROW),
+    "imagenet64-s": (64, NARROW),
+}
+
+
+def configured(
+    folder: Path,
+    preset: str = "digits",
+    *,
+    size: int = 8,
+    network: dict[str, Any] | None = None,
+    phases: tuple[str, ...] = ("edm", "ect", "tcm"),
+    steps: int = 60,
+    batch: int = 16,
+    of_phase: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Config:
+    """A run on random images that lie in `folder`, with phases of so many steps."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (256, size, size, 3), np.uint8)
+    np.savez(folder / "images.npz", images=images, labels=np.arange(256) % 10)
+    values = to_dict(tcm_fast.load_preset(preset))
+    for phase in phases:
+        values[phase] |= {"batch_size": batch, "images": batch * steps, **(of_phase or {})}
+        if (
+            "double" in values[phase]
+        ):  # ratio stages, and with them kinds of batches, change meanwhile
+            values[phase]["double"] = max(1, steps // 6)
+    values["network"] |= network or {}
+    values["data"] |= {"source": str(folder / "images.npz"), "resolution": None}
+    values["eval"]["features"] = ""
+    values |= {"phases": phases, "device": "cuda", "best": "", "max_steps": None, "memory": "given"}
+    values |= {"log_every": 10, "save_every": 25, "grid_every": 30, **settings}
+    return from_dict(Config, values)
+
+
+def warnings(run: Path) -> list[str]:
+    """What a run's log warns of, but for what values alone bring about: they mean nothing here."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    of_values = ("spike", "collapse", "bad_numbers")
+    return [e["event"] for e in lines if "message" in e and e["event"] not in of_values]
+
+
+def train(folder: Path, **settings: Any) -> str:
+    """A run that ends well, without a warning."""
+    config = configured(folder, **settings)
+    torch.cuda.reset_peak_memory_stats()
+    Trainer(config, folder / "run").run()
+    warned = warnings(folder / "run")
+    assert not warned, warned
+    return f"peak {torch.cuda.max_memory_allocated() >> 20} MiB"
+
+
+def stop_and_resume(folder: Path) -> str:
+    config = configured(folder, phases=("ect", "tcm"), steps=40)
+    trainer = Trainer(config, folder / "run")
+    trained, step = 0, trainer._step
+
+    def interrupted(*args: Any) -> None:
+        nonlocal trained
+        step(*args)
+        trained += 1
+        if trained == 50:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer._step = interrupted  # type: ignore[method-assign]
+    try:
+        trainer.run()
+    except Interrupted:
+        Trainer(config, folder / "run", resume=True).run()
+        return f"stopped after {trained} steps, resumed, ended"
+    raise AssertionError("the run was not stopped")
+
+
+def draw(folder: Path, name: str, precision: str) -> str:
+    """Several numbers of images and steps, each often enough to be captured."""
+    options = {"attn_resolutions": [8], "model_channels": 32, "num_blocks": 1}
+    net = tcm_fast.build_network(
+        name, img_resolution=16, img_channels=3, label_dim=10, channel_mult=[1, 2], **options
+    )
+    net = net.to("cuda")
+    drawn = 0
+    for steps, batch in itertools.product((1, 2, 18), (1, 5, 32)):
+        kept = tcm_fast.sample(
+            net, 5 * batch, steps=steps, batch_size=batch, labels=3, precision=precision,
+            times=None if steps < 3 else list(np.geomspace(70, 0.1, steps - 1)),
+        )  # fmt: skip
+        drawn += len(kept)
+    return f"{drawn} images"
+
+
+def run_out(folder: Path, share: float, where: str) -> str:
+    """Memory that suffices for a share of what a run takes, from the first step, a capture or a picture on."""
+    settings: dict[str, Any] = {"preset": "cifar10", "size": 32, "network": NARROW, "batch": 64}
+    settings |= {"phases": ("ect",), "steps": 30}
+    (folder / "free").mkdir()
+    train(folder / "free", **settings)
+    peak = torch.cuda.max_memory_allocated()
+    total = torch.cuda.get_device_properties(0).total_memory
+    config = configured(folder, **settings)
+    trainer = Trainer(config, folder / "run")
+
+    def limit() -> None:
+        torch.cuda.set_per_process_memory_fraction(share * peak / total)
+
+    if where == "the first step":
+        limit()
+    else:
+        names = {"a capture": "_step", "a picture": "_log_step"}
+        inner, calls = getattr(trainer, names[where]), itertools.count()
+
+        def limited(*args: Any) -> None:
+            if next(calls) == 2:
+                torch.cuda.empty_cache()
+                limit()
+            inner(*args)
+
+        setattr(trainer, names[where], limited)
+    try:
+        trainer.run()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    warned = ", ".join(warnings(folder / "run")) or "no warning"
+    return f"peak {peak >> 20} MiB, {share:.0%} of it: {warned}"
+
+
+def accelerate_diffusers(folder: Path, autocast: bool) -> str:
+    diffusers = __import__("diffusers")
+    unet = diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).to("cuda", memory_format=torch.channels_last)  # fmt: skip
+    report = accelerate(unet)
+    x = torch.randn(4, 3, 16, 16, device="cuda").contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        unet(x, torch.ones(4, device="cuda")).sample.square().mean().backward()
+    return str(report).splitlines()[0]
+
+
+def cases() -> dict[str, Callable[[Path], str]]:
+    found: dict[str, Callable[[Path], str]] = {}
+    for (preset, (size, network)), precision, (option, changes), graph in itertools.product(
+        PRESETS.items(), PRECISIONS, OPTIONS.items(), ("auto", "off")
+    ):
+        own = {k: v for k, v in changes.items() if k not in ("moments", "ema")}
+        of_phase = {k: v for k, v in changes.items() if k in ("moments", "ema")}
+        found[f"train {preset} {precision} {option} graph={graph}"] = partial(
+            train, preset=preset, size=size, network=network, precision=precision,
+            cuda_graph=graph, of_phase=of_phase, **own,
+        )  # fmt: skip
+    for phase in ("ict", "cd"):
+        found[f"train digits {phase}"] = partial(train, phases=("edm", phase))
+    for letter in "mlx":
+        preset = f"imagenet64-{letter if letter != 'x' else 'xl'}"
+        network = {"model_channels": 64, "num_blocks": 1}
+        found[f"train {preset} narrowed"] = partial(
+            train, preset=preset, size=64, network=network, steps=12
+        )
+    for preset, size, precision in (
+        ("cifar10", 32, "fp32"), ("cifar10", 32, "bf16"), ("imagenet64-s", 64, "fp16"),
+    ):  # fmt: skip
+        found[f"train whole {preset} {precision}"] = partial(
+            train, preset=preset, size=size, precision=precision, batch=32, steps=16
+        )
+    found["train device=cuda:0"] = partial(train, device="cuda:0", steps=12)
+    for name, precision in itertools.product(("ddpmpp", "ncsnpp", "adm", "edm2"), PRECISIONS):
+        found[f"sample {name} {precision}"] = partial(draw, name=name, precision=precision)
+    found["stop and resume"] = stop_and_resume
+    for share, where in itertools.product((0.9, 0.5), ("the first step", "a capture", "a picture")):
+        found[f"out of memory in {where}, {share:.0%}"] = partial(run_out, share=share, where=where)
+    for autocast in (False, True):
+        found[f"accelerate diffusers autocast={autocast}"] = partial(
+            accelerate_diffusers, autocast=autocast
+        )
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--only", action="append", default=[], help="glob of case names; repeatable"
+    )
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    chosen = {
+        name: case
+        for name, case in cases().items()
+        if not args.only or any(fnmatch.fnmatchcase(name, pattern) for pattern in args.only)
+    }
+    if args.list:
+        print("\n".join(chosen))
+        return 0
+    fakegpu = __import__("fakegpu")
+    fakegpu.install()
+    rows = []
+    for name, case in chosen.items():
+        begun, said, failed = time.monotonic(), io.StringIO(), ""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                    result = case(Path(folder))
+            except Exception as error:
+                result = failed = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                failed += "\n" + traceback.format_exc() + said.getvalue()[-2000:]
+        torch.cuda.empty_cache()
+        rows.append({"case": name, "result": result, "failed": failed})
+        mark = "FAILED" if failed else "ok"
+        print(f"{mark:6} {name} ({time.monotonic() - begun:.0f} s): {result}", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    broken = [row for row in rows if row["failed"]]
+    for row in broken[:3]:
+        print(f"\n{row['case']}\n{row['failed']}")
+    print(f"{len(rows) - len(broken)} passed, {len(broken)} failed")
+    return bool(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
