@@ -4,8 +4,8 @@ there; what CUDA refuses is refused, and out of memory is out of memory.
 
     START PYTHON tests/pretended_gpu.py [--only PATTERN] [--list] [--json FILE]
 
-START is what starts a program on one, `run.sh` of a folder with `fakegpu.py`; PYTHON has a CUDA build of torch
-and this project. Prints a line a case, and ends with 1 where one failed."""
+START is what starts a program on one, `run.sh` of a folder with `fakegpu.py`; PYTHON has a CUDA build of
+torch and this project. Prints a line a case, and ends with 1 where one failed."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def draw(folder: Path, name: str, precision: str) -> str:
 
 
 def run_out(folder: Path, share: float, where: str) -> str:
-    """Memory that suffices for a share of what a run takes, from the first step, a capture or a picture on."""
+    """Memory for a share of what a run takes, from the first step, a capture or a picture on."""
     settings: dict[str, Any] = {"preset": "cifar10", "size": 32, "network": NARROW, "batch": 64}
     settings |= {"phases": ("ect",), "steps": 30}
     (folder / "free").mkdir()
