@@ -1,15 +1,28 @@
 """An optimizer step with all that goes with it, by provider: unscaling and looking for numbers that are
-not finite, clipping, the update, one average, a 16-bit copy of the weights."""
+not finite, clipping, the update, one average, a 16-bit copy of the weights.
+
+    python -m tcm_fast.benchmarks.optimizers [--threads 1 2] [--rounds 40] [--out FILE]
+
+times a narrow network's on the CPU, all providers in turn, round by round, so that a busy machine disturbs
+all alike, and writes medians and quartiles.
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
+import os
+import platform
+import statistics
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tcm_fast.benchmarks.peers import OURS, TORCH_KINDS, make_optimizer
+from tcm_fast.benchmarks.measure import write_record
+from tcm_fast.benchmarks.peers import OURS, TORCH_KINDS, make_optimizer, optimizer_providers
 from tcm_fast.networks import build_network
 from tcm_fast.optim import FusedOptimizer
 
@@ -26,6 +39,11 @@ def network_shapes(name: str, resolution: int, **architecture: Any) -> tuple[tor
     with torch.device("meta"):
         net = build_network(name, img_resolution=resolution, img_channels=3, **architecture)
     return tuple(parameter.shape for parameter in net.parameters())
+
+
+def narrow_shapes() -> tuple[torch.Size, ...]:
+    """Of the parameters of a DDPM++ of 5 million."""
+    return network_shapes("ddpmpp", 32, model_channels=64, channel_mult=(1, 2, 2), num_blocks=1)
 
 
 class Tensors:
@@ -101,3 +119,68 @@ def check_step(kind: str, provider: str, device: torch.device | str, steps: int 
             if not error <= relative * wanted.abs().max().item():
                 return f"{what} {i} is off by {error:.2g} after {steps} steps"
     return ""
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of each provider's step on the CPU."""
+    steps = {
+        (kind, provider): make_step(kind, provider, Tensors(narrow_shapes(), "cpu"))
+        for kind in TORCH_KINDS
+        for provider, gap in optimizer_providers(kind, "cpu").items()
+        if not gap
+    }
+    times: dict[tuple[str, str], list[float]] = {case: [] for case in steps}
+    for turn in range(rounds + 3):
+        for case, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            if turn >= 3:
+                times[case].append(1e3 * (time.perf_counter() - begun))
+    rows = []
+    for (kind, provider), values in times.items():
+        q1, median, q3 = (round(value, 2) for value in statistics.quantiles(values, n=4))
+        least = round(min(values), 2)
+        rows.append(
+            {
+                "kind": kind,
+                "provider": provider,
+                "median": median,
+                "q1": q1,
+                "q3": q3,
+                "least": least,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    found: dict[str, Any] = {}
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        rows = found[f"threads_{threads}"] = measure(arguments.rounds)
+        for kind in TORCH_KINDS:
+            of = {row["provider"]: row["median"] for row in rows if row["kind"] == kind}
+            ours = of.pop(OURS)
+            best = min(of, key=of.__getitem__)
+            print(
+                f"{kind}, {threads} threads: {ours:.2f} ms, torch's {best} {of[best]:.2f} ms, "
+                f"{of[best] / ours:.2f} times"
+            )
+    if arguments.out:
+        what = (
+            "an optimizer step with unscaling, clipping, one average and an fp16 copy, milliseconds"
+        )
+        count = sum(size.numel() for size in narrow_shapes())
+        machine = f"{platform.machine()}, {os.cpu_count()} cores"
+        write_record(arguments.out, what, machine, parameters=count, **found)
+
+
+if __name__ == "__main__":
+    main()

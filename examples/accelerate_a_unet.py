@@ -9,14 +9,13 @@ import tcm_fast
 class ResBlock(nn.Module):  # yours, or EDM's, EDM2's, diffusers', PhysicsNeMo's
     def __init__(self, channels):
         super().__init__()
-        self.norm, self.act = nn.GroupNorm(8, channels), nn.SiLU()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.out = nn.Sequential(
-            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 1)
-        )
+        self.layers = nn.Sequential(
+            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 1),
+        )  # fmt: skip
 
     def forward(self, x):
-        return x + self.out(self.conv(self.act(self.norm(x))))
+        return x + self.layers(x)
 
 
 def main():

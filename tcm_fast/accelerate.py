@@ -38,8 +38,6 @@ from tcm_fast.foreign_blocks import (
 from tcm_fast.norm_act import (
     has_hooks,
     is_norm,
-    norm_silu,
-    rewritten_methods,
     sequential_forward,
     sequential_runs,
 )
@@ -86,10 +84,9 @@ def accelerate(
     """Replace, in place, what the fused operations cover in a network, whoever wrote it.
 
     Served are the blocks of the U-Nets of EDM, ECT, TCM, EDM2, FastGen and PhysicsNeMo, of diffusers
-    `ResnetBlock2D` and `Attention` over pixels, and in any module GroupNorm, and GroupNorm followed by
-    SiLU, in an `nn.Sequential` or where the source of a method proves it. A block is known by its class
-    name and parts, and replaced only where it computes what the published one does: both are tried on
-    random weights, on the CPU.
+    `ResnetBlock2D` and `Attention` over pixels, and in any module GroupNorm, together with the SiLU that
+    follows it in an `nn.Sequential`. A block is known by its class name and parts, and replaced only
+    where it computes what the published one does: both are tried on random weights, on the CPU.
 
     State dicts keep their names and values, parameters stay the same objects. Use it before
     DistributedDataParallel and torch.compile. Masks of dropout come from torch's generator as before,
@@ -208,23 +205,20 @@ def _replace_processor(path: str, module: Any, report: Report, done: set[nn.Modu
 
 
 def _replace_patterns(path: str, module: nn.Module, report: Report) -> None:
-    """Give a module that nobody has described its GroupNorm-SiLU pairs fused."""
+    """Give an `nn.Sequential` its GroupNorm-SiLU pairs fused; what any other module calls after its
+    GroupNorm is not known."""
     if type(module) is nn.Sequential:
         runs = sequential_runs(module)
         if runs:
-            module.__class__ = _pattern_class(type(module), "", {"forward": sequential_forward})
+            module.__class__ = _sequential_class()
             module._tcm_fast_runs = runs  # type: ignore[assignment]
             at = ", ".join(map(str, runs))
             report.replaced.append(Entry(path, "nn.Sequential", f"GroupNorm and SiLU at {at}"))
         return
-    if not any(is_norm(child) for child in module.children()):
-        return
-    methods, norms, source = rewritten_methods(module)
-    if methods:
-        note = f"{', '.join(norms)} and SiLU in {', '.join(methods)}"
-        methods["_tcm_fast_norm_silu"] = staticmethod(norm_silu)
-        module.__class__ = _pattern_class(type(module), source, methods)
-        report.replaced.append(Entry(path, _kind(module), note))
+    norms = [name for name, child in module.named_children() if is_norm(child)]
+    if norms and type(module).forward is not nn.Module.forward:
+        note = f"is not a known block: {', '.join(norms)} alone, what follows is not known"
+        report.left.append(Entry(path, _kind(module), note))
 
 
 # ---- the trial ----------------------------------------------------------------------------------
@@ -324,15 +318,9 @@ def _block_class(original: type, block: Block) -> type:
     return _sub_class(original, {"forward": forward})
 
 
-_pattern_classes: dict[tuple[type, str], type] = {}
-
-
-def _pattern_class(original: type, source: str, methods: dict[str, Any]) -> type:
-    """One class for all modules whose methods were rewritten alike: compiled code is shared by it."""
-    key = (original, source)
-    if key not in _pattern_classes:
-        _pattern_classes[key] = _sub_class(original, methods)
-    return _pattern_classes[key]
+@functools.cache
+def _sequential_class() -> type:
+    return _sub_class(nn.Sequential, {"forward": sequential_forward})
 
 
 def _sub_class(original: type, methods: dict[str, Any]) -> type:

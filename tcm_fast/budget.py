@@ -27,7 +27,7 @@ OVERHEAD = (
     1.06  # what an allocator loses between blocks, and what libraries take beside the tensors
 )
 OPTIMIZER_BYTES = 42  # per parameter, of one pass over weights, gradients, moments, average, copy
-LEVERS = ("micro_batches", "recompute_norms", "recompute_blocks", "offload", "gradients")
+LEVERS = ("micro_batches", "recompute_norms", "recompute_blocks", "offload")
 
 
 class DoesNotFitError(ValueError):
@@ -264,7 +264,7 @@ def _does_not_fit(
     narrower = None
     for channels in range(width - 16, 31, -16):
         network = replace(config.network, model_channels=channels)
-        tried = replace(config, network=network, gradients="fp32")
+        tried = replace(config, network=network)
         try:
             choose_levers_smallest(tried, shape, card)
         except DoesNotFitError:

@@ -63,7 +63,7 @@ def fit_hours(
     require(hours > 0, f"hours: must be positive, got {hours:g}")
     seconds = hours * 3600 * (1 - RESERVE)
     if auto:
-        config = replace(config, micro_batches=1, gradients="fp32")
+        config = replace(config, micro_batches=1)
     whole = plan_run(config, shape, card, gpus=gpus)
     if width is None and whole.seconds <= seconds and not rates:
         if auto:  # the recipe as it is

@@ -6,7 +6,6 @@ import re
 import foreign_networks as theirs
 import pytest
 import torch
-import torch.nn.functional as F
 from foreign_networks import FAMILIES
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -61,7 +60,8 @@ def test_output_and_gradients(family, training, check_against_oracle):
 
     report = tcm_fast.accelerate(net)
     assert report.replaced
-    assert not report.left, report
+    # At most the network's last normalisation, whose SiLU it calls itself.
+    assert all(e.path == "" and "is not a known block" in e.note for e in report.left), report
     after = run(net, x, emb)
     largest = max(oracle[name].abs().max() for name in oracle if name.startswith("grad of"))
     for name, value in oracle.items():
@@ -243,119 +243,22 @@ def test_attention_with_other_inputs_goes_to_the_original():
 
 
 class Nested(nn.Module):
-    def __init__(self, act=nn.SiLU):
+    def __init__(self):
         super().__init__()
-        self.norm, self.act, self.conv = nn.GroupNorm(2, 8), act(), nn.Conv2d(8, 8, 1)
+        self.norm, self.act, self.conv = nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 8, 1)
 
     def forward(self, x):
         return self.conv(self.act(self.norm(x)))
 
 
-class Functional(Nested):
-    def forward(self, x, *, scale=2.0):
-        h = F.silu(self.norm(x), inplace=True)
-        return scale * self.conv(h) + super().forward(x)
-
-
-class InTurn(Nested):
-    def forward(self, x, emb=None):
-        if emb is not None:
-            h = self.norm(x) + emb
-        else:
-            h = self.norm(x)
-            h = self.act(h)
-        return self.conv(h)
-
-
-class Returned(Nested):
-    def forward(self, x):
-        h = self.norm(x)
-        return self.conv(torch.nn.functional.silu(h))
-
-
-class Inner(Nested):
-    def forward(self, x):
-        return self.helper(x)
-
-    def helper(self, x):
-        h = self.norm(self.conv(x))
-        h = self.conv(self.act(h)) + x
-        return h
-
-
-@pytest.mark.parametrize("kind", [Nested, Functional, InTurn, Returned, Inner])
-def test_methods_that_prove_it_are_rewritten(kind):
-    net, x = randomise(kind()), torch.randn(2, 8, 5, 5)
+def test_a_module_that_nobody_has_described_is_left_but_for_its_normalisation():
+    net, x = randomise(Nested()), torch.randn(2, 8, 5, 5)
     expected = net(x)
     report = tcm_fast.accelerate(net)
-    assert any("norm and SiLU in" in e.note and e.path == "" for e in report.replaced), report
-    assert torch.allclose(net(x), expected, atol=1e-5)
-    calls = []
-    kernel = tcm_fast.norm_act.normalise
-
-    def spy(x, norm, *, silu, **fused):
-        calls.append(silu)
-        return kernel(x, norm, silu=silu, **fused)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tcm_fast.norm_act.normalise", spy)
-        net(x)
-    assert True in calls
-    tcm_fast.restore(net)
-    assert type(net) is kind
-    assert torch.equal(net(x), expected)
-
-
-class UsedTwice(Nested):
-    def forward(self, x):
-        h = self.norm(x)
-        y = self.act(h)
-        return self.conv(y + h)
-
-
-class KeptByName(Nested):
-    def forward(self, x):
-        h = self.norm(x)
-        y = self.act(h)
-        return self.conv(y)  # h is still there: nobody says that it is not wanted
-
-
-class Between(Nested):
-    def forward(self, x, emb=0):
-        h = self.norm(x)
-        h = h + emb
-        return self.conv(self.act(h))
-
-
-class Captured(Nested):
-    def forward(self, x):
-        h = self.norm(x)
-        late = lambda: h  # noqa: E731
-        h = self.act(h)
-        return self.conv(h) + late()
-
-
-class Hidden(Nested):
-    def forward(self, x, silu=torch.tanh):
-        return self.conv(silu(self.norm(x)))
-
-
-silu = F.silu
-
-
-@pytest.mark.parametrize("kind", [UsedTwice, KeptByName, Between, Captured, Hidden])
-def test_methods_that_do_not_prove_it_are_not_rewritten(kind):
-    net, x = randomise(kind()), torch.randn(2, 8, 5, 5)
-    expected = net(x)
-    report = tcm_fast.accelerate(net)
-    assert [e.path for e in report.replaced] == ["norm"]  # the normalisation alone
-    assert torch.allclose(net(x), expected, atol=1e-5)
-
-
-def test_another_activation_is_not_taken_for_silu():
-    net, x = randomise(Nested(nn.GELU)), torch.randn(2, 8, 5, 5)
-    expected = net(x)
-    tcm_fast.accelerate(net)
+    assert [e.path for e in report.replaced] == ["norm"]
+    (left,) = report.left
+    assert (left.path, left.kind) == ("", "Nested")
+    assert left.note == "is not a known block: norm alone, what follows is not known"
     assert type(net) is Nested
     assert torch.allclose(net(x), expected, atol=1e-5)
 
@@ -531,7 +434,7 @@ def test_our_own_networks_need_nothing():
 def test_the_report_says_it_in_words():
     text = str(tcm_fast.accelerate(theirs.SongUNet(), memory_format=torch.channels_last))
     assert "replaced 4 x EDM UNetBlock: forward" in text
-    assert "replaced 1 x SongUNet: out_norm and SiLU in forward" in text
+    assert "left 1 x SongUNet: is not a known block: out_norm alone" in text
     assert "to channels_last" in text
 
 
