@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from tcm_fast import denoising, metrics
 from tcm_fast.config import Config
 from tcm_fast.data import ImageData
@@ -48,24 +50,32 @@ class Gallery:
         self.workers, self.log, self.spent = workers, log, spent
 
     def draw(self, phase: Phase, net: Precond | None = None) -> None:
-        """Samples of the first average as a picture; a warning where they are all alike."""
+        """Samples of the first average as a picture; a warning where they are all alike. Training goes on
+        where memory for them is short, or the disk is full."""
         if not self.workers.is_main:
             return
         with timed(self.spent, "pictures"):
-            net = net or phase.average()
-            steps = 1 if phase.name in CONSISTENCY else None
-            classes = phase.student.label_dim
-            columns = classes if 0 < classes <= 16 else 8  # a column for each of few classes
-            images = sample(net, GRID // columns * columns, steps=steps)
-            if phase.step:
-                name = f"{phase.name}-{phase.images:09d}.png"
-                try:
-                    save_grid(images, self.out / "grids" / name, columns, overwrite=True)
-                except OSError as error:
-                    self.log.warn("grid_failed", f"{error}; training goes on")
-            if phase.name in CONSISTENCY:
-                self.watch_spread(phase, metrics.spread(images.numpy()))
-                self.watch_denoising(phase, net)
+            try:
+                self._draw(phase, net or phase.average())
+            except torch.OutOfMemoryError:
+                self.log.warn(
+                    "grid_failed", "out of memory for a grid of samples; training goes on"
+                )
+
+    def _draw(self, phase: Phase, net: Precond) -> None:
+        steps = 1 if phase.name in CONSISTENCY else None
+        classes = phase.student.label_dim
+        columns = classes if 0 < classes <= 16 else 8  # a column for each of few classes
+        images = sample(net, GRID // columns * columns, steps=steps)
+        if phase.step:
+            name = f"{phase.name}-{phase.images:09d}.png"
+            try:
+                save_grid(images, self.out / "grids" / name, columns, overwrite=True)
+            except OSError as error:
+                self.log.warn("grid_failed", f"{error}; training goes on")
+        if phase.name in CONSISTENCY:
+            self.watch_spread(phase, metrics.spread(images.numpy()))
+            self.watch_denoising(phase, net)
 
     def watch_spread(self, phase: Phase, spread: float) -> None:
         """Warn where one-step samples become nearly alike, or vary more than the data: a consistency

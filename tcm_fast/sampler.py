@@ -377,10 +377,24 @@ class Sampler:
         return in_precision(net, self.dtype) if isinstance(net, Precond) else net
 
     def draw(self, numbers: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Images uint8 [n,H,W,C] on the device, good until the next call.
+        """Images uint8 [n,H,W,C] on the device, good until the next call. Where they do not fit into
+        memory together they are drawn in halves: the same images.
 
         numbers: int64 [n] on the device; labels: one-hot fp32 [n,K] on the device, or None."""
         tensors = [numbers] if labels is None else [numbers, labels]
+        try:
+            return self._draw_together(*tensors)
+        except torch.OutOfMemoryError:
+            if len(numbers) == 1:
+                raise
+        if self.device.type == "cuda":
+            self.graphs = GraphCache(CudaPlace(self.device))  # frees what the old ones hold
+            torch.cuda.empty_cache()
+        half = len(numbers) // 2
+        parts = [[t[:half] for t in tensors], [t[half:] for t in tensors]]
+        return torch.cat([self.draw(*part).clone() for part in parts])
+
+    def _draw_together(self, *tensors: torch.Tensor) -> torch.Tensor:
         with (
             tf32(self.precision == "tf32"),
             torch.inference_mode(),

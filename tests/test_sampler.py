@@ -542,3 +542,23 @@ def test_a_sampler_replays_what_it_has_captured():
         drawn = sampler.draw(torch.arange(first, first + 2), labels[first : first + 2])
         assert torch.equal(drawn, expected[first : first + 2])
     assert (place.captures, place.replays) == (1, 4)
+
+
+def test_images_that_do_not_fit_into_memory_are_drawn_in_halves(monkeypatch):
+    net = trained_looking(3)
+    labels = torch.eye(3)[torch.arange(13) % 3]
+    expected = sample(net, 13, seed=3, labels=labels)
+    draw, sizes = Sampler._draw, []
+
+    def short(self, numbers, labels=None):
+        if len(numbers) > 4:
+            raise torch.OutOfMemoryError("full")
+        sizes.append(len(numbers))
+        return draw(self, numbers, labels)
+
+    monkeypatch.setattr(Sampler, "_draw", short)
+    assert torch.equal(sample(net, 13, seed=3, labels=labels), expected)
+    assert sizes == [3, 3, 3, 4]
+    monkeypatch.setattr(Sampler, "_draw", lambda *_: short(*_[:1], torch.arange(5)))
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(net, 1, seed=3, labels=labels[:1])

@@ -17,7 +17,7 @@ import torch
 from replays import OnHost
 from tiny_runs import assert_equal, assert_same_run, events, tiny, train, weights, write_images
 
-from tcm_fast import assembly, metrics, optim, saving
+from tcm_fast import assembly, gallery, metrics, optim, saving
 from tcm_fast import trainer as trainer_module
 from tcm_fast.checkpoint import load_checkpoint, load_network
 from tcm_fast.config import Config, from_dict, load_config
@@ -728,3 +728,13 @@ def test_the_share_of_time_that_images_take(images, no_pictures, tmp_path, monke
     assert max(shares) > 0.1
     (spent,) = [e for e in events(tmp_path / "run") if e["event"] == "spent"]
     assert spent["data"] >= 0.2 * 6
+
+
+def test_a_picture_that_memory_is_short_for_ends_no_run(images, tmp_path, monkeypatch):
+    def short(*_, **__):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(gallery, "sample", short)
+    train(tiny(images, phases=["ect"]), tmp_path / "run")
+    found = [e["message"] for e in events(tmp_path / "run") if e["event"] == "grid_failed"]
+    assert set(found) == {"out of memory for a grid of samples; training goes on"}
