@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from tcm_fast.kernels._triton import (
     Variant,
     calls_directly,
+    gradients,
     interpreting,
     launch,
+    or_reference,
     runs_triton,
     tl,
     triton,
@@ -523,6 +525,26 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 # -- registration ---------------------------------------------------------------------------------
+
+
+def _fwd_by_reference(qkv, num_heads, normalize, scale):
+    out = qkv_attention_reference(qkv, num_heads, normalize=normalize, scale=scale)
+    n, _, height, width = qkv.shape
+    lse = qkv.new_empty((n, num_heads, height * width), dtype=torch.float32)  # nobody reads it
+    return out.contiguous(memory_format=_layout(qkv)), lse
+
+
+def _bwd_by_reference(grad_out, qkv, out, lse, num_heads, normalize, scale):
+    def function(qkv):
+        return qkv_attention_reference(qkv, num_heads, normalize=normalize, scale=scale)
+
+    (grad_qkv,) = gradients(function, [qkv], [grad_out])
+    return grad_qkv.contiguous(memory_format=_layout(qkv))
+
+
+_fwd = or_reference(_fwd, _fwd_by_reference)
+_bwd = or_reference(_bwd, _bwd_by_reference)
+
 
 torch.library.define(
     "tcm_fast::qkv_attention_fwd",
