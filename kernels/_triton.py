@@ -32,8 +32,10 @@ except ImportError:  # the references serve; the decorated kernels are never cal
 
     triton = tl = _Absent()  # type: ignore[assignment]
     AVAILABLE = False
+    VERSION = (0, 0)
 else:
     AVAILABLE = True
+    VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 LAUNCHES: Counter[str] = Counter()
 """Kernel launches by kernel name since the process began; the tests see by it that a kernel ran."""
@@ -158,7 +160,7 @@ def _leave_to_reference(kernel: Any, error: Exception) -> None:
     gpu = "no GPU"
     if torch.cuda.is_available():
         gpu = "compute capability {}.{}".format(*torch.cuda.get_device_capability())
-    why = " ".join(str(error).split())[:300] or type(error).__name__
+    why = " ".join(str(error).split())[-300:] or type(error).__name__  # after the source, if any
     what = (
         f"{operation}: {kernel.__name__} does not compile with Triton {triton.__version__} for {gpu} "
         f"({why})"

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tcm_fast.kernels._triton import (
+    VERSION,
     Variant,
     calls_directly,
     gradients,
@@ -399,6 +400,8 @@ def _tiles(
         if hopper:  # two stages and the normalisation are eight bytes more than the registers
             return 64, 64, 8, 1 if normalize else 2
         return (32, 64, 8, 1) if normalize else (64, 32, 8, 1)
+    if d == 256 and roomy and not hopper and VERSION < (3, 8):
+        return 32, 16, 8, 1  # it holds two tiles of the loop twice
     return (32, 32, 8, 1) if roomy or d == 128 else (16, 16, 4, 1)
 
 
