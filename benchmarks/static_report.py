@@ -2,12 +2,15 @@
 width of the memory accesses, for every architecture.
 
     python -m tcm_fast.benchmarks.static_report [--archs 80 90] [--only group_norm] [--out FILE]
+    python -m tcm_fast.benchmarks.static_report --check [--archs 80 90] [--only group_norm]
 
 Compiles each operation's `specialisations` with Triton, reads the machine code with the cuobjdump that
 Triton brings, and lists the kernels of the C++ extension beside them. Nothing is timed. fp16 is compiled
 for sm_80 and sm_90 only: it differs from bf16 in conversions. The report carries a hash of each operation's
 sources, by which a test sees that it is not of other ones; rows of the other operations stay in FILE.
-`--only _C` lists the extension's kernels, as it was built here: with TCM_FAST_CUDA=1 and all architectures.
+`--check` only says which variants do not compile with the installed Triton, or need more shared memory than
+there is. `--only _C` lists the extension's kernels, as it was built here: with TCM_FAST_CUDA=1 and all
+architectures.
 """
 
 import argparse
@@ -97,8 +100,10 @@ def resident(arch: int, registers: int, shared: int, warps: int) -> int:
     return max(min(limits), 0)
 
 
-def compile_variant(arch: int, operation: str, index: int) -> dict[str, Any]:
-    """Compile one variant; a row of the report."""
+def compile_variant(
+    arch: int, operation: str, index: int, check_only: bool = False
+) -> dict[str, Any]:
+    """Compile one variant; a row of the report, without what is read off the machine code if check_only."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -131,10 +136,14 @@ def compile_variant(arch: int, operation: str, index: int) -> dict[str, Any]:
         )
     except Exception as error:  # a kernel that does not compile is a row of the report
         return row | {"error": " ".join(str(error).split())[:300] or type(error).__name__}
-    resources, accesses = disassemble(compiled.asm["cubin"])
     shared = int(compiled.metadata.shared)
+    if shared > SM[arch][1]:
+        row["error"] = f"needs {shared} bytes of shared memory, sm_{arch} has {SM[arch][1]}"
+    if check_only:
+        return row
+    resources, accesses = disassemble(compiled.asm["cubin"])
     sizes = [access_bytes(access) for access in accesses]
-    row |= {
+    return row | {
         "registers": resources.get("REG", 0),
         "spill_bytes": resources.get("STACK", 0) + resources.get("LOCAL", 0),
         "shared_bytes": shared,
@@ -142,9 +151,6 @@ def compile_variant(arch: int, operation: str, index: int) -> dict[str, Any]:
         "accesses": len(accesses),
         "wide_share": round(sum(b for b in sizes if b == 16) / sum(sizes), 3) if sizes else None,
     }
-    if shared > SM[arch][1]:
-        row["error"] = f"needs {shared} bytes of shared memory, sm_{arch} has {SM[arch][1]}"
-    return row
 
 
 def extension_rows() -> list[dict[str, Any]]:
@@ -187,7 +193,9 @@ def tasks_for(operation: str, archs: list[int]) -> list[tuple[int, str, int]]:
     ]
 
 
-def report(archs: list[int], only: str = "", jobs: int | None = None) -> dict[str, Any]:
+def report(
+    archs: list[int], only: str = "", jobs: int | None = None, check_only: bool = False
+) -> dict[str, Any]:
     """The rows of the chosen operations, in the order of operation, architecture and site."""
     import torch
     import triton
@@ -195,10 +203,10 @@ def report(archs: list[int], only: str = "", jobs: int | None = None) -> dict[st
     chosen = [name for name in OPERATIONS if only in name]
     tasks = [task for name in chosen for task in tasks_for(name, archs)]
     with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
-        futures = [pool.submit(compile_variant, *task) for task in tasks]
+        futures = [pool.submit(compile_variant, *task, check_only) for task in tasks]
         rows = [future.result() for future in track(futures, "compiling")]
     sources = {name: sources_hash(name) for name in chosen}
-    if only in ("", "_C") and (extension := extension_rows()):
+    if not check_only and only in ("", "_C") and (extension := extension_rows()):
         rows += extension
         sources["_C"] = importlib.import_module("tcm_fast._C").SOURCES
     return {
@@ -243,13 +251,24 @@ def main() -> int:
     parser.add_argument("--only", default="", help="operations whose name contains this")
     parser.add_argument("--jobs", type=int, help="processes (the machine's cores)")
     parser.add_argument("--out", type=Path, help="where the rows go as JSON")
+    parser.add_argument("--check", action="store_true", help="only list what does not compile")
     given = parser.parse_args()
+    if given.check and given.out is not None:
+        parser.error("--check writes no report, leave out --out")
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("static_report: TRITON_INTERPRET=1, an interpreting process cannot compile")
         return 2
-    result = report(given.archs, given.only, given.jobs)
-    print(summary(result["rows"]))
+    result = report(given.archs, given.only, given.jobs, given.check)
     failed = [row for row in result["rows"] if "error" in row]
+    if given.check:
+        for row in failed:
+            print(f"sm_{row['arch']} {row['kernel']} {row['site']}: {row['error']}")
+    else:
+        print(summary(result["rows"]))
+    print(
+        f"Triton {result['versions']['triton']}: {len(result['rows']) - len(failed)} of "
+        f"{len(result['rows'])} compile"
+    )
     if given.out is not None:
         if given.out.is_file():
             result = merged(json.loads(given.out.read_text(encoding="utf-8")), result)

@@ -48,6 +48,19 @@ def meet(
     return grad
 
 
+def meet_reference(
+    z: torch.Tensor | None, past: torch.Tensor | None, act: torch.Tensor | None
+) -> torch.Tensor:
+    """`meet` in PyTorch; z may be None where `act` is."""
+    grad = None if past is None else past.to(torch.float32)
+    if act is not None:
+        assert z is not None
+        through = torch.ops.aten.silu_backward(act.to(torch.float32), z.to(torch.float32)) / MP_SILU
+        grad = through if grad is None else grad + through
+    assert grad is not None
+    return grad
+
+
 def layout_of(x: torch.Tensor) -> torch.memory_format:
     """channels_last where x lies so and in no other way, else contiguous."""
     is_channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)

@@ -1,13 +1,17 @@
 """What the Triton kernels share: the import (Triton is optional), when a kernel runs, the count of
-launches, and the list of compiled variants that the static report and the warm-up go through."""
+launches, what runs where a kernel does not compile, and the list of compiled variants that the static
+report goes through."""
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +32,10 @@ except ImportError:  # the references serve; the decorated kernels are never cal
 
     triton = tl = _Absent()  # type: ignore[assignment]
     AVAILABLE = False
+    VERSION = (0, 0)
 else:
     AVAILABLE = True
+    VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 
 LAUNCHES: Counter[str] = Counter()
 """Kernel launches by kernel name since the process began; the tests see by it that a kernel ran."""
@@ -62,7 +68,7 @@ def runs_triton(name: str, device_type: str) -> bool:
         ValueError: TCM_FAST_BACKEND=kernel, and no Triton kernel can run.
     """
     choice = backend()
-    if choice == "reference":
+    if choice == "reference" or (name in _uncompiled and choice != "kernel"):
         return False
     if device_type == "meta":
         return _assumed
@@ -136,26 +142,148 @@ def compiling_together() -> Iterator[Collection[Any]]:
         yield noted.values()
     finally:
         _noted = None
+<<<<<<< HEAD
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
         for kernel, grid, args, constants in noted.values():
             kernel.warmup(*args, grid=grid, **constants)
+=======
+
+    def compile_all() -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+            for kernel, grid, args, constants in noted.values():
+                kernel.warmup(*args, grid=grid, **constants)
+
+    try:
+        copy_context().run(compile_all)  # Triton 3.6 leaves its mode on in the context of an error
+    except Exception:
+        for launched in noted.values():
+            if error := _compile_error(*launched):
+                _leave_to_reference(launched[0], error)
+
+
+class CompilationError(RuntimeError):
+    """A kernel does not compile for this GPU."""
+
+
+_uncompiled: set[str] = set()
+"""Operations with a kernel that does not compile for this GPU: their references run."""
+
+
+def _operation(function: Any) -> str:
+    """The operation to which a function of its file belongs."""
+    return function.__module__.rpartition(".")[2]
+
+
+def _compile_error(
+    kernel: Any, grid: tuple[int, ...], args: Sequence[Any], constants: dict[str, Any]
+) -> Exception | None:
+    """Why a kernel does not compile, None where it does; a compiled one is not compiled again."""
+    try:
+        compiled = kernel.warmup(*args, grid=grid, **constants)
+        if hasattr(compiled, "result"):  # it was begun by another thread
+            compiled.result()
+    except Exception as error:
+        return error
+    return None
+
+
+def _leave_to_reference(kernel: Any, error: Exception) -> None:
+    """From here on the reference of the kernel's operation runs, which a warning says once.
+
+    Raises:
+        CompilationError: TCM_FAST_BACKEND=kernel.
+    """
+    operation = _operation(kernel.fn)
+    gpu = "no GPU"
+    if torch.cuda.is_available():
+        gpu = "compute capability {}.{}".format(*torch.cuda.get_device_capability())
+    why = " ".join(str(error).split())[-300:] or type(error).__name__  # after the source, if any
+    what = (
+        f"{operation}: {kernel.__name__} does not compile with Triton {triton.__version__} for {gpu} "
+        f"({why})"
+    )
+    if backend() == "kernel":
+        raise CompilationError(f"{what}, and TCM_FAST_BACKEND=kernel allows no other") from error
+    if operation not in _uncompiled:
+        _uncompiled.add(operation)
+        warnings.warn(f"{what}; its PyTorch reference runs instead", RuntimeWarning, stacklevel=2)
+
+
+def or_reference(kernels: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernels`, or `reference` with the same arguments where a kernel of the operation does not compile.
+
+    It stands inside the operator, so that a graph that was built or compiled with kernels goes on."""
+    operation = _operation(kernels)
+
+    @functools.wraps(kernels)
+    def run(*args: Any) -> Any:
+        if operation not in _uncompiled or backend() == "kernel":
+            try:
+                return kernels(*args)
+            except CompilationError:
+                if backend() == "kernel":
+                    raise
+        return reference(*args)
+
+    return run
+
+
+def gradients(
+    function: Callable[..., Any],
+    inputs: Sequence[torch.Tensor | None],
+    grad_outputs: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor | None]:
+    """The gradient to each of a reference's inputs, None to those that are None; grad_outputs may be None.
+    Works inside an operator too, where the dispatcher leaves autograd out."""
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        leaves = [None if v is None else v.detach().requires_grad_() for v in inputs]
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        used = [(y, g) for y, g in zip(outputs, grad_outputs, strict=True) if g is not None]
+        given = [leaf for leaf in leaves if leaf is not None]
+        grads = iter(torch.autograd.grad([y for y, _ in used], given, [g for _, g in used]))
+    return [None if leaf is None else next(grads) for leaf in leaves]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Runs a kernel on the device of its first tensor and counts the launch; nothing for an empty grid."""
+    """Runs a kernel on the device of its first tensor and counts the launch; nothing for an empty grid.
+
+    Raises:
+        CompilationError: the kernel does not compile; `or_reference` catches it.
+    """
     if 0 in grid:
         return
     constants.setdefault("enable_fp_fusion", True)  # releases of Triton differ in what is usual
     if _noted is not None:
         _note(kernel, grid, args, constants)
         return
-    LAUNCHES[kernel.__name__] += 1
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **constants)
+            _run(kernel, grid, args, constants)
     else:
+        _run(kernel, grid, args, constants)
+
+
+def _run(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    try:
         kernel[grid](*args, **constants)
+    except Exception as error:
+        # Any other error would not come again from compiling alone; a lack of shared memory shows when
+        # the compiled kernel is loaded.
+        is_too_large = type(error).__name__ == "OutOfResources"
+        why = error if is_too_large else _compile_error(kernel, grid, args, constants)
+        if why is None:
+            raise
+        _leave_to_reference(kernel, why)
+        raise CompilationError(kernel.__name__) from why
+    LAUNCHES[kernel.__name__] += 1
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
 from tcm_fast.kernels.precondition import denoise, preconditioning
 
 Weight = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -198,6 +198,36 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 # -- registration ---------------------------------------------------------------------------------
+
+
+def _fwd_by_reference(
+    output, x_t, t, target, x_r, r, delta, weight, is_clean, weighting, c, sigma_data
+):
+    weight = loss_weight(weighting if weight is None else weight, t, r, delta, sigma_data)
+    settings = dict(delta=delta, c=c, sigma_data=sigma_data, is_clean=is_clean)
+    loss = consistency_loss_reference(output, x_t, t, target, x_r, r, weighting=weight, **settings)
+    d, c_out = _difference_by_reference(output, x_t, t, target, x_r, r, is_clean, sigma_data)
+    return loss, weight * c_out.flatten() / (d.square().sum((1, 2, 3)) + c**2).sqrt()
+
+
+def _difference_by_reference(output, x_t, t, target, x_r, r, is_clean, sigma_data):
+    """D(x_t,t) - D(x_r,r), and c_out(t) [N,1,1,1]."""
+    d_r = denoise(target, x_r, r, sigma_data)
+    if is_clean is not None:
+        d_r = torch.where(is_clean.reshape(-1, 1, 1, 1), target.to(d_r.dtype), d_r)
+    return denoise(output, x_t, t, sigma_data) - d_r, preconditioning(t, sigma_data)[1]
+
+
+def _bwd_by_reference(grad_loss, output, x_t, t, target, x_r, r, is_clean, coefficient, sigma_data):
+    d, _ = _difference_by_reference(output, x_t, t, target, x_r, r, is_clean, sigma_data)
+    grad_output = (grad_loss * coefficient).reshape(-1, 1, 1, 1) * d
+    (output,) = _same_layout(output, output)
+    return torch.empty_like(output).copy_(grad_output)
+
+
+_fwd = or_reference(_fwd, _fwd_by_reference)
+_bwd = or_reference(_bwd, _bwd_by_reference)
+
 
 torch.library.define(
     "tcm_fast::consistency_loss_fwd",

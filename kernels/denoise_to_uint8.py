@@ -2,7 +2,7 @@
 
 import torch
 
-from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
 from tcm_fast.kernels.precondition import denoise
 
 # -- reference ------------------------------------------------------------------------------------
@@ -81,6 +81,8 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 # -- registration ---------------------------------------------------------------------------------
+
+_launch = or_reference(_launch, denoise_to_uint8_reference)
 
 torch.library.define(
     "tcm_fast::denoise_to_uint8", "(Tensor output, Tensor x, Tensor t, float sigma_data) -> Tensor"

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from tcm_fast.kernels._philox_triton import philox_blocks
-from tcm_fast.kernels._triton import Variant, calls_directly, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import (
+    Variant,
+    calls_directly,
+    gradients,
+    launch,
+    or_reference,
+    runs_triton,
+    tl,
+    triton,
+)
 from tcm_fast.kernels.dropout import DropoutKey, _check_samples, _threshold, dropout
 from tcm_fast.kernels.philox import counters
 
@@ -653,6 +662,69 @@ def _variants(site: str, x: torch.Tensor, num_groups: int, use: str) -> list[Var
 
 
 # -- registration ---------------------------------------------------------------------------------
+
+
+def _fwd_by_reference(
+    x, weight, bias, add, scale, shift, sample, seed, step, num_groups, eps, silu, layer, threshold
+):
+    key = None
+    if threshold > 0:
+        key = DropoutKey(seed=seed, step=step, layer=layer, sample=sample)
+    y = group_norm_silu_reference(
+        x, num_groups, weight, bias, eps,
+        silu=silu, add=add, scale=scale, shift=shift, dropout_p=threshold / 65536, dropout_key=key,
+    )  # fmt: skip
+    variance, mean = torch.var_mean(_groups(x, add, num_groups), -1, correction=0)
+    return y.contiguous(memory_format=_layout(x)), mean, (variance + eps).rsqrt()
+
+
+def _groups(x, add, num_groups):
+    """x + add, fp32 [N, groups, elements of a group]."""
+    h = x.to(torch.float32)
+    if add is not None:
+        h = h + add.to(torch.float32)[:, :, None, None]
+    return h.contiguous().view(len(x), num_groups, -1)
+
+
+def _bwd_by_reference(
+    grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
+    layer, threshold, wants_affine,
+):  # fmt: skip
+    layout = _layout(x)
+    n, c, height, width = x.shape
+    h = _groups(x, add, num_groups)
+    normed = ((h - mean[:, :, None]) * rstd[:, :, None]).view(x.shape)
+    normed = normed * weight[:, None, None] + bias[:, None, None]
+
+    def after_norm(y, scale, shift):
+        if scale is not None:
+            y = y * (1 + scale.to(torch.float32)[:, :, None, None])
+        if shift is not None:
+            y = y + shift.to(torch.float32)[:, :, None, None]
+        y = (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=layout)
+        if threshold == 0:
+            return y
+        key = DropoutKey(seed=seed, step=step, layer=layer, sample=sample)
+        return dropout(y, threshold / 65536, key)
+
+    grad, grad_scale, grad_shift = gradients(after_norm, [normed, scale, shift], [grad_y])
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
+        grad.contiguous(), h.view(x.shape), mean, rstd, weight, n, c, height * width, num_groups,
+        [True, wants_affine, wants_affine],
+    )  # fmt: skip
+    grad_add = None if add is None else grad_x.sum((2, 3)).to(add.dtype)
+    if grad_past is not None:
+        grad_x = grad_x + grad_past
+    affine = weight.new_zeros((2, c))
+    if wants_affine:
+        affine = torch.stack([grad_weight, grad_bias])
+    grads = (g.contiguous() for g in (grad_add, grad_scale, grad_shift) if g is not None)
+    return [grad_x.to(x.dtype).contiguous(memory_format=layout), affine, *grads]
+
+
+_fwd = or_reference(_fwd, _fwd_by_reference)
+_bwd = or_reference(_bwd, _bwd_by_reference)
+
 
 _OPTIONAL = "Tensor? add, Tensor? scale, Tensor? shift, Tensor? sample, Tensor? seed, Tensor? step"
 torch.library.define(

@@ -20,7 +20,15 @@ from tcm_fast.kernels._pointwise import (
     tile_for,
     variant,
 )
-from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import (
+    Variant,
+    gradients,
+    launch,
+    or_reference,
+    runs_triton,
+    tl,
+    triton,
+)
 from tcm_fast.kernels.dropout import DropoutKey, _check_samples, _threshold, dropout
 from tcm_fast.kernels.group_norm_silu import _kept
 from tcm_fast.kernels.philox import counters
@@ -203,6 +211,26 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 # -- registration ---------------------------------------------------------------------------------
+
+
+def _fwd_by_reference(x, scale, gain, sample, seed, step, layer, threshold):
+    key = None
+    if threshold > 0:
+        key = DropoutKey(seed=seed, step=step, layer=layer, sample=sample)
+    return modulate_mp_silu_reference(x, scale, gain, dropout_p=threshold / 65536, dropout_key=key)
+
+
+def _bwd_by_reference(grad_y, x, scale, gain, *key):
+    def function(*tensors):
+        return _fwd_by_reference(*tensors, *key)
+
+    grad_x, grad_scale, grad_gain = gradients(function, [x, scale, gain], [grad_y])
+    return grad_x.contiguous(memory_format=layout_of(x)), grad_scale.contiguous(), grad_gain
+
+
+_fwd = or_reference(_fwd, _fwd_by_reference)
+_bwd = or_reference(_bwd, _bwd_by_reference)
+
 
 _INPUTS = (
     "Tensor x, Tensor scale, Tensor gain, Tensor? sample, Tensor? seed, Tensor? step, int layer, "

@@ -17,11 +17,12 @@ from tcm_fast.kernels._pointwise import (
     has_asm,
     layout_of,
     meet,
+    meet_reference,
     scaled_silu,
     tile_for,
     variant,
 )
-from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -164,6 +165,26 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 # -- registration ---------------------------------------------------------------------------------
+
+
+def _fwd_by_reference(a, b, t):
+    layout = layout_of(a)
+    return tuple(v.contiguous(memory_format=layout) for v in mp_cat_mp_silu_reference(a, b, t))
+
+
+def _bwd_by_reference(grad_z, grad_h, z, t, channels_a):
+    grad = meet_reference(z, grad_z, grad_h)
+    parts = grad[:, :channels_a], grad[:, channels_a:]
+    weights = mp_cat_weights(parts[0].shape[1], parts[1].shape[1], t)
+    return tuple(
+        (part * weight).to(z.dtype).contiguous(memory_format=layout_of(z))
+        for part, weight in zip(parts, weights, strict=True)
+    )
+
+
+_fwd = or_reference(_fwd, _fwd_by_reference)
+_bwd = or_reference(_bwd, _bwd_by_reference)
+
 
 torch.library.define(
     "tcm_fast::mp_cat_mp_silu_fwd", "(Tensor a, Tensor b, float t) -> (Tensor, Tensor)"

@@ -16,10 +16,11 @@ from tcm_fast.kernels._pointwise import (
     has_asm,
     layout_of,
     meet,
+    meet_reference,
     scaled_silu,
     variant,
 )
-from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -148,6 +149,29 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 # -- registration ---------------------------------------------------------------------------------
+
+
+def _fwd_by_reference(a, b, t, clip, with_silu):
+    layout = layout_of(a)
+    out, h = mp_sum_reference(a, b, t, clip=clip, with_silu=with_silu)
+    h = h.contiguous(memory_format=layout) if with_silu else a.new_empty(0)
+    return out.contiguous(memory_format=layout), h
+
+
+def _bwd_by_reference(grad_out, grad_h, out, t, clip):
+    like = next(v for v in (out, grad_out, grad_h) if v is not None)
+    grad = meet_reference(out, grad_out, grad_h)
+    if clip is not None:
+        grad = torch.where(out.abs() >= clip, 0, grad)
+    return tuple(
+        (grad * weight).to(like.dtype).contiguous(memory_format=layout_of(like))
+        for weight in mp_sum_weights(t)
+    )
+
+
+_fwd = or_reference(_fwd, _fwd_by_reference)
+_bwd = or_reference(_bwd, _bwd_by_reference)
+
 
 torch.library.define(
     "tcm_fast::mp_sum_fwd",

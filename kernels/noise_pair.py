@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from tcm_fast.kernels._philox_triton import box_muller, philox_blocks
-from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.philox import counters, philox_normal
 from tcm_fast.kernels.precondition import preconditioning
@@ -186,6 +186,23 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 # -- registration ---------------------------------------------------------------------------------
+
+
+def _by_reference(y, t, r, sample, seed, step, layer, sigma_data, dtype, append_ones):
+    noise = philox_normal(seed, step, layer, sample, tuple(y.shape[1:]))
+    outputs = noise_pair_reference(
+        y, t, r, noise, sigma_data=sigma_data, dtype=dtype, append_ones=append_ones
+    )
+    buffers = _buffers(
+        y, r is not None, dtype, append_ones
+    )  # an operator must not return its input
+    for buffer, output in zip(buffers, (v for v in outputs if v is not None), strict=True):
+        buffer.copy_(output)
+    return buffers
+
+
+_launch = or_reference(_launch, _by_reference)
+
 
 torch.library.define(
     "tcm_fast::noise_pair",

@@ -20,7 +20,15 @@ from tcm_fast.kernels._pointwise import (
     tile_for,
     variant,
 )
-from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import (
+    Variant,
+    gradients,
+    launch,
+    or_reference,
+    runs_triton,
+    tl,
+    triton,
+)
 from tcm_fast.kernels.qkv_attention import NORM_EPS
 
 # -- reference ------------------------------------------------------------------------------------
@@ -144,6 +152,21 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 # -- registration ---------------------------------------------------------------------------------
+
+
+def _fwd_by_reference(x):
+    layout = layout_of(x)
+    return tuple(v.contiguous(memory_format=layout) for v in pixel_norm_mp_silu_reference(x))
+
+
+def _bwd_by_reference(grad_u, grad_h, x):
+    (grad_x,) = gradients(pixel_norm_mp_silu_reference, [x], [grad_u, grad_h])
+    return grad_x.contiguous(memory_format=layout_of(x))
+
+
+_fwd = or_reference(_fwd, _fwd_by_reference)
+_bwd = or_reference(_bwd, _bwd_by_reference)
+
 
 torch.library.define("tcm_fast::pixel_norm_mp_silu_fwd", "(Tensor x) -> (Tensor, Tensor)")
 torch.library.define(

@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from tcm_fast.kernels._triton import (
+    VERSION,
     Variant,
     calls_directly,
+    gradients,
     interpreting,
     launch,
+    or_reference,
     runs_triton,
     tl,
     triton,
@@ -98,15 +101,19 @@ def _load_qkv(
 ):  # fmt: skip
     """q, k, v [ROWS, D] of a head at the tokens `rows`; zero beyond the last token."""
     if CHANNELS_LAST:
+        # Sorted as integers, so that a product reads a bitcast and not a reshape: Triton before 3.7
+        # moves the reshape into shared memory, where sm_90 has no layout for it.
+        dtype = base.dtype.element_ty
+        base = base.to(tl.pointer_type(tl.int16 if WIDTH == 8 else tl.int32))
         at = _vectors(base, rows, heads, ROWS, D, WIDTH)
         inside = (rows < tokens)[:, None, None]
         x = _lanes(tl.load(at, mask=inside, other=0), ROWS, D // WIDTH, WIDTH)
         y = _lanes(tl.load(at + WIDTH, mask=inside, other=0), ROWS, D // WIDTH, WIDTH)
         z = _lanes(tl.load(at + 2 * WIDTH, mask=inside, other=0), ROWS, D // WIDTH, WIDTH)
         xyz = x + y + z
-        q = tl.reshape(_zip(xyz[0::3], ROWS, D // WIDTH, WIDTH), [ROWS, D])
-        k = tl.reshape(_zip(xyz[1::3], ROWS, D // WIDTH, WIDTH), [ROWS, D])
-        v = tl.reshape(_zip(xyz[2::3], ROWS, D // WIDTH, WIDTH), [ROWS, D])
+        q = tl.reshape(_zip(xyz[0::3], ROWS, D // WIDTH, WIDTH), [ROWS, D]).to(dtype, bitcast=True)
+        k = tl.reshape(_zip(xyz[1::3], ROWS, D // WIDTH, WIDTH), [ROWS, D]).to(dtype, bitcast=True)
+        v = tl.reshape(_zip(xyz[2::3], ROWS, D // WIDTH, WIDTH), [ROWS, D]).to(dtype, bitcast=True)
     else:
         at = base + tl.arange(0, D)[None, :] * (3 * tokens) + rows[:, None]
         inside = (rows < tokens)[:, None]
@@ -393,6 +400,8 @@ def _tiles(
         if hopper:  # two stages and the normalisation are eight bytes more than the registers
             return 64, 64, 8, 1 if normalize else 2
         return (32, 64, 8, 1) if normalize else (64, 32, 8, 1)
+    if d == 256 and roomy and not hopper and VERSION < (3, 8):
+        return 32, 16, 8, 1  # it holds two tiles of the loop twice
     return (32, 32, 8, 1) if roomy or d == 128 else (16, 16, 4, 1)
 
 
@@ -519,6 +528,26 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 # -- registration ---------------------------------------------------------------------------------
+
+
+def _fwd_by_reference(qkv, num_heads, normalize, scale):
+    out = qkv_attention_reference(qkv, num_heads, normalize=normalize, scale=scale)
+    n, _, height, width = qkv.shape
+    lse = qkv.new_empty((n, num_heads, height * width), dtype=torch.float32)  # nobody reads it
+    return out.contiguous(memory_format=_layout(qkv)), lse
+
+
+def _bwd_by_reference(grad_out, qkv, out, lse, num_heads, normalize, scale):
+    def function(qkv):
+        return qkv_attention_reference(qkv, num_heads, normalize=normalize, scale=scale)
+
+    (grad_qkv,) = gradients(function, [qkv], [grad_out])
+    return grad_qkv.contiguous(memory_format=_layout(qkv))
+
+
+_fwd = or_reference(_fwd, _fwd_by_reference)
+_bwd = or_reference(_bwd, _bwd_by_reference)
+
 
 torch.library.define(
     "tcm_fast::qkv_attention_fwd",

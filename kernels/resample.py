@@ -13,12 +13,13 @@ from tcm_fast.kernels._pointwise import (
     given,
     has_asm,
     layout_of,
+    meet_reference,
     scaled_silu,
     scaled_silu_grad,
     tile_for,
     variant,
 )
-from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
 
 MODES = ("up", "down")
 
@@ -213,6 +214,30 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 # -- registration ---------------------------------------------------------------------------------
+
+
+def _fwd_by_reference(x, mode, with_silu):
+    y, h = resample_reference(x, mode, with_silu=with_silu)
+    h = h.contiguous(memory_format=layout_of(x)) if with_silu else x.new_empty(0)
+    return y, h
+
+
+def _bwd_by_reference(grad_y, grad_h, z, shape, mode):
+    first = z if z is not None else grad_y
+    if mode == "up":  # z is the smaller map: what meets there are sums of four
+        grads = [
+            None if g is None else 4 * F.avg_pool2d(g.to(torch.float32), 2)
+            for g in (grad_y, grad_h)
+        ]
+        grad = meet_reference(z, *grads)
+    else:
+        grad = F.interpolate(meet_reference(z, grad_y, grad_h), scale_factor=2.0) / 4
+    return grad.to(first.dtype).contiguous(memory_format=layout_of(first))
+
+
+_fwd = or_reference(_fwd, _fwd_by_reference)
+_bwd = or_reference(_bwd, _bwd_by_reference)
+
 
 torch.library.define(
     "tcm_fast::resample_fwd", "(Tensor x, str mode, bool with_silu) -> (Tensor, Tensor)"

@@ -13,7 +13,7 @@ from tcm_fast.kernels._pointwise import (
     tile_for,
     variant,
 )
-from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -178,6 +178,27 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 # -- registration ---------------------------------------------------------------------------------
+
+
+def _fwd_by_reference(x, skip, scale, bias):
+    return residual_reference(x, skip, scale, bias).contiguous(memory_format=layout_of(x))
+
+
+def _bwd_by_reference(grad_out, scale, wants_bias):
+    grad = grad_out.to(torch.float32) * scale
+    grad_bias = grad.sum((0, 2, 3)) if wants_bias else grad.new_zeros(grad.shape[1])
+    grad_x = grad.to(grad_out.dtype).contiguous(memory_format=layout_of(grad_out))
+    return grad_x, grad_bias
+
+
+def _bias_grad_by_reference(grad_out):
+    return grad_out.sum((0, 2, 3), dtype=torch.float32)
+
+
+_fwd = or_reference(_fwd, _fwd_by_reference)
+_bwd = or_reference(_bwd, _bwd_by_reference)
+_bias_grad = or_reference(_bias_grad, _bias_grad_by_reference)
+
 
 torch.library.define(
     "tcm_fast::residual_fwd", "(Tensor x, Tensor skip, float scale, Tensor? bias) -> Tensor"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tcm_fast.benchmarks import static_report
 from tcm_fast.benchmarks.static_report import (
     ARCHS,
     OPERATIONS,
@@ -96,6 +97,50 @@ def test_small_kernels_compile_without_spills(tmp_path):
         rows = json.loads(out.read_text())["rows"]
         assert {row["arch"] for row in rows} == {80, 90}
         assert all(row["spill_bytes"] == 0 for row in rows)
+
+
+FORMERLY_FAILED = """
+import json
+from tcm_fast.benchmarks.static_report import compile_variant, module_of, tasks_for
+
+rows = []
+for task in tasks_for("qkv_attention", [80, 90]):
+    site = module_of("qkv_attention").specialisations(task[0])[task[2]].site
+    if site in ("DDPM++ 8x8 bf16", "ADM 16x16 bf16") and (task[0] == 90 or "DDPM" in site):
+        rows.append(compile_variant(*task, True))
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.slow
+def test_attention_compiles_with_the_installed_triton():
+    """Triton 3.5 and 3.6 refused a reshape before a product on sm_90, and up to 3.7 they need more shared
+    memory on sm_80."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", FORMERLY_FAILED]
+    run = subprocess.run(command, check=True, env=environment, capture_output=True, timeout=1200)
+    rows = json.loads(run.stdout)
+    assert [row["arch"] for row in rows] == [80] * 2 + [90] * 4
+    assert not [row for row in rows if "error" in row]
+
+
+def test_a_check_names_what_does_not_compile(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    rows = [{"arch": 90, "kernel": "_k", "site": "8x8", "operation": "residual"}]
+    rows.append(rows[0] | {"arch": 80, "error": "PassManager::run failed"})
+    given = []
+
+    def report(*arguments):
+        given.append(arguments)
+        return {"rows": rows, "sources": {}, "versions": {"triton": "3.6.0"}}
+
+    monkeypatch.setattr(static_report, "report", report)
+    monkeypatch.setattr(sys, "argv", ["static_report", "--check", "--archs", "80", "90"])
+    assert static_report.main() == 1
+    assert given == [([80, 90], "", None, True)]
+    printed = capsys.readouterr().out
+    assert printed == "sm_80 _k 8x8: PassManager::run failed\nTriton 3.6.0: 1 of 2 compile\n"
 
 
 def test_an_interpreting_process_refuses(tmp_path):
