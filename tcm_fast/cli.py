@@ -449,7 +449,11 @@ def bench(args: Bench) -> int:
         return 0
     if args.what in groups:
         settings = replace(settings, groups=groups[args.what])
-    results = suite.run(settings, say=lambda line: print(line, file=sys.stderr))
+    results = suite.run(
+        settings,
+        say=lambda line: print(line, file=sys.stderr),
+        save=lambda results: report.write_numbers(results, args.out),
+    )
     page = report.write(results, args.out)
     print(report.terminal(results))
     print(f"report in {page}")

@@ -243,7 +243,7 @@ def test_bench_writes_a_report_and_profile_a_trace(tmp_path, monkeypatch, capsys
 
     asked = []
 
-    def measured(settings, say):
+    def measured(settings, say, save):
         asked.append(settings)
         environment = {"name": "machine", "device": "cpu", "threads": 1}
         wrong = "off by 3" if settings.only == "bad" else ""

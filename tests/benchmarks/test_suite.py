@@ -13,7 +13,7 @@ from tcm_fast.benchmarks.cases import DIGITS, NetworkShape, Provider, cases
 from tcm_fast.benchmarks.compare import compare
 from tcm_fast.benchmarks.measure import Pace
 from tcm_fast.benchmarks.peers import BASELINE, OURS, providers
-from tcm_fast.benchmarks.results import GROUPS, Results, Row
+from tcm_fast.benchmarks.results import GROUPS, Results, Row, load
 from tcm_fast.benchmarks.steps import (
     OurStep,
     SampleCase,
@@ -83,6 +83,22 @@ def test_the_whole_suite(small):
 def test_only_what_is_asked_for(small):
     results = suite.run(dataclasses.replace(small, groups=("ops",), only="qkv_attention"))
     assert {row.operation for row in results.rows} == {"qkv_attention"}
+
+
+def test_a_run_that_is_cut_keeps_what_it_has_measured(small, tmp_path):
+    path, counts = tmp_path / "results.json", []
+
+    def save(results):
+        results.save(path)
+        counts.append(len(results.rows))
+        if len(counts) == 3:
+            raise KeyboardInterrupt
+
+    groups = ("sample", "memory", "optimizer")
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(dataclasses.replace(small, groups=groups), say=lambda _: None, save=save)
+    assert 0 < counts[0] < counts[1] < counts[2] == len(load(path).rows)
+    assert [path] == list(tmp_path.iterdir())
 
 
 SITE = next(c for c in cases([DIGITS], [2], [torch.float32]) if c.operation == "qkv_attention")
