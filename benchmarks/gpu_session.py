@@ -13,10 +13,12 @@ built here; kernels that were compiled elsewhere (`precompile.py`) are taken fro
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -439,11 +441,12 @@ class Session:
         if result.suffix != ".json" or not result.is_file():
             return
         try:
-            from tcm_fast.benchmarks import report
+            report = importlib.import_module("tcm_fast.benchmarks.report")
             from tcm_fast.benchmarks.results import load
         except ModuleNotFoundError as error:  # then what the case left is kept as it is
             self.say(f"no report: {error}")
-            os.replace(result, self.out / f"results-{len(list(self.out.glob('results-*')))}.json")
+            number = len(list(self.out.glob("results-*.json")))
+            shutil.copy(result, self.out / f"results-{number}.json")
             return
         new, path = load(result), self.out / "results.json"
         if path.is_file():
