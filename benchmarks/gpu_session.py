@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 LEAST = 10.0  # seconds: nothing is begun with less left
 TRIES = 2
+PATIENCE = 10  # times an item's limit in a dry run, which is on a slower machine
 LOG_TAIL = 20_000  # characters of an item's output that are kept
 NO_TESTS = 5  # pytest's status where nothing was chosen
 DONE, FAILED, TIMED_OUT, CUT, NEVER = "done", "failed", "timed out", "cut", "not reached"
@@ -521,10 +522,11 @@ def test_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def items(tests: Path, device: str = "cuda", dry_run: bool = False) -> list[Item]:
     """Everything, in the order of its value."""
+    patience = PATIENCE if dry_run else 1
     pytest = (sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
     pytest += ("-m", "gpu and not slow", "--junitxml={result}")
     found = {
-        name: Item(name, (*pytest, str(path)), TEST_SECONDS, shares=True, result="tests.xml")
+        name: Item(name, (*pytest, str(path)), patience * TEST_SECONDS, shares=True, result="tests.xml")
         for name, path in test_files(tests)
     }
     case = (sys.executable, "-m", "tcm_fast.benchmarks.gpu_session", "--device", device)
@@ -532,7 +534,7 @@ def items(tests: Path, device: str = "cuda", dry_run: bool = False) -> list[Item
 
     def of(cases: dict[str, Case]) -> list[Item]:
         return [
-            Item(name, (*case, "--case", name, "--out", "{result}"), c.seconds)
+            Item(name, (*case, "--case", name, "--out", "{result}"), patience * c.seconds)
             for name, c in cases.items()
         ]
 
