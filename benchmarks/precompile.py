@@ -36,6 +36,7 @@ from tcm_fast.benchmarks.cases import DTYPE_NAMES, Case, available_networks, cas
 from tcm_fast.kernels._triton import AVAILABLE, compiling_together
 
 MANIFEST = "manifest.json"
+LOADED = (".cubin", ".json")  # of what a kernel goes through, what is read when it is launched
 BATCHES = (16, 2, 1)  # Triton tells apart multiples of 16, 1, and other numbers
 # The dtypes in which gpu_session.py runs each network.
 DTYPES = {"ddpmpp": ("bf16", "fp16", "fp32"), "edm2": ("fp16", "bf16"), "adm": ("bf16",)}
@@ -189,7 +190,8 @@ def _compile(index: int, arch: int) -> tuple[str, dict[str, bytes]] | str:
             built = launch.kernel.warmup(*launch.args, grid=(1,), **dict(launch.constants))
     except Exception as error:  # the others are compiled all the same
         return f"{launch.kernel.__name__}: {' '.join(str(error).split())[:200]}"
-    return keys[built.hash], {n: Path(p).read_bytes() for n, p in built.metadata_group.items()}
+    files = {name: Path(path) for name, path in built.metadata_group.items()}
+    return keys[built.hash], {n: p.read_bytes() for n, p in files.items() if p.suffix in LOADED}
 
 
 def write(

@@ -376,7 +376,7 @@ def _step_rows(
     together = True
     try:
         found = timed(list(makers))
-    except torch.cuda.OutOfMemoryError:
+    except Exception:  # out of memory, or one of them fails: which shows when each is alone
         together = False
     rows = []
     for name in makers:
@@ -384,8 +384,8 @@ def _step_rows(
             _forget(settings.is_cuda)
             try:
                 found = timed([name])
-            except torch.cuda.OutOfMemoryError:
-                results.skipped.append((str(case), name, "out of memory"))
+            except Exception as error:
+                rows += _failed("step", case, name, error, results)
                 continue
         samples, step = found[name]
         row = Row(
@@ -394,11 +394,26 @@ def _step_rows(
             extra={"in turn": together},
         )  # fmt: skip
         if name in (*COUNTED, "tcm_fast graphs"):
-            _count(step, row, settings.is_cuda)
+            try:
+                _count(step, row, settings.is_cuda)
+            except Exception as error:  # the profiler's trouble costs no time that was taken
+                row.extra["not counted"] = f"{type(error).__name__}: {error}"[:200]
         rows.append(row)
         found.pop(name)
         del step
     return rows
+
+
+def _failed(group: str, case: StepCase, name: str, error: Exception, results: Results) -> list[Row]:
+    """What is kept of a provider that cannot take its step: ours is wrong, another one skipped."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        why = "out of memory"
+    else:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if name.startswith(OURS):
+            return [Row(group, str(case), name, [], wrong=why)]
+    results.skipped.append((str(case), name, why))
+    return []
 
 
 def _count(step: Step, row: Row, is_cuda: bool) -> None:
@@ -462,8 +477,8 @@ def measure_peaks(case: StepCase, settings: Settings, results: Results) -> None:
         if settings.is_cuda:
             try:
                 peak, how = peak_memory(_block(step, 4, True), settings.device), "allocator"
-            except torch.cuda.OutOfMemoryError:
-                results.skipped.append((str(case), name, "out of memory"))
+            except Exception as error:
+                results.rows += _failed("memory", case, name, error, results)
                 continue
         else:
             for _ in range(2):

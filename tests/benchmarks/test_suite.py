@@ -204,6 +204,21 @@ def test_our_step_trains():
     assert step.count == 3
 
 
+def test_a_step_that_fails_costs_no_other_its_numbers(small, monkeypatch):
+    def fails():
+        raise RuntimeError("no graph\nhere")
+
+    real = step_providers(StepCase(TINY, 8))
+    broken = {"official_style": (lambda: fails, ""), "tcm_fast unsplit": (fails, "")}
+    monkeypatch.setattr(suite, "step_providers", lambda case: real | broken)
+    results = suite.run(dataclasses.replace(small, groups=("step",)), say=lambda _: None)
+    rows = {row.provider: row for row in results.rows}
+    assert rows["tcm_fast"].samples
+    assert rows["tcm_fast unsplit"].wrong == "RuntimeError: no graph here"
+    assert "official_style" not in rows
+    assert ("official_style", "RuntimeError: no graph here") in [s[1:] for s in results.skipped]
+
+
 def test_a_network_that_differs_is_found(monkeypatch):
     case = StepCase(TINY, 8)
     build = StepCase.build
