@@ -469,7 +469,8 @@ def read_tests(path: Path) -> tuple[str, list[str]]:
         return "", []
     suites = list(root.iter("testsuite"))
     total, failed, errors, skipped = (
-        sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")
+        sum(int(s.get(key, 0)) for s in suites)
+        for key in ("tests", "failures", "errors", "skipped")
     )
     lines = []
     for case in root.iter("testcase"):
@@ -526,7 +527,9 @@ def items(tests: Path, device: str = "cuda", dry_run: bool = False) -> list[Item
     pytest = (sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider")
     pytest += ("-m", "gpu and not slow", "--junitxml={result}")
     found = {
-        name: Item(name, (*pytest, str(path)), patience * TEST_SECONDS, shares=True, result="tests.xml")
+        name: Item(
+            name, (*pytest, str(path)), patience * TEST_SECONDS, shares=True, result="tests.xml"
+        )
         for name, path in test_files(tests)
     }
     case = (sys.executable, "-m", "tcm_fast.benchmarks.gpu_session", "--device", device)
@@ -569,9 +572,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = missing_modules()
     if missing:
         print(f"not installed, what needs it will fail: {', '.join(missing)}")
-    session = Session(
-        given.out, 60 * given.minutes, given.jobs, given.dry_run, missing=missing
-    )
+    session = Session(given.out, 60 * given.minutes, given.jobs, given.dry_run, missing=missing)
     session.run(found)
     states = [session.records[item.name].state for item in found]
     print(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))

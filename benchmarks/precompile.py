@@ -253,7 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="compile the Triton kernels for another machine")
     parser.add_argument("--arch", type=int, default=90, help="compute capability, 90 for 9.0")
     parser.add_argument("--out", type=Path, default=Path("kernels.zip"))
-    parser.add_argument("--tests", type=Path, help="the folder of tests, whose kernels are wanted too")
+    parser.add_argument(
+        "--tests", type=Path, help="the folder of tests, whose kernels are wanted too"
+    )
     parser.add_argument("--networks", nargs="+", choices=[*DTYPES], default=[*DTYPES])
     parser.add_argument("--dtypes", nargs="+", choices=["bf16", "fp16", "fp32"],
                         help="instead of those in which the session runs each network")  # fmt: skip

@@ -43,8 +43,8 @@ from tcm_fast.benchmarks.peers import BASELINE, OURS, optimizer_providers, provi
 from tcm_fast.benchmarks.results import GROUPS, Results, Row
 from tcm_fast.benchmarks.steps import (
     OurStep,
-    Step,
     SampleCase,
+    Step,
     StepCase,
     check_networks,
     sample_cases,

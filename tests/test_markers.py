@@ -14,7 +14,9 @@ HAS_GPU = "import torch\ntorch.cuda.is_available = lambda: {}\n"
 def test_on_a_gpu_the_kernels_tests_are_its_tests(has_gpu, tmp_path):
     """Those that run in the interpreter where there is none."""
     (tmp_path / "machine.py").write_text(HAS_GPU.format(has_gpu))
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pytest; sys.exit(pytest.main())"
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pytest; sys.exit(pytest.main())"
+    )
     files = ["tests/kernels/test_mp_sum.py", "tests/kernels/test_dropout.py"]
     options = ["-p", "machine", "-p", "no:cacheprovider", "--collect-only", "-q", "-m", "gpu"]
     command = [sys.executable, "-c", code, *options, *files]

@@ -145,8 +145,8 @@ CRASH = '<testcase name="test_crash"><failure message="RuntimeError: CUDA error"
 ])  # fmt: skip
 def test_a_dry_run_tells_wrong_values_from_crashes(more, dry_run, state, tmp_path):
     machine = Machine()
-    machine.ends["tests"] = (
-        lambda path: path.write_text(XML.format(failures=1 + bool(more), more=more)) and 1
+    machine.ends["tests"] = lambda path: (
+        path.write_text(XML.format(failures=1 + bool(more), more=more)) and 1
     )
     machine.session(tmp_path, dry_run=dry_run).run([item("tests", result="tests.xml")])
     assert states(tmp_path) == {"tests": state}
@@ -182,9 +182,8 @@ def test_a_process_is_killed_with_its_children_at_its_limit(tmp_path):
     """The child writes on as long as it lives."""
     path = tmp_path / "child"
     child = f"import time\nwhile True: open({str(path)!r}, 'a').write('x'); time.sleep(.01)"
-    code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
-    ending = gpu_session.launch(python(code), 2.0)
-    assert ending == Ending(None, "begun\n")
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu_session.launch(python(code), 3.0).status is None
     size = path.stat().st_size if path.exists() else 0
     gpu_session.launch(python("import time; time.sleep(.2)"), 60.0)
     assert (path.stat().st_size if path.exists() else 0) == size
@@ -236,7 +235,9 @@ def test_tests_come_first_and_every_item_has_a_limit():
     first_case = names.index(next(iter(gpu_session.FIRST_CASES)))
     assert set(names[:first_case]) == set(gpu_session.FIRST_TESTS) & set(names)
     assert {"kernels/test_dropout", "networks/test_edm2", "test_offload"} <= set(names)
-    assert all(item.shares == item.name.startswith(("kernels/", "networks/", "test_")) for item in items)
+    assert all(
+        item.shares == item.name.startswith(("kernels/", "networks/", "test_")) for item in items
+    )
     # What the session is for comes within its first minutes.
     assert names.index("step CIFAR-10 bf16") < names.index("step EDM2-S fp16") < first_case + 6
 

@@ -33,9 +33,7 @@ def test_launches_are_noted_and_not_carried_out():
         assert any(isinstance(a, precompile.Pointer) and a.address == 0 for a in launch.args)
     with pytest.raises(ValueError, match="no such thing"):
         precompile.noted(lambda: (_ for _ in ()).throw(ValueError("no such thing")), 90)
-    with pytest.raises(ValueError, match="needs a kernel on cpu"), pytest.MonkeyPatch.context() as p:
-        p.setenv("TCM_FAST_BACKEND", "kernel")
-        _triton.runs_triton("mp_sum", "cpu")  # everything is as before
+    assert not _triton.runs_triton("mp_sum", "cpu")  # everything is as before
 
 
 def test_forms_are_told_apart_as_triton_does():
@@ -85,5 +83,7 @@ def test_another_release_of_triton_is_refused(tmp_path, capsys):
     path = tmp_path / "kernels.zip"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("manifest.json", json.dumps({"triton": "2.0.0", "arch": 90, "keys": []}))
-    with pytest.raises(ValueError, match=r"must be made with the Triton that is here, .* got 2\.0\.0"):
+    with pytest.raises(
+        ValueError, match=r"must be made with the Triton that is here, .* got 2\.0\.0"
+    ):
         precompile.install(path)
