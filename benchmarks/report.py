@@ -17,6 +17,7 @@ from pathlib import Path
 from tcm_fast.benchmarks.peers import BASELINE
 from tcm_fast.benchmarks.plots import WITHOUT, available, plots
 from tcm_fast.benchmarks.results import Results, Row, load
+from tcm_fast.tensor_files import replacing
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 RECORDED = Path(__file__).parent / "results"
@@ -302,11 +303,16 @@ def page(results: Results) -> str:
     )
 
 
+def write_numbers(results: Results, out: Path) -> None:
+    """results.json and report.md in a folder: what is written while a run goes on."""
+    results.save(out / "results.json")
+    with replacing(out / "report.md") as temporary:
+        temporary.write_text(markdown(results), encoding="utf-8")
+
+
 def write(results: Results, out: Path) -> Path:
     """results.json, report.md and report.html in a folder; returns the page's path."""
-    out.mkdir(parents=True, exist_ok=True)
-    results.save(out / "results.json")
-    (out / "report.md").write_text(markdown(results), encoding="utf-8")
+    write_numbers(results, out)
     (out / "report.html").write_text(page(results), encoding="utf-8")
     return out / "report.html"
 

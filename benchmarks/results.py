@@ -10,6 +10,7 @@ from typing import Any
 
 from tcm_fast.benchmarks.measure import spread
 from tcm_fast.plan import Ceilings
+from tcm_fast.tensor_files import replacing
 
 FORMAT = 1
 GROUPS = ("ops", "host", "optimizer", "step", "sample", "memory")
@@ -84,11 +85,12 @@ class Results:
         return [row for row in self.rows if row.samples]
 
     def save(self, path: Path) -> None:
-        """As JSON, rounded to four digits more than anybody can measure."""
+        """As JSON, rounded to four digits more than anybody can measure; the file is whole or absent."""
         data = {"format": FORMAT} | dataclasses.asdict(self)
         for row in data["rows"]:
             row["samples"] = [float(f"{value:.7g}") for value in row["samples"]]
-        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def load(path: str | Path) -> Results:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from tcm_fast.benchmarks.peers import BASELINE, OURS, optimizer_providers, provi
 from tcm_fast.benchmarks.results import GROUPS, Results, Row
 from tcm_fast.benchmarks.steps import (
     OurStep,
+    SampleCase,
     Step,
     StepCase,
     check_networks,
@@ -55,6 +56,7 @@ from tcm_fast.benchmarks.steps import (
 from tcm_fast.plan import measure_ceilings
 
 Say = Callable[[str], None]
+Save = Callable[[Results], None]
 COUNTED = (OURS, "official_style")  # whose operations, waits and memory are counted
 
 
@@ -62,6 +64,7 @@ COUNTED = (OURS, "official_style")  # whose operations, waits and memory are cou
 class Settings:
     """What is wanted. groups: of results.GROUPS, and roofline. compiled: torch.compile among the
     operations' providers, None on a GPU only. only: part of a case's name. official, fastgen: checkouts.
+    dry_run: each call once and no answer looked at, to see that all runs on a device that computes nothing.
     """
 
     groups: tuple[str, ...] = (*GROUPS, "roofline")
@@ -71,6 +74,7 @@ class Settings:
     only: str = ""
     official: Path | None = None
     fastgen: Path | None = None
+    dry_run: bool = False
 
     @property
     def is_cuda(self) -> bool:
@@ -78,19 +82,26 @@ class Settings:
 
     @property
     def pace(self) -> Pace:
-        return Pace.of(self.quick)
+        return Pace(0.0, 1) if self.dry_run else Pace.of(self.quick)
 
 
-def run(settings: Settings, say: Say = print) -> Results:
-    """Measure. A provider whose answer is wrong has a row that says so, and no samples."""
-    begun = time.perf_counter()
+def begin(settings: Settings) -> Results:
+    """Results without a row: where and what is measured."""
     configuration = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
-    results = Results(environment(settings.device), configuration)
+    return Results(environment(settings.device), configuration)
+
+
+def run(settings: Settings, say: Say = print, save: Save = lambda _: None) -> Results:
+    """Measure. A provider whose answer is wrong has a row that says so, and no samples. `save` is given
+    what there is after every case, so that a run that is cut short loses one case."""
+    begun = time.perf_counter()
+    results = begin(settings)
     say(f"{results.environment['name']}: measuring ceilings")
     results.ceilings = measure_ceilings(settings.device, quick=settings.quick)
     for group in settings.groups:
         say(f"{group} ...")
-        GROUP_FUNCTIONS[group](settings, results, say)
+        for _ in GROUP_FUNCTIONS[group](settings, results, say):
+            save(results)
         _forget(settings.is_cuda)
     if not settings.is_cuda:
         say("kernels for a GPU, in Triton's interpreter ...")
@@ -119,15 +130,15 @@ def chosen_cases(settings: Settings) -> list[Case]:
         dtypes = (torch.bfloat16,) if settings.quick else tuple(DTYPE_NAMES)
         found = cases(available_networks(), (64,), dtypes)
         if not settings.quick:  # large enough for the copy rate to be a fair ceiling
-            found += _largest(cases(available_networks(), (512,), dtypes), 3)
+            found += largest(cases(available_networks(), (512,), dtypes), 3)
     else:
         networks = (NARROW,) if settings.quick else (DIGITS, NARROW)
         found = cases(networks, (8,), (torch.float32,))
-    found = _largest(found, 3) if settings.quick else found
+    found = largest(found, 3) if settings.quick else found
     return [case for case in found if _wanted(settings, case)]
 
 
-def _largest(found: list[Case], number: int) -> list[Case]:
+def largest(found: list[Case], number: int) -> list[Case]:
     groups: dict[Any, list[Case]] = defaultdict(list)
     for case in found:
         groups[case.operation, case.site.network, case.dtype].append(case)
@@ -137,16 +148,20 @@ def _largest(found: list[Case], number: int) -> list[Case]:
     return [case for case in found if id(case) in kept]
 
 
-@tf32(False)
-def time_operations(settings: Settings, results: Results, say: Say) -> None:
-    rows: list[Row] = []
+def time_operations(settings: Settings, results: Results, say: Say) -> Iterator[None]:
+    before = len(results.rows)
     for case in chosen_cases(settings):
-        rows += operation_rows(
-            case, providers(case, settings.device, compiled=settings.compiled), settings, results.skipped
-        )  # fmt: skip
-    results.rows += rows
+        time_operation(case, settings, results)
+        yield
     if not settings.quick and not settings.only:
-        results.rows += network_sums(rows)
+        results.rows += network_sums(results.rows[before:])
+        yield
+
+
+@tf32(False)
+def time_operation(case: Case, settings: Settings, results: Results) -> None:
+    candidates = providers(case, settings.device, compiled=settings.compiled)
+    results.rows += operation_rows(case, candidates, settings, results.skipped)
 
 
 def operation_rows(
@@ -159,9 +174,11 @@ def operation_rows(
         if provider.gap:
             skipped.append((str(case), provider.name, provider.gap))
             continue
-        problem = check(case, provider, settings.device)
-        if not problem and provider.is_ours:
-            problem = check_ends(case, provider, settings.device)
+        problem = ""
+        if not settings.dry_run:
+            problem = check(case, provider, settings.device)
+            if not problem and provider.is_ours:
+                problem = check_ends(case, provider, settings.device)
         if not problem:
             good.append(provider)
         elif provider.is_ours or provider.name.startswith(BASELINE):
@@ -221,7 +238,7 @@ def network_sums(rows: list[Row]) -> list[Row]:
     return sums
 
 
-def time_host(settings: Settings, results: Results, say: Say) -> None:
+def time_host(settings: Settings, results: Results, say: Say) -> Iterator[None]:
     """Host time of a call, on tensors so small that the device does nothing to speak of: ours beside
     eager GroupNorm and SiLU."""
     sites = [
@@ -241,9 +258,10 @@ def time_host(settings: Settings, results: Results, say: Say) -> None:
             results.rows.append(
                 Row("host", name, provider.name, samples, direction=direction, network=case.site.network)
             )  # fmt: skip
+        yield
 
 
-def time_optimizers(settings: Settings, results: Results, say: Say) -> None:
+def time_optimizers(settings: Settings, results: Results, say: Say) -> Iterator[None]:
     small = ("ddpmpp", 32, {"model_channels": 64, "channel_mult": (1, 2, 2), "num_blocks": 1})
     networks = [small]
     if settings.is_cuda:
@@ -259,7 +277,9 @@ def time_optimizers(settings: Settings, results: Results, say: Say) -> None:
                 continue
             steps: dict[str, Step] = {}
             for provider, gap in optimizer_providers(kind, settings.device).items():
-                problem = gap or optimizers.check_step(kind, provider, settings.device)
+                problem = gap
+                if not (gap or settings.dry_run):
+                    problem = optimizers.check_step(kind, provider, settings.device)
                 if gap or (problem and provider != OURS):
                     results.skipped.append((name, provider, problem))
                 elif problem:
@@ -275,6 +295,7 @@ def time_optimizers(settings: Settings, results: Results, say: Say) -> None:
                 )
                 for provider, timing in timings.items()
             ]  # fmt: skip
+            yield
 
 
 # ---- whole steps --------------------------------------------------------------------------------
@@ -306,28 +327,37 @@ def all_step_providers(
     return found
 
 
-def time_steps(settings: Settings, results: Results, say: Say) -> None:
+def time_steps(settings: Settings, results: Results, say: Say) -> Iterator[None]:
     for case in step_cases(settings.device, quick=settings.quick):
-        if not _wanted(settings, case):
+        if _wanted(settings, case):
+            say(f"  {case}")
+            time_step(case, settings, results)
+            yield
+            _forget(settings.is_cuda)
+
+
+def time_step(
+    case: StepCase, settings: Settings, results: Results, names: Iterable[str] = ()
+) -> None:
+    """A training step by everybody who can take it, or by those of these names."""
+    problem = "" if settings.dry_run else check_networks(case)
+    if problem:
+        results.rows.append(Row("step", str(case), "official_style", [], wrong=problem))
+        return
+    makers, wanted = {}, set(names)
+    for name, (make, gap) in all_step_providers(case, settings).items():
+        if wanted and name not in wanted:
             continue
-        say(f"  {case}")
-        problem = check_networks(case)
-        if problem:
-            results.rows.append(Row("step", str(case), "official_style", [], wrong=problem))
-            continue
-        makers = {}
-        for name, (make, gap) in all_step_providers(case, settings).items():
-            if gap:
-                results.skipped.append((str(case), name, gap))
-            else:
-                makers[name] = make
-        rows = _step_rows(case, makers, settings, results)
-        results.rows += rows
-        medians = {row.provider: row for row in rows}
-        if {"published TCM", "official_style"} <= medians.keys():
-            pair = medians["official_style"].samples, medians["published TCM"].samples
-            results.notes.append(f"{case}: {official.nearness(*pair)[1]}")
-        _forget(settings.is_cuda)
+        if gap:
+            results.skipped.append((str(case), name, gap))
+        else:
+            makers[name] = make
+    rows = _step_rows(case, makers, settings, results)
+    results.rows += rows
+    medians = {row.provider: row for row in rows}
+    if {"published TCM", "official_style"} <= medians.keys():
+        pair = medians["official_style"].samples, medians["published TCM"].samples
+        results.notes.append(f"{case}: {official.nearness(*pair)[1]}")
 
 
 def _step_rows(
@@ -335,7 +365,7 @@ def _step_rows(
 ) -> list[Row]:
     """All providers in turn; one after another where their networks do not fit together."""
     blocks = (4 if settings.quick else 10) if settings.is_cuda else 1
-    pace = replace(settings.pace, rounds=10 if settings.quick else 20)
+    pace = replace(settings.pace, rounds=min(settings.pace.rounds, 10 if settings.quick else 20))
 
     def timed(names: list[str]) -> dict[str, tuple[list[float], Step]]:
         steps = {name: makers[name]() for name in names}
@@ -347,7 +377,7 @@ def _step_rows(
     together = True
     try:
         found = timed(list(makers))
-    except torch.cuda.OutOfMemoryError:
+    except Exception:  # out of memory, or one of them fails: which shows when each is alone
         together = False
     rows = []
     for name in makers:
@@ -355,8 +385,8 @@ def _step_rows(
             _forget(settings.is_cuda)
             try:
                 found = timed([name])
-            except torch.cuda.OutOfMemoryError:
-                results.skipped.append((str(case), name, "out of memory"))
+            except Exception as error:
+                rows += _failed("step", case, name, error, results)
                 continue
         samples, step = found[name]
         row = Row(
@@ -365,11 +395,26 @@ def _step_rows(
             extra={"in turn": together},
         )  # fmt: skip
         if name in (*COUNTED, "tcm_fast graphs"):
-            _count(step, row, settings.is_cuda)
+            try:
+                _count(step, row, settings.is_cuda)
+            except Exception as error:  # the profiler's trouble costs no time that was taken
+                row.extra["not counted"] = f"{type(error).__name__}: {error}"[:200]
         rows.append(row)
         found.pop(name)
         del step
     return rows
+
+
+def _failed(group: str, case: StepCase, name: str, error: Exception, results: Results) -> list[Row]:
+    """What is kept of a provider that cannot take its step: ours is wrong, another one skipped."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        why = "out of memory"
+    else:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if name.startswith(OURS):
+            return [Row(group, str(case), name, [], wrong=why)]
+    results.skipped.append((str(case), name, why))
+    return []
 
 
 def _count(step: Step, row: Row, is_cuda: bool) -> None:
@@ -397,49 +442,57 @@ def _count(step: Step, row: Row, is_cuda: bool) -> None:
     row.launches, row.waits = counting.total.launches, sum(counting.waits.values())
 
 
-def time_sampling(settings: Settings, results: Results, say: Say) -> None:
+def time_sampling(settings: Settings, results: Results, say: Say) -> Iterator[None]:
     for case in sample_cases(settings.device, quick=settings.quick):
-        if not _wanted(settings, case):
-            continue
-        works = sample_providers(case)  # both end by copying to the host
-        timings = time_in_turn(works, settings.device, settings.pace, clock=True)
-        results.rows += [
-            Row("sample", str(case), name, timing.samples, images=case.batch,
-                precision=case.precision, network=case.network.label, batch=case.batch)
-            for name, timing in timings.items()
-        ]  # fmt: skip
-        _forget(settings.is_cuda)
+        if _wanted(settings, case):
+            time_sample(case, settings, results)
+            yield
+            _forget(settings.is_cuda)
 
 
-def measure_memory(settings: Settings, results: Results, say: Say) -> None:
+def time_sample(case: SampleCase, settings: Settings, results: Results) -> None:
+    works = sample_providers(case)  # both end by copying to the host
+    timings = time_in_turn(works, settings.device, settings.pace, clock=True)
+    results.rows += [
+        Row("sample", str(case), name, timing.samples, images=case.batch,
+            precision=case.precision, network=case.network.label, batch=case.batch)
+        for name, timing in timings.items()
+    ]  # fmt: skip
+
+
+def measure_memory(settings: Settings, results: Results, say: Say) -> Iterator[None]:
+    for case in memory_cases(settings):
+        if _wanted(settings, case):
+            measure_peaks(case, settings, results)
+            yield
+
+
+def measure_peaks(case: StepCase, settings: Settings, results: Results) -> None:
     """Most memory that a provider's steps take, alone on the device. On a CPU the bytes of all tensors
     made in a step and alive at once are counted, weights and optimizer state left out."""
-    for case in memory_cases(settings):
-        if not _wanted(settings, case):
+    for name, (make, gap) in step_providers(case).items():
+        if gap or name not in (*COUNTED, "tcm_fast graphs"):
             continue
-        for name, (make, gap) in step_providers(case).items():
-            if gap or name not in (*COUNTED, "tcm_fast graphs"):
+        _forget(settings.is_cuda)
+        step = make()
+        if settings.is_cuda:
+            try:
+                peak, how = peak_memory(_block(step, 4, True), settings.device), "allocator"
+            except Exception as error:
+                results.rows += _failed("memory", case, name, error, results)
                 continue
-            _forget(settings.is_cuda)
-            step = make()
-            if settings.is_cuda:
-                try:
-                    peak, how = peak_memory(_block(step, 4, True), settings.device), "allocator"
-                except torch.cuda.OutOfMemoryError:
-                    results.skipped.append((str(case), name, "out of memory"))
-                    continue
-            else:
-                for _ in range(2):
-                    step()
-                with Counting() as counting:
-                    step()
-                peak, how = counting.peak, "counted"
-            results.rows.append(
-                Row("memory", str(case), name, [float(peak)], how=how, unit="bytes",
-                    images=case.batch_size, network=case.network.label, batch=case.batch_size,
-                    precision=case.precision, operation=case.phase)
-            )  # fmt: skip
-            del step
+        else:
+            for _ in range(2):
+                step()
+            with Counting() as counting:
+                step()
+            peak, how = counting.peak, "counted"
+        results.rows.append(
+            Row("memory", str(case), name, [float(peak)], how=how, unit="bytes",
+                images=case.batch_size, network=case.network.label, batch=case.batch_size,
+                precision=case.precision, operation=case.phase)
+        )  # fmt: skip
+        del step
 
 
 def memory_cases(settings: Settings) -> list[StepCase]:
@@ -464,13 +517,18 @@ def roofline_cases(settings: Settings) -> list[StepCase]:
     ]
 
 
-def account(settings: Settings, results: Results, say: Say) -> None:
-    assert results.ceilings is not None
+def account(settings: Settings, results: Results, say: Say) -> Iterator[None]:
     for case in roofline_cases(settings):
         if _wanted(settings, case):
-            rows = roofline(OurStep(case), results.ceilings, case.precision)
-            results.roofline[str(case)] = [asdict(row) for row in rows]
+            account_for(case, results)
+            yield
             _forget(settings.is_cuda)
+
+
+def account_for(case: StepCase, results: Results) -> None:
+    assert results.ceilings is not None
+    rows = roofline(OurStep(case), results.ceilings, case.precision)
+    results.roofline[str(case)] = [asdict(row) for row in rows]
 
 
 def profile(settings: Settings, out: Path, say: Say = print) -> Path:
@@ -488,7 +546,8 @@ def profile(settings: Settings, out: Path, say: Say = print) -> Path:
     return found.trace
 
 
-GROUP_FUNCTIONS: dict[str, Callable[[Settings, Results, Say], None]] = {
+# Each makes rows and yields after every case.
+GROUP_FUNCTIONS: dict[str, Callable[[Settings, Results, Say], Iterator[None]]] = {
     "ops": time_operations,
     "host": time_host,
     "optimizer": time_optimizers,

@@ -142,11 +142,6 @@ def compiling_together() -> Iterator[Collection[Any]]:
         yield noted.values()
     finally:
         _noted = None
-<<<<<<< HEAD
-    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
-        for kernel, grid, args, constants in noted.values():
-            kernel.warmup(*args, grid=grid, **constants)
-=======
 
     def compile_all() -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):

@@ -12,17 +12,18 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
-
-import tyro
-from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from tcm_fast import eval_command, plan_command
 from tcm_fast.config import Config, PhaseName, Precision, load_config, load_preset, preset_names
 from tcm_fast.eval_command import Eval, SearchTimes, run_config
 from tcm_fast.plan_command import Plan
+
+with suppress(ModuleNotFoundError):  # only parsing needs it
+    from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
 FAILED, USER_MISTAKE, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 STOPPED = 75  # asked to stop and saved: --resume auto goes on (sysexits' EX_TEMPFAIL)
@@ -211,6 +212,12 @@ class Bench:
 
 def parse(argv: Sequence[str]) -> Any:
     """The command that the arguments ask for. Presets and files are the defaults that flags override."""
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the command line needs tyro: pip install tyro ({error})", name=error.name
+        ) from None
     command = Annotated[Train, subcommand("train", default=_train_defaults(argv))]
     command |= Annotated[Plan, subcommand("plan", default=_plan_defaults(argv))]  # type: ignore[assignment]
     for kind in (Sample, Eval, SearchTimes, Data, Ema, Convert, Bench, Doctor):
@@ -442,7 +449,11 @@ def bench(args: Bench) -> int:
         return 0
     if args.what in groups:
         settings = replace(settings, groups=groups[args.what])
-    results = suite.run(settings, say=lambda line: print(line, file=sys.stderr))
+    results = suite.run(
+        settings,
+        say=lambda line: print(line, file=sys.stderr),
+        save=lambda results: report.write_numbers(results, args.out),
+    )
     page = report.write(results, args.out)
     print(report.terminal(results))
     print(f"report in {page}")

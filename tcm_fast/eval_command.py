@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tyro.conf import Positional
-
 from tcm_fast.config import Config, load_config
+
+with suppress(ModuleNotFoundError):  # only the command line's parsing needs it
+    from tyro.conf import Positional
 
 EVAL_ROWS = {
     "Fréchet distance": "frechet",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import arg
-
 from tcm_fast.config import Config
+
+with suppress(ModuleNotFoundError):  # only the command line's parsing needs it
+    from tyro.conf import arg
 
 if TYPE_CHECKING:
     from rich.table import Table

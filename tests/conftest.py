@@ -30,8 +30,13 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tcm_fast"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    """What runs in Triton's interpreter elsewhere is a GPU's test where there is one."""
     if torch.cuda.is_available():
+        for item in items:
+            if "triton_device" in item.fixturenames:
+                item.add_marker(pytest.mark.gpu)
         return
     for item in items:
         if item.get_closest_marker("gpu"):

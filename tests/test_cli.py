@@ -87,6 +87,21 @@ def test_help_is_quick_and_imports_no_torch():
     assert min(times) <= 1.0
 
 
+@pytest.mark.parametrize("missing", ["tyro", "docstring_parser"])
+def test_only_the_command_lines_parsing_needs_tyro(missing):
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+import tcm_fast.trainer, tcm_fast.sampler, tcm_fast.benchmarks.suite, tcm_fast.benchmarks.levers
+from tcm_fast.cli import main
+main(["train", "--preset", "digits"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("tcm-fast: the command line needs tyro: pip install tyro (")
+    assert missing in done.stderr
+
+
 def test_train_sample_and_evaluate(tiny, folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert run("train", "--config", tiny, "--data", folder, "--out", out) == 0
@@ -228,7 +243,7 @@ def test_bench_writes_a_report_and_profile_a_trace(tmp_path, monkeypatch, capsys
 
     asked = []
 
-    def measured(settings, say):
+    def measured(settings, say, save):
         asked.append(settings)
         environment = {"name": "machine", "device": "cpu", "threads": 1}
         wrong = "off by 3" if settings.only == "bad" else ""

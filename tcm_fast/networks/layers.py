@@ -148,7 +148,9 @@ def filter_padding(kernel: torch.Tensor) -> int:
 def resample_2x(x: torch.Tensor, kernel: torch.Tensor, *, up: bool, is_box: bool) -> torch.Tensor:
     """x [N,C,H,W] at twice or half the resolution, filtered with kernel [1,1,k,k]."""
     if is_box:
-        return F.interpolate(x, scale_factor=2, mode="nearest") if up else F.avg_pool2d(x, 2)
+        if up:  # which CUDA's autocast does in fp32
+            return F.interpolate(x, scale_factor=2, mode="nearest").to(x.dtype)
+        return F.avg_pool2d(x, 2)
     weight = ((4 if up else 1) * kernel).to(x.dtype).expand(x.shape[1], 1, -1, -1)
     convolve = F.conv_transpose2d if up else F.conv2d
     return convolve(x, weight, stride=2, padding=filter_padding(kernel), groups=x.shape[1])

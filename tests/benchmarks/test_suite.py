@@ -13,7 +13,7 @@ from tcm_fast.benchmarks.cases import DIGITS, NetworkShape, Provider, cases
 from tcm_fast.benchmarks.compare import compare
 from tcm_fast.benchmarks.measure import Pace
 from tcm_fast.benchmarks.peers import BASELINE, OURS, providers
-from tcm_fast.benchmarks.results import GROUPS, Results, Row
+from tcm_fast.benchmarks.results import GROUPS, Results, Row, load
 from tcm_fast.benchmarks.steps import (
     OurStep,
     SampleCase,
@@ -83,6 +83,22 @@ def test_the_whole_suite(small):
 def test_only_what_is_asked_for(small):
     results = suite.run(dataclasses.replace(small, groups=("ops",), only="qkv_attention"))
     assert {row.operation for row in results.rows} == {"qkv_attention"}
+
+
+def test_a_run_that_is_cut_keeps_what_it_has_measured(small, tmp_path):
+    path, counts = tmp_path / "results.json", []
+
+    def save(results):
+        results.save(path)
+        counts.append(len(results.rows))
+        if len(counts) == 3:
+            raise KeyboardInterrupt
+
+    groups = ("sample", "memory", "optimizer")
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(dataclasses.replace(small, groups=groups), say=lambda _: None, save=save)
+    assert 0 < counts[0] < counts[1] < counts[2] == len(load(path).rows)
+    assert [path] == list(tmp_path.iterdir())
 
 
 SITE = next(c for c in cases([DIGITS], [2], [torch.float32]) if c.operation == "qkv_attention")
@@ -186,6 +202,21 @@ def test_our_step_trains():
     assert torch.stack(stats).isfinite().all()
     assert any((a != b).any() for a, b in zip(before, step.net.parameters(), strict=True))
     assert step.count == 3
+
+
+def test_a_step_that_fails_costs_no_other_its_numbers(small, monkeypatch):
+    def fails():
+        raise RuntimeError("no graph\nhere")
+
+    real = step_providers(StepCase(TINY, 8))
+    broken = {"official_style": (lambda: fails, ""), "tcm_fast unsplit": (fails, "")}
+    monkeypatch.setattr(suite, "step_providers", lambda case: real | broken)
+    results = suite.run(dataclasses.replace(small, groups=("step",)), say=lambda _: None)
+    rows = {row.provider: row for row in results.rows}
+    assert rows["tcm_fast"].samples
+    assert rows["tcm_fast unsplit"].wrong == "RuntimeError: no graph here"
+    assert "official_style" not in rows
+    assert ("official_style", "RuntimeError: no graph here") in [s[1:] for s in results.skipped]
 
 
 def test_a_network_that_differs_is_found(monkeypatch):

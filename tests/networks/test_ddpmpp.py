@@ -3,10 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tcm_fast.kernels.dropout import DropoutKey
-from tcm_fast.networks import build_network
+from tcm_fast.networks import build_network, layers
 from tcm_fast.networks.ddpmpp import SongUNet
 from tcm_fast.networks.layers import Conv2d, PositionalEmbedding, UNetBlock
 
@@ -34,6 +35,15 @@ def randomised(net):
 def batch(n=3, res=8, channels=1):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(n, channels, res, res, generator=generator), torch.linspace(-1, 1, n)
+
+
+def test_upsampling_keeps_the_dtype_where_autocast_does_it_in_fp32(monkeypatch):
+    """As CUDA's does, and the CPU's does not: skip and branch are added in one dtype."""
+    interpolate = F.interpolate
+    wide = lambda x, **options: interpolate(x.float(), **options)  # noqa: E731
+    monkeypatch.setattr(layers.F, "interpolate", wide)
+    x = torch.randn(2, 4, 4, 4, dtype=torch.float16)
+    assert layers.resample_2x(x, None, up=True, is_box=True).dtype == torch.float16
 
 
 @pytest.fixture(scope="module")
