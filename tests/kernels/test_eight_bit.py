@@ -211,6 +211,7 @@ def test_the_same_bits_whatever_the_threads():
     assert not all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
 
 
+@pytest.mark.slow_emulated
 @needs_extension
 def test_moments_go_on_where_rounding_to_the_nearest_stops():
     """A moving average by steps of 1/1000, in a format whose last place is 1/8."""

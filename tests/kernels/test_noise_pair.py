@@ -97,7 +97,7 @@ def test_kernel_has_the_references_bits(
     if images == "float":
         y = to_unit_range(y)
     samples = torch.tensor([0, 7, 2**32 - 1], device=triton_device)
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for inner in (r, None):
             options = dict(dtype=dtype, append_ones=append_ones)
             big = key(samples, step=2**33 + 1, seed=2**32 - 5)
@@ -110,7 +110,8 @@ def test_kernel_has_the_references_bits(
                 if a is not None:
                     # The reference's c_in takes a root that a GPU rounds differently.
                     exact = a.dtype == torch.float32 and a.shape == y.shape and a.is_cpu
-                    torch.testing.assert_close(a, b, atol=0, rtol=0 if exact else 1e-3)
+                    last_place = max(1e-3, torch.finfo(a.dtype).eps)
+                    torch.testing.assert_close(a, b, atol=0, rtol=0 if exact else last_place)
 
 
 def test_kernel_against_a_float64_oracle(triton_device, check_against_oracle, monkeypatch):

@@ -160,12 +160,15 @@ SITES = [
 ]
 
 
+LARGEST = (16, 16)
 CASES = [
-    (*site, dtype, layout)
+    pytest.param(
+        *site, dtype, layout, marks=[pytest.mark.slow_emulated] if site[2] == LARGEST else []
+    )
     for site in SITES
     for dtype in FLOATS
     for layout in LAYOUTS
-    if (site[1] <= 64 or dtype != torch.float32) and (site[2] != (16, 16) or layout == CL)
+    if (site[1] <= 64 or dtype != torch.float32) and (site[2] != LARGEST or layout == CL)
 ]
 
 
@@ -285,6 +288,7 @@ def test_kernels_take_any_strides(triton_device):
     assert empty.grad.shape == empty.shape
 
 
+@pytest.mark.slow_emulated
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 2),
