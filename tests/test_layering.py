@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
 _C
 kernels
-config distributed runlog stopping run_lock image_files graphs
+arithmetic config distributed runlog stopping run_lock image_files graphs
 packed
 data
 times augment
