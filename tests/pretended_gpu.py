@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -28,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from foreign_networks import FAMILIES
 
 import tcm_fast
 from tcm_fast import saving
@@ -186,17 +189,36 @@ def run_out(folder: Path, share: float, where: str) -> str:
     return f"peak {peak >> 20} MiB, {share:.0%} of it: {warned}"
 
 
-def accelerate_diffusers(folder: Path, autocast: bool) -> str:
-    diffusers = __import__("diffusers")
-    unet = diffusers.UNet2DModel(
+def replace(net: torch.nn.Module, precision: str, *inputs: torch.Tensor) -> str:
+    """Someone else's network with our operations: forward and backward, in fp32, 16 bits or autocast."""
+    report = accelerate(net)
+    x = inputs[0].contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
+        out = net(x, *inputs[1:])
+    out = getattr(out, "sample", out)
+    out.float().square().mean().backward()
+    return f"{len(report.replaced)} modules replaced"
+
+
+def replace_family(folder: Path, family: str, precision: str) -> str:
+    make, channels = FAMILIES[family]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    net = make().to("cuda", dtype, memory_format=torch.channels_last)
+    x, emb = (
+        torch.zeros(shape, device="cuda", dtype=dtype) for shape in ((3, channels, 8, 8), (3, 8))
+    )
+    return replace(net, precision, x, emb)
+
+
+def replace_diffusers(folder: Path, precision: str) -> str:
+    unet = importlib.import_module("diffusers").UNet2DModel(
         sample_size=16, block_out_channels=(32, 64), norm_num_groups=8, layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    ).to("cuda", memory_format=torch.channels_last)  # fmt: skip
-    report = accelerate(unet)
-    x = torch.randn(4, 3, 16, 16, device="cuda").contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        unet(x, torch.ones(4, device="cuda")).sample.square().mean().backward()
-    return str(report).splitlines()[0]
+    )  # fmt: skip
+    unet = unet.to("cuda", memory_format=torch.channels_last)
+    return replace(
+        unet, precision, torch.zeros(4, 3, 16, 16, device="cuda"), torch.ones(4, device="cuda")
+    )
 
 
 def cases() -> dict[str, Callable[[Path], str]]:
@@ -230,10 +252,15 @@ def cases() -> dict[str, Callable[[Path], str]]:
     found["stop and resume"] = stop_and_resume
     for share, where in itertools.product((0.9, 0.5), ("the first step", "a capture", "a picture")):
         found[f"out of memory in {where}, {share:.0%}"] = partial(run_out, share=share, where=where)
-    for autocast in (False, True):
-        found[f"accelerate diffusers autocast={autocast}"] = partial(
-            accelerate_diffusers, autocast=autocast
+    for family, precision in itertools.product(FAMILIES, ("fp32", "bf16", "fp16", "autocast")):
+        found[f"accelerate {family} {precision}"] = partial(
+            replace_family, family=family, precision=precision
         )
+    if importlib.util.find_spec("diffusers"):
+        for precision in ("fp32", "autocast"):
+            found[f"accelerate diffusers UNet2DModel {precision}"] = partial(
+                replace_diffusers, precision=precision
+            )
     return found
 
 
@@ -256,6 +283,7 @@ def main() -> int:
     fakegpu = __import__("fakegpu")
     fakegpu.install()
     saving.check_finite = lambda *_: None  # type: ignore[assignment]
+    torch.backends.cuda.enable_cudnn_sdp(False)  # the one library that looks for the device itself
     rows = []
     for name, case in chosen.items():
         begun, said, failed = time.monotonic(), io.StringIO(), ""

@@ -828,7 +828,7 @@ def test_a_captured_step_replays():
         fused_step(tensors, [StepOptions(1e-3)], control, table=table)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    with table.capturing(), torch.cuda.graph(graph):
         for t in tensors:
             t.grad = t.grad.clone()
         fused_step(tensors, [StepOptions(1e-3)], control, table=table)
