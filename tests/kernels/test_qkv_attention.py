@@ -161,10 +161,16 @@ SITES = [
 
 
 LARGEST = (16, 16)
+
+
+def marks_of(site, layout):
+    """Wide heads compile for seconds: on the emulator once, in the networks' layout."""
+    is_slow = site[2] == LARGEST or (site[1] >= 128 and layout != CL)
+    return [pytest.mark.slow_emulated] if is_slow else []
+
+
 CASES = [
-    pytest.param(
-        *site, dtype, layout, marks=[pytest.mark.slow_emulated] if site[2] == LARGEST else []
-    )
+    pytest.param(*site, dtype, layout, marks=marks_of(site, layout))
     for site in SITES
     for dtype in FLOATS
     for layout in LAYOUTS
