@@ -40,8 +40,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """The tests' tensors are small, and on a busy machine two threads wait for each other."""
-    torch.set_num_threads(1)
+    """The tests' tensors are small, and on a busy machine two threads wait for each other. With
+    OMP_NUM_THREADS set, as many as it says."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session", autouse=True)
