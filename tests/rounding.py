@@ -20,12 +20,16 @@ class RoundingErrors(TorchDispatchMode):
         self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         name = function._schema.name.removeprefix("aten::")
-        if not (function.is_view or function._schema.is_mutable or name in MOVES):
-            args = tree_map_only(torch.Tensor, self._rounded, args)
-            if any(torch.is_tensor(v) for v in tree_leaves(args)):  # no random numbers, no constants
-                return tree_map_only(torch.Tensor, self._rounded, function(*args, **kwargs or {}))
-        return function(*args, **kwargs or {})
+        moves = function.is_view or function._schema.is_mutable or name in MOVES
+        creates = not any(
+            torch.is_tensor(v) for v in tree_leaves(args)
+        )  # constants, random numbers
+        if moves or creates:
+            return function(*args, **kwargs)
+        args = tree_map_only(torch.Tensor, self._rounded, args)
+        return tree_map_only(torch.Tensor, self._rounded, function(*args, **kwargs))
 
     def _rounded(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype != torch.float64:
