@@ -30,6 +30,12 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tcm_fast"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What `-n auto` means: a process for each core, but each takes about a GB."""
+    return min(os.cpu_count() or 1, 8)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
