@@ -30,6 +30,12 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tcm_fast"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What `-n auto` means: a process for each core, but each takes about a GB."""
+    return min(os.cpu_count() or 1, 8)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
     """What runs in Triton's interpreter elsewhere is a GPU's test where there is one."""
@@ -45,8 +51,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """The tests' tensors are small, and on a busy machine two threads wait for each other."""
-    torch.set_num_threads(1)
+    """The tests' tensors are small, and on a busy machine two threads wait for each other. With
+    OMP_NUM_THREADS set, as many as it says."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,11 +7,14 @@ import foreign_networks as theirs
 import pytest
 import torch
 from foreign_networks import FAMILIES
+from rounding import allowed_errors
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tcm_fast
+from tcm_fast import foreign_blocks
 from tcm_fast.accelerate import is_accelerated
+from tcm_fast.kernels.group_norm_silu import group_norm_silu
 
 ROOT_SEED = 20
 
@@ -47,28 +50,50 @@ def one_block(**options):
     return randomise(theirs.UNetBlock(8, 16, 8, **options))
 
 
+# The longest sums in these networks: a 3×3 convolution of 32 channels.
+TERMS = 32 * 9
+
+
+def assert_same_function(net, x, emb, accelerate=tcm_fast.accelerate):
+    """The replaced network is the network, output and gradients: in float64 to its last places, which
+    holds the formulas, and in float32 to float32's, which holds the precision."""
+    exact = copy.deepcopy(net).double()
+    x_exact, emb_exact = x.double(), emb.double()
+    oracle = run(exact, x_exact, emb_exact)
+    allowed = allowed_errors(lambda: run(exact, x_exact, emb_exact), torch.float32, TERMS)
+    accelerate(net)
+    accelerate(exact)
+    found = {torch.float64: run(exact, x_exact, emb_exact), torch.float32: run(net, x, emb)}
+    largest = max(oracle[name].abs().max() for name in oracle if name.startswith("grad of"))
+    for dtype, values in found.items():
+        scale = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+        for name, value in oracle.items():
+            if name.startswith("grad of") and value.abs().max() < 1e-9 * largest:
+                continue  # of a bias in front of a normalisation or softmax: 0 but for rounding
+            assert values[name].dtype == dtype
+            error = (values[name].double() - value).abs().max().item()
+            assert error <= scale * allowed[name], (
+                f"{dtype} {name}: error {error:.3g} is above {scale * allowed[name]:.3g}"
+            )
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_output_and_gradients(family, training, check_against_oracle):
+def test_output_and_gradients(family, training):
     make, channels = FAMILIES[family]
     net = randomise(make()).train(training)
     x, emb = inputs(channels)
-    oracle = run(copy.deepcopy(net).double(), x.double(), emb.double())
     before = run(net, x, emb)
     state = {name: value.clone() for name, value in net.state_dict().items()}
     parameters = dict(net.named_parameters())
 
-    report = tcm_fast.accelerate(net)
-    assert report.replaced
-    # At most the network's last normalisation, whose SiLU it calls itself.
-    assert all(e.path == "" and "is not a known block" in e.note for e in report.left), report
-    after = run(net, x, emb)
-    largest = max(oracle[name].abs().max() for name in oracle if name.startswith("grad of"))
-    for name, value in oracle.items():
-        if name.startswith("grad of") and value.abs().max() < 1e-9 * largest:
-            continue  # of a bias in front of a normalisation or softmax: 0 but for rounding
-        check_against_oracle(after[name], before[name], value, f"{family} {name}")
+    def accelerate(net):
+        report = tcm_fast.accelerate(net)
+        assert report.replaced
+        # At most the network's last normalisation, whose SiLU it calls itself.
+        assert all(e.path == "" and "is not a known block" in e.note for e in report.left), report
 
+    assert_same_function(net, x, emb, accelerate)
     assert list(net.state_dict()) == list(state)
     assert all(torch.equal(net.state_dict()[name], value) for name, value in state.items())
     assert all(p is parameters[name] for name, p in net.named_parameters())
@@ -77,6 +102,46 @@ def test_output_and_gradients(family, training, check_against_oracle):
     assert not any(is_accelerated(m) for m in net.modules())
     restored = run(net, x, emb)
     assert all(torch.equal(restored[name], before[name]) for name in before)
+
+
+def scaled(out):
+    return out * (1 + 2 * torch.finfo(torch.float32).eps)
+
+
+def one_element(out):
+    return out * (1 + 4 * torch.finfo(torch.float32).eps * (out == out.detach().max()))
+
+
+def one_channel(out):
+    return out * (1 + 2**-14 * (torch.arange(out.shape[1]) == 1).reshape(-1, 1, 1))
+
+
+def through_fp16(out):
+    return out + (out.half().to(out.dtype) - out).detach()
+
+
+@pytest.mark.parametrize("family", ["diffusers, scale and shift", "PhysicsNeMo, scale and shift"])
+@pytest.mark.parametrize(
+    ("wrong", "found_in"),
+    [
+        (scaled, torch.float64), (one_element, torch.float64),
+        (one_channel, torch.float32), (through_fp16, torch.float32),
+    ],
+    ids=["2 ulps everywhere", "4 ulps of one element", "2^-14 of a channel", "through fp16"],
+)  # fmt: skip
+def test_a_planted_error_is_caught(family, wrong, found_in, monkeypatch):
+    """A few ulps of float32 in the formula are seen in float64; what only float32 does, in float32."""
+    make, channels = FAMILIES[family]
+
+    def planted(x, *args, **options):
+        out = group_norm_silu(x, *args, **options)
+        if x.dtype != found_in:
+            return out
+        return (wrong(out[0]), *out[1:]) if isinstance(out, tuple) else wrong(out)
+
+    monkeypatch.setattr(foreign_blocks, "group_norm_silu", planted)
+    with pytest.raises(AssertionError, match=f"{found_in} .*: error"):
+        assert_same_function(randomise(make()).eval(), *inputs(channels))
 
 
 def test_the_kernels_compute_it(triton_device, check_against_oracle):

@@ -73,18 +73,17 @@ def test_a_reader_that_has_seen_enough(arguments):
     assert process.wait() == 141
 
 
-def test_help_is_quick_and_imports_no_torch():
+def test_help_imports_little():
+    """Its time is that of its imports: about 170 modules, torch alone has 2,000."""
     code = "import sys; from tcm_fast.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    code += "assert 'torch' not in sys.modules and 'scipy' not in sys.modules"
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        times.append(time.perf_counter() - begin)
-        assert done.returncode == 0, done.stderr
+    code += "print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for word in ("train", "sample", "eval", "data", "doctor", "digits"):
         assert word in done.stdout
-    assert min(times) <= 1.0
+    imported = done.stderr.split()
+    assert not {"torch", "scipy", "triton", "numpy", "PIL", "safetensors"} & set(imported)
+    assert len(imported) < 300, imported
 
 
 @pytest.mark.parametrize("missing", ["tyro", "docstring_parser"])
@@ -289,12 +288,11 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny, folder, tmp_path):
     command += ["--out", str(out), "--edm.images", "8000000", "--max-steps", "100000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = out / "log.jsonl"
-    for _ in range(600):
+    while not (log.is_file() and "train" in log.read_text()):
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
-        if log.is_file() and "train" in log.read_text():
-            break
     os.kill(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == cli.STOPPED == 75
     assert "--resume auto" in error
     resumed = error.strip().splitlines()[-1].partition("to go on: ")[2].split()

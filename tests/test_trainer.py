@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,9 +14,18 @@ import numpy as np
 import pytest
 import torch
 from replays import OnHost
-from tiny_runs import assert_equal, assert_same_run, events, tiny, train, weights, write_images
+from tiny_runs import (
+    WorkClock,
+    assert_equal,
+    assert_same_run,
+    events,
+    tiny,
+    train,
+    weights,
+    write_images,
+)
 
-from tcm_fast import assembly, gallery, metrics, optim, saving
+from tcm_fast import assembly, gallery, metrics, optim, runlog, saving
 from tcm_fast import trainer as trainer_module
 from tcm_fast.checkpoint import load_checkpoint, load_network
 from tcm_fast.config import Config, from_dict, load_config
@@ -715,19 +723,20 @@ def test_resuming_needs_no_more_memory_than_running(images, no_pictures, tmp_pat
 
 
 def test_the_share_of_time_that_images_take(images, no_pictures, tmp_path, monkeypatch):
-    fetch = ImageStream.batch
-
-    def slow(self, positions):
-        time.sleep(0.2)
-        return fetch(self, positions)
-
-    monkeypatch.setattr(ImageStream, "batch", slow)
+    """By a clock on which fetching a batch takes 0.2 s and a step 0.3 s."""
+    clock = WorkClock()
+    for module in (trainer_module, runlog):
+        monkeypatch.setattr(module, "time", clock)
+    batch, step = ImageStream.batch, trainer_module.Trainer._step
+    monkeypatch.setattr(ImageStream, "batch", clock.costs(lambda *_: 0.2, batch))
+    monkeypatch.setattr(trainer_module.Trainer, "_step", clock.costs(lambda *_: 0.3, step))
     train(tiny(images, phases=["edm"]), tmp_path / "run")
     shares = [e["data_share"] for e in events(tmp_path / "run") if e["event"] == "train"]
-    assert all(0 < share <= 1 for share in shares)
-    assert max(shares) > 0.1
+    # The first batch is fetched before the first step, none is in the last.
+    assert shares == pytest.approx([0.6 / 1.2, 0.4 / 1.0, 0.2 / 0.8])
     (spent,) = [e for e in events(tmp_path / "run") if e["event"] == "spent"]
-    assert spent["data"] >= 0.2 * 6
+    assert spent["data"] == pytest.approx(0.2 * 6)
+    assert spent["training"] == pytest.approx(3.0)
 
 
 def test_a_picture_that_memory_is_short_for_ends_no_run(images, tmp_path, monkeypatch):

@@ -211,7 +211,7 @@ def test_commands_share_their_work(start, tmp_path):
             ["eval", str(start[1]), "--features", "random", "--num", "600", "--device", "cpu"],
         ):
             done = subprocess.run(
-                command + arguments, capture_output=True, text=True, timeout=200,
+                command + arguments, capture_output=True, text=True, timeout=900,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"},
             )  # fmt: skip
             assert done.returncode == 0, done.stderr[-2000:]

@@ -81,9 +81,11 @@ def test_host_time_is_that_of_one_call(monkeypatch):
 
 
 def test_real_clocks_see_a_slow_down():
-    works = {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.001)}
+    """A sleep may take longer on a busy machine, never less."""
+    works = {"slow": lambda: time.sleep(0.02), "fast": lambda: None}
     timings = time_in_turn(works, "cpu", Pace(warm_up=0.0, rounds=5))
-    assert timings["slow"].median > 3 * timings["fast"].median
+    assert min(timings["slow"].samples) >= 0.02
+    assert min(timings["fast"].samples) < 0.02
 
 
 def test_the_environment_names_what_a_reader_needs():
