@@ -32,12 +32,13 @@ from unittest.mock import patch
 import torch
 
 import tcm_fast.kernels
-from tcm_fast.benchmarks.cases import DTYPE_NAMES, Case, available_networks, cases, make_call
+from tcm_fast.benchmarks.cases import DTYPE_NAMES, Case, available_networks, cases, tensors_of
 from tcm_fast.kernels._triton import AVAILABLE, compiling_together
 
 MANIFEST = "manifest.json"
 LOADED = (".cubin", ".json")  # of what a kernel goes through, what is read when it is launched
-BATCHES = (16, 2, 1)  # Triton tells apart multiples of 16, 1, and other numbers
+# Triton tells apart multiples of 16, 1, and other numbers; some tiles grow with the batch.
+BATCHES = (1, 2, 16, 32, 64, 128, 512)
 # The dtypes in which gpu_session.py runs each network.
 DTYPES = {"ddpmpp": ("bf16", "fp16", "fp32"), "edm2": ("fp16", "bf16"), "adm": ("bf16",)}
 
@@ -69,11 +70,12 @@ class Launch:
     @property
     def key(self) -> Any:
         """Equal where Triton compiles the same (or nearly: then it compiles twice)."""
+        general = {p.num for p in getattr(self.kernel, "params", ()) if p.do_not_specialize}
         args = (
             (a.dtype, a.address) if isinstance(a, Pointer)
-            else (a == 1, a % 16 == 0, abs(a) >= 2**31) if type(a) is int
+            else (a == 1, a % 16 == 0, abs(a) >= 2**31) if type(a) is int and i not in general
             else type(a)
-            for a in self.args
+            for i, a in enumerate(self.args)
         )  # fmt: skip
         return self.kernel.__name__, *args, *self.constants
 
@@ -126,9 +128,16 @@ def site_launches(arch: int, chosen: Mapping[str, Collection[str]] = DTYPES) -> 
 
 
 def _both(case: Case) -> None:
-    inputs = case.inputs("cpu", torch.channels_last)
-    for direction in case.directions:
-        make_call(case.site.function, inputs, direction)()
+    """Forward without gradients, and forward and backward; on tensors without values, which nothing reads."""
+    empty = lambda name, sizes, dtype, *_: torch.empty(sizes, dtype=dtype)  # noqa: E731
+    with patch("tcm_fast.benchmarks.cases._random", empty):
+        inputs = case.inputs("cpu", torch.channels_last)
+    with torch.no_grad():
+        case.site.function(**inputs)
+    if case.has_backward:
+        results = [x for x in tensors_of(case.site.function(**inputs)) if x.requires_grad]
+        wanted = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+        torch.autograd.grad(results, wanted, [torch.empty_like(x) for x in results])
 
 
 def test_launches(arch: int, tests: Path) -> dict[Any, Launch]:
