@@ -94,6 +94,10 @@ class Pack:
     """Centre-crop and resize to this many pixels."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read."""
+    skip_unlabelled: bool = False
+    """Leave out images that have no label where others have one."""
+    renumber: bool = False
+    """Number only the classes that have images, from 0."""
     overwrite: bool = False
     """Replace what is there."""
 
@@ -108,6 +112,8 @@ class Info:
     """As they would be, cropped and resized to this many pixels."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read."""
+    skip_unlabelled: bool = False
+    """Leave out images that have no label where others have one."""
 
 
 @dataclass
@@ -393,13 +399,21 @@ def data(args: Data) -> int:
             action.destination,
             resolution=action.resolution,
             skip_corrupt=action.skip_corrupt,
+            skip_unlabelled=action.skip_unlabelled,
+            renumber=action.renumber,
             overwrite=action.overwrite,
         )
         print(f"{count} images in {action.destination}")
+        if names := images.class_names_of(action.destination):
+            print(f"{len(names)} classes: {images.class_mapping(names)}")
         return 0
     found = images.describe(
-        action.source, resolution=action.resolution, skip_corrupt=action.skip_corrupt
-    )
+        action.source, resolution=action.resolution, skip_corrupt=action.skip_corrupt,
+        skip_unlabelled=action.skip_unlabelled,
+    )  # fmt: skip
+    if found["classes"]:
+        counts = enumerate(found["classes"].items())
+        found["classes"] = ", ".join(f"{number} {name} ({n})" for number, (name, n) in counts)
     for key, value in found.items():
         print(f"{key:>16}: {value}")
     return 0
@@ -548,7 +562,7 @@ def check_precision(args: Doctor, source: Path) -> int:
     device = pick_device(args.device)
     readings = precision_check.measure(
         load_network(source, device=device),
-        load_images(images, resolution=config.data.resolution),
+        load_images(images, **config.data.reading()),
         ratio=args.ratio, num=args.num, device=device,
     )  # fmt: skip
     table = Table(title=f"{source}: rounding / signal of D(x_t,t) - D(x_r,r), and cosine")

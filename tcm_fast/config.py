@@ -69,6 +69,13 @@ class DataConfig:
     """Mirror half of the images left to right."""
     skip_corrupt: bool = False
     """Go on without the images that cannot be read."""
+    skip_unlabelled: bool = False
+    """Go on without the images that have no label where others have one, instead of without labels."""
+
+    def reading(self) -> dict[str, Any]:
+        """The arguments of `load_images` beside the source."""
+        names = ("resolution", "skip_corrupt", "skip_unlabelled")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

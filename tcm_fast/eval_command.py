@@ -123,9 +123,7 @@ def to_judge(args: Eval | SearchTimes, command: str, device: Any) -> tuple[Any, 
             f"{command}: no feature space, give --features digits, random, inception:WEIGHTS or a "
             "TorchScript file"
         )
-    images = load_images(
-        source, skip_corrupt=config.data.skip_corrupt, resolution=config.data.resolution
-    )
+    images = load_images(source, **config.data.reading())
     return load_network(args.source, device=device), images, feature_space(features, device=device)
 
 

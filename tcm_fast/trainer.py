@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from tcm_fast.assembly import Assembly
 from tcm_fast.budget import choose_levers
 from tcm_fast.cards import this_device, with_memory
 from tcm_fast.config import Config, ConsistencyConfig
-from tcm_fast.data import ImageStream, load_images
+from tcm_fast.data import ImageStream, class_mapping, load_images
 from tcm_fast.diagnosis import diagnose
 from tcm_fast.features import feature_space
 from tcm_fast.footprint import ImageShape
@@ -80,9 +81,10 @@ class Trainer:
         self.stop = StopRequest(config.max_hours, has_peers=self.workers.world > 1)
         self._choose_arithmetic()
         data = config.data
-        self.data = load_images(
-            data.source, skip_corrupt=data.skip_corrupt, resolution=data.resolution
-        )
+        with warnings.catch_warnings():
+            if not self.workers.is_main:  # one rank says it
+                warnings.simplefilter("ignore")
+            self.data = load_images(data.source, **data.reading())
         if config.memory == "auto":
             self.config = config = self._with_levers(config)
         self.micro = MicroBatches(self.out, config.micro_batches, self.workers)
@@ -105,6 +107,9 @@ class Trainer:
         self.gallery = Gallery(
             self.out, config, self.data, self.space, self.workers, self.log, self.spent
         )
+        if config.network.class_conditional:
+            names = self.data.class_names
+            self.log.say(f"{len(names)} classes: {class_mapping(names)}")
         for found in opened.passed_over:
             self.log.warn("passed_over", f"resume: passed over {found.path.name}: {found.reason}")
         if gap := extension_gap(self.device):
