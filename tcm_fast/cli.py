@@ -7,8 +7,10 @@ torch is imported when a command runs, not before: `--help` has to come up at on
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -343,7 +345,7 @@ def train_within(args: Train, settings: Config) -> int:
 def resume_command(args: Train) -> str:
     preset = f"--preset {args.preset} " if args.preset else ""
     phase = f"--phase {args.phase} " if args.phase else ""
-    return f"tcm-fast train {preset}{phase}--out {args.out} --resume auto"
+    return f"tcm-fast train {preset}{phase}--out {shlex.quote(str(args.out))} --resume auto"
 
 
 def sample(args: Sample) -> int:
@@ -439,6 +441,9 @@ def bench(args: Bench) -> int:
         return compare_results(args)
     if args.files:
         raise ValueError(f"bench: only compare takes files, got {args.files[0]}")
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "6"
+    )  # none of the profiler's notes; before torch comes
     from tcm_fast.benchmarks import report, suite
     from tcm_fast.distributed import pick_device
 
@@ -625,6 +630,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; a user's mistake ends in one sentence on stderr and exit status 2."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     warnings.formatwarning = lambda message, *_, **__: f"tcm-fast: warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             command = parse(arguments or ["--help"])

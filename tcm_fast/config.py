@@ -475,6 +475,18 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(json.dumps(to_dict(config), indent=1) + "\n", encoding="utf-8")
 
 
+def changes(before: dict[str, Any], after: dict[str, Any], where: str = "") -> list[str]:
+    """The fields in which two saved configurations differ: "tcm.lr 5e-05 -> 0.0001"."""
+    found = []
+    for name in before.keys() & after.keys():
+        old, new = before[name], after[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changes(old, new, f"{where}{name}.")
+        elif json.dumps(old) != json.dumps(new):  # which knows no tuples
+            found.append(f"{where}{name} {old} -> {new}")
+    return sorted(found)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 

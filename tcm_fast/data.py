@@ -172,7 +172,10 @@ def _open(source: str | Path, reading: Reading) -> ImageArrays | ImageFiles:
     if colon and not path.exists() and Path(before).exists():
         path, reading = Path(before), dataclasses.replace(reading, split=split)
     if not path.exists():
-        raise FileNotFoundError(f"data: {source} does not exist, expected {image_files.KINDS}")
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise FileNotFoundError(
+            f"data: {source} does not exist{where}, expected {image_files.KINDS}"
+        )
     try:
         if path.is_dir() and packed.is_packed(path):
             return packed.open_packed(path, reading)

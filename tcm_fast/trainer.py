@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tcm_fast import checkpoint, distributed, run_folder
+from tcm_fast import checkpoint, distributed, metrics, run_folder
 from tcm_fast.assembly import Assembly
 from tcm_fast.budget import choose_levers
 from tcm_fast.cards import this_device, with_memory
-from tcm_fast.config import Config, ConsistencyConfig
+from tcm_fast.config import Config, ConsistencyConfig, changes, to_dict
 from tcm_fast.data import ImageStream, class_mapping, load_images
 from tcm_fast.diagnosis import diagnose
 from tcm_fast.features import feature_space
@@ -94,6 +94,8 @@ class Trainer:
         self.init = checkpoint.load_network(init, device=self.device) if init else None
         features = config.eval.features
         self.space = feature_space(features, device=self.device) if features else None
+        if self.space is not None:
+            metrics.check_enough(self.data)
 
         self.keeper = Keeper(
             self.out,
@@ -273,6 +275,9 @@ class Trainer:
         """The phase as its checkpoint left it."""
         phase = self.assembly.restore(path)
         self.log.say(f"resumed {phase.name} after {phase.images:,} images from {path}")
+        if changed := changes(run_folder.read_state(path)["config"], to_dict(self.config)):
+            self.log.say(f"settings that differ from those before: {', '.join(changed)}")
+            self.log.write("settings", changed=changed)
         return phase
 
     def _prepare(self, phase: Phase, stream: ImageStream, step: int | None = None) -> list[Batch]:
