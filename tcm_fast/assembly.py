@@ -104,6 +104,8 @@ class Assembly:
                 raise ValueError(f"resume: {key} must stay {state[key]} as in {path}, got {value}")
         student = self.build(config)
         saved.restore_network(student, "model")
+        if self.config.network.class_conditional:
+            self.check_classes(student.info.get("class_names") or [], path)
         frozen = None
         if name in FROZEN_FILE:
             frozen = copy.deepcopy(student)
@@ -116,6 +118,16 @@ class Assembly:
                 average.copy_(tensors[key])
         phase.restore_counters(state)
         return phase
+
+    def check_classes(self, saved: list[str], path: Path) -> None:
+        """The numbers of classes have to mean what they meant."""
+        pairs = zip(saved, self.data.class_names, strict=False)
+        for number, (before, now) in enumerate(pairs):
+            if before != now:
+                raise ValueError(
+                    f"resume: class {number} must stay {before} as in {path}, but is {now} in "
+                    f"{self.config.data.source}"
+                )
 
     def assemble(self, name: str, student: Precond, frozen: Precond | None) -> Phase:
         config = self.config.phase(name)

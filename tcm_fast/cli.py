@@ -7,8 +7,10 @@ torch is imported when a command runs, not before: `--help` has to come up at on
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -95,6 +97,10 @@ class Pack:
     """Centre-crop and resize to this many pixels."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read."""
+    skip_unlabelled: bool = False
+    """Leave out images that have no label where others have one."""
+    renumber: bool = False
+    """Number only the classes that have images, from 0."""
     overwrite: bool = False
     """Replace what is there."""
 
@@ -109,6 +115,8 @@ class Info:
     """As they would be, cropped and resized to this many pixels."""
     skip_corrupt: bool = False
     """Leave out images that cannot be read."""
+    skip_unlabelled: bool = False
+    """Leave out images that have no label where others have one."""
 
 
 @dataclass
@@ -344,7 +352,7 @@ def train_within(args: Train, settings: Config) -> int:
 def resume_command(args: Train) -> str:
     preset = f"--preset {args.preset} " if args.preset else ""
     phase = f"--phase {args.phase} " if args.phase else ""
-    return f"tcm-fast train {preset}{phase}--out {args.out} --resume auto"
+    return f"tcm-fast train {preset}{phase}--out {shlex.quote(str(args.out))} --resume auto"
 
 
 def sample(args: Sample) -> int:
@@ -400,13 +408,21 @@ def data(args: Data) -> int:
             action.destination,
             resolution=action.resolution,
             skip_corrupt=action.skip_corrupt,
+            skip_unlabelled=action.skip_unlabelled,
+            renumber=action.renumber,
             overwrite=action.overwrite,
         )
         print(f"{count} images in {action.destination}")
+        if names := images.class_names_of(action.destination):
+            print(f"{len(names)} classes: {images.class_mapping(names)}")
         return 0
     found = images.describe(
-        action.source, resolution=action.resolution, skip_corrupt=action.skip_corrupt
-    )
+        action.source, resolution=action.resolution, skip_corrupt=action.skip_corrupt,
+        skip_unlabelled=action.skip_unlabelled,
+    )  # fmt: skip
+    if found["classes"]:
+        counts = enumerate(found["classes"].items())
+        found["classes"] = ", ".join(f"{number} {name} ({n})" for number, (name, n) in counts)
     for key, value in found.items():
         print(f"{key:>16}: {value}")
     return 0
@@ -432,6 +448,9 @@ def bench(args: Bench) -> int:
         return compare_results(args)
     if args.files:
         raise ValueError(f"bench: only compare takes files, got {args.files[0]}")
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "6"
+    )  # none of the profiler's notes; before torch comes
     from tcm_fast.benchmarks import report, suite
     from tcm_fast.distributed import pick_device
 
@@ -559,7 +578,7 @@ def check_precision(args: Doctor, source: Path) -> int:
     device = pick_device(args.device)
     readings = precision_check.measure(
         load_network(source, device=device),
-        load_images(images, resolution=config.data.resolution),
+        load_images(images, **config.data.reading()),
         ratio=args.ratio, num=args.num, device=device,
     )  # fmt: skip
     table = Table(title=f"{source}: rounding / signal of D(x_t,t) - D(x_r,r), and cosine")
@@ -622,6 +641,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; a user's mistake ends in one sentence on stderr and exit status 2."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     warnings.formatwarning = lambda message, *_, **__: f"tcm-fast: warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             command = parse(arguments or ["--help"])

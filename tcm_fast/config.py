@@ -69,6 +69,13 @@ class DataConfig:
     """Mirror half of the images left to right."""
     skip_corrupt: bool = False
     """Go on without the images that cannot be read."""
+    skip_unlabelled: bool = False
+    """Go on without the images that have no label where others have one, instead of without labels."""
+
+    def reading(self) -> dict[str, Any]:
+        """The arguments of `load_images` beside the source."""
+        names = ("resolution", "skip_corrupt", "skip_unlabelled")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -481,6 +488,18 @@ def from_earlier(values: Any) -> Any:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as JSON; `--config` reads it back."""
     path.write_text(json.dumps(to_dict(config), indent=1) + "\n", encoding="utf-8")
+
+
+def changes(before: dict[str, Any], after: dict[str, Any], where: str = "") -> list[str]:
+    """The fields in which two saved configurations differ: "tcm.lr 5e-05 -> 0.0001"."""
+    found = []
+    for name in before.keys() & after.keys():
+        old, new = before[name], after[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += changes(old, new, f"{where}{name}.")
+        elif json.dumps(old) != json.dumps(new):  # which knows no tuples
+            found.append(f"{where}{name} {old} -> {new}")
+    return sorted(found)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,8 @@ from rich.console import Console
 from rich.progress import track
 
 from tcm_fast import image_files, packed
-from tcm_fast.image_files import ImageArrays, ImageFiles, reason
+from tcm_fast.image_files import ImageArrays, ImageFiles
+from tcm_fast.image_labels import Reading, reason
 
 T = TypeVar("T")
 
@@ -107,7 +109,13 @@ class ImageData:
 
 
 def load_images(
-    source: str | Path, *, skip_corrupt: bool = False, resolution: int | None = None
+    source: str | Path,
+    *,
+    skip_corrupt: bool = False,
+    skip_unlabelled: bool = False,
+    resolution: int | None = None,
+    renumber: bool = False,
+    convert: bool = False,
 ) -> ImageData:
     """Bring a set of images into memory.
 
@@ -116,34 +124,70 @@ def load_images(
             - `digits`: 1 797 handwritten digits of 8×8 pixels, built in; `digits:train` and
               `digits:test` are their class-balanced halves (a folder of that name is `./digits`);
             - a folder of images, at any depth, in the sorted order of their paths; where each of
-              them lies in some sub-folder, the sub-folders are the classes;
+              them lies in some sub-folder, the sub-folders are the classes, numeric names in numeric
+              order. Of folders called train, test and the like one has to be chosen: `FOLDER:train`;
             - a zip of such a folder, or one with EDM's dataset.json (unpacked, too);
-            - an npz: uint8 [N,H,W] or [N,H,W,C] under `images` or `arr_0`, labels [N], if any,
-              under `labels` or `arr_1`;
+            - an npz: images under `images`, `arr_0`, `x`, `x_train` or `train_images`, their labels,
+              if any, under `labels`, `arr_1`, `y`, `y_train` or `train_labels`. Images are uint8
+              [N,H,W] or [N,H,W,C], or whatever is exactly that in another form
+              (`tcm_fast.image_arrays`);
             - a folder that `pack` has written: its images are mapped into memory, not read;
             - cifar-10-binary.tar.gz as published: the 50 000 training images;
             - a Hugging Face image parquet, or a folder of them (needs pyarrow, the `hf` extra).
         skip_corrupt: go on without images that cannot be read, with a warning that says how many.
+        skip_unlabelled: leave out images that have no label while others have, with such a warning.
         resolution: resize every image to this many pixels square (`tcm_fast.image_files.fit`).
+        renumber: number only the classes that have images.
+        convert: take arrays that bytes cannot hold exactly: round values, composite transparency on
+            white.
+
+    Warns of whatever is left out (files of other kinds, arrays, classes without an image) or had to be
+    guessed (an array's layout and range).
 
     Raises:
         FileNotFoundError: there is no such source.
         ValueError: nothing in it, images that cannot be read (up to three are named), are not
-            square or differ in size, or labels that do not fit.
+            square or differ in size, labels that do not fit or contradict one another, or splits of
+            which none was chosen.
         OSError: the source is there, but may not be read.
     """
     if resolution is not None and resolution < 1:
         raise ValueError(f"data: resolution must be positive, got {resolution}")
     name = str(source)
     half = next((h for h in HALVES if name == f"digits{h}"), "")
-    path = ASSETS / "digits.npz" if name == f"digits{half}" else Path(source)
+    reading = Reading(skip_unlabelled=skip_unlabelled, renumber=renumber, convert=convert)
+    found = _open(ASSETS / "digits.npz" if name == f"digits{half}" else source, reading)
+    data = _bring_into_memory(found, name.removesuffix(half), skip_corrupt, resolution)
+    return split_halves(data)[HALVES.index(half)] if half else data
+
+
+def _is_built_in(source: str | Path) -> bool:
+    return str(source) in ("digits", *(f"digits{half}" for half in HALVES))
+
+
+def _open(source: str | Path, reading: Reading) -> ImageArrays | ImageFiles:
+    """What a source holds; a split may stand behind its path, `PATH:SPLIT`."""
+    path = Path(source)
+    before, colon, split = str(source).rpartition(":")
+    if colon and not path.exists() and Path(before).exists():
+        path, reading = Path(before), dataclasses.replace(reading, split=split)
     if not path.exists():
-        raise FileNotFoundError(f"data: {source} does not exist, expected {image_files.KINDS}")
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise FileNotFoundError(
+            f"data: {source} does not exist{where}, expected {image_files.KINDS}"
+        )
     try:
-        is_packed = path.is_dir() and packed.is_packed(path)
-        found = packed.open_packed(path) if is_packed else image_files.open_source(path)
+        if path.is_dir() and packed.is_packed(path):
+            return packed.open_packed(path, reading)
+        return image_files.open_source(path, reading)
     except OSError as error:
         raise OSError(f"data: cannot read {source}: {reason(error)}") from error
+
+
+def _bring_into_memory(
+    found: ImageArrays | ImageFiles, name: str, skip_corrupt: bool, resolution: int | None
+) -> ImageData:
+    """The images of an opened source, decoded and resized; those of a packed folder stay on the disk."""
     if isinstance(found, ImageFiles):
         found = _decode_all(found, name, skip_corrupt, resolution)
     elif resolution is not None and found.images.shape[1:3] != (resolution, resolution):
@@ -151,8 +195,7 @@ def load_images(
     height, width = found.images.shape[1:3]
     if height != width:
         raise _wrong_size(f"images of {name} are {width}x{height}")
-    data = ImageData(found.images, found.labels, name.removesuffix(half), found.class_names)
-    return split_halves(data)[HALVES.index(half)] if half else data
+    return ImageData(found.images, found.labels, name, found.class_names)
 
 
 def _decode_all(
@@ -249,7 +292,9 @@ def _report_unreadable(bad: list[str], count: int, source: str, skip_corrupt: bo
     named = ", ".join(bad[:NAMED]) + (", ..." if len(bad) > NAMED else "")
     what = f"{len(bad)} of {count} images in {source} cannot be read: {named}"
     if not skip_corrupt:
-        raise ValueError(f"data: {what}; --skip-corrupt goes on without them")
+        raise ValueError(
+            f"data: {what}; --skip-corrupt (of train: --data.skip-corrupt) goes on without them"
+        )
     if len(bad) == count:
         raise ValueError(f"data: {what}; none is left")
     warnings.warn(f"data: left out, {what}", stacklevel=4)
@@ -432,6 +477,8 @@ def pack(
     *,
     resolution: int | None = None,
     skip_corrupt: bool = False,
+    skip_unlabelled: bool = False,
+    renumber: bool = False,
     overwrite: bool = False,
 ) -> int:
     """Write any source that `load_images` reads in a form that is quickly there: a zip of PNGs with
@@ -458,9 +505,21 @@ def pack(
         )
     if destination.exists() and not overwrite:
         raise FileExistsError(f"pack: {destination} exists already, --overwrite replaces it")
+    loaded = partial(
+        load_images, source, skip_corrupt=skip_corrupt, resolution=resolution,
+        skip_unlabelled=skip_unlabelled, renumber=renumber, convert=True,
+    )  # fmt: skip
     if not is_zip:
-        return _pack_folder(source, destination, resolution, skip_corrupt)
-    data = load_images(source, skip_corrupt=skip_corrupt, resolution=resolution)
+        if _is_built_in(source):
+            data = loaded()
+            found: ImageArrays | ImageFiles
+            found = ImageArrays(data.images, data.labels, data.class_names)
+        else:
+            found = _open(
+                source, Reading(skip_unlabelled=skip_unlabelled, renumber=renumber, convert=True)
+            )
+        return _pack_folder(found, str(source), destination, resolution, skip_corrupt)
+    data = loaded()
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor() as pool:
@@ -471,21 +530,25 @@ def pack(
 
 
 def _pack_folder(
-    source: str | Path, destination: Path, resolution: int | None, skip_corrupt: bool
+    found: ImageArrays | ImageFiles,
+    source: str,
+    destination: Path,
+    resolution: int | None,
+    skip_corrupt: bool,
 ) -> int:
     """`pack` into a folder, image by image where the source is encoded files."""
-    path = Path(source)
-    found = image_files.open_source(path) if path.exists() and not packed.is_packed(path) else None
     decode: Callable[[Any], tuple[str, np.ndarray | Exception]]
+    about: dict[str, Any] = {"source": source}
     if isinstance(found, ImageFiles):
         if resolution is None:
             raise ValueError(f"pack: {destination} needs a size for its images, add --resolution R")
-        size, decode = (
-            resolution,
-            partial(_decode_item, patience=_Patience(), resolution=resolution),
-        )
+        size = resolution
+        decode = partial(_decode_item, patience=_Patience(), resolution=resolution)
+        if isinstance(found.items, list):  # files; what was begun with others must not go on
+            names = "\n".join(name for name, _ in found.items)
+            about["names"] = sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
     else:
-        data = load_images(source, skip_corrupt=skip_corrupt, resolution=resolution)
+        data = _bring_into_memory(found, source, skip_corrupt, resolution)
         rows: Any = ((f"image {i}", i) for i in range(len(data)))
         found = ImageFiles(len(data), rows, data.labels, data.class_names)
         size = data.resolution
@@ -497,12 +560,12 @@ def _pack_folder(
     count = found.count
 
     def refuse(unreadable: list[str]) -> None:
-        _report_unreadable(unreadable, count, str(source), skip_corrupt)
+        _report_unreadable(unreadable, count, source, skip_corrupt)
 
     try:
         return packed.write_packed(
             found, destination, decode, _parallel, resolution=size,
-            about={"source": str(source), "resolution": size, "classes": list(found.class_names)},
+            about={**about, "resolution": size, "classes": list(found.class_names)},
             refuse=refuse,
         )  # fmt: skip
     except OSError as error:
@@ -520,24 +583,51 @@ def _decode_item(
         return name, ValueError(_why_unreadable(error))
 
 
+def _images_of_classes(found: ImageData) -> dict[str, int] | None:
+    """Number of images by the class's name, in the order of the classes; None without labels."""
+    if found.labels is None:
+        return None
+    names = found.class_names
+    counts = np.bincount(found.labels, minlength=len(names)).tolist()
+    unique = [n if names.count(n) == 1 else f"{n} ({k})" for k, n in enumerate(names)]
+    return dict(zip(unique, counts, strict=True))
+
+
+def class_names_of(source: str | Path) -> tuple[str, ...]:
+    """Names of a source's classes; its images are not decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _open(source, Reading()).class_names
+
+
+def class_mapping(class_names: tuple[str, ...], most: int = 20) -> str:
+    """Which number is which class: "0 cat, 1 dog"."""
+    if class_names == tuple(map(str, range(len(class_names)))):
+        return f"0 to {len(class_names) - 1}"
+    pairs = [f"{number} {name}" for number, name in enumerate(class_names)]
+    return ", ".join(pairs if len(pairs) <= most else [*pairs[: most - 1], "...", pairs[-1]])
+
+
 def describe(
-    source: str | Path, *, resolution: int | None = None, skip_corrupt: bool = False
+    source: str | Path,
+    *,
+    resolution: int | None = None,
+    skip_corrupt: bool = False,
+    skip_unlabelled: bool = False,
 ) -> dict[str, Any]:
     """What there is to know about a source: source, images (number), resolution, channels, classes
     (images of each by name, or None), value_range (smallest, largest), mean (per channel, of 0…255)
     and bytes (in memory)."""
-    data = load_images(source, resolution=resolution, skip_corrupt=skip_corrupt)
-    classes = None
-    if data.labels is not None:
-        counts = np.bincount(data.labels, minlength=data.num_classes).tolist()
-        classes = dict(zip(data.class_names, counts, strict=True))
+    data = load_images(
+        source, resolution=resolution, skip_corrupt=skip_corrupt, skip_unlabelled=skip_unlabelled
+    )
     total = data.images.sum(axis=(0, 1, 2), dtype=np.uint64)
     return {
         "source": data.name,
         "images": len(data),
         "resolution": data.resolution,
         "channels": data.channels,
-        "classes": classes,
+        "classes": _images_of_classes(data),
         "value_range": (int(data.images.min()), int(data.images.max())),
         "mean": tuple((total * data.channels / data.images.size).round(2).tolist()),
         "bytes": data.images.nbytes,

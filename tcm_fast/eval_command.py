@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,8 @@ class Eval:
     data: str | None = None
     """Images to compare with; by default those of the run."""
     features: str | None = None
-    """Feature space: digits, random, inception:WEIGHTS or a TorchScript file; by default that of the run."""
+    """Feature space: digits, random, inception:WEIGHTS or a TorchScript file; by default that of the run,
+    or random."""
     steps: tuple[int, ...] = (1, 2)
     num: int = 0
     """Samples; 0 takes as many as there are images to compare with."""
@@ -78,6 +81,8 @@ def run(args: Eval) -> int:
     from tcm_fast import metrics
     from tcm_fast.distributed import join
 
+    if args.num < 0 or args.num == 1:
+        raise ValueError(f"num: must be at least 2, or 0 for as many as suit, got {args.num}")
     workers = join(args.device)
     net, images, space = to_judge(args, "eval", workers.device)
     if args.denoising:
@@ -112,6 +117,7 @@ def to_judge(args: Eval | SearchTimes, command: str, device: Any) -> tuple[Any, 
     from tcm_fast.checkpoint import load_network
     from tcm_fast.data import load_images
     from tcm_fast.features import feature_space
+    from tcm_fast.metrics import check_enough
 
     config = run_config(args.source)
     source = args.data or config.data.source
@@ -121,13 +127,14 @@ def to_judge(args: Eval | SearchTimes, command: str, device: Any) -> tuple[Any, 
         )
     features = args.features or config.eval.features
     if not features:
-        raise ValueError(
-            f"{command}: no feature space, give --features digits, random, inception:WEIGHTS or a "
-            "TorchScript file"
+        features = "random"
+        warnings.warn(
+            f"{command}: {args.source} names no feature space, so in random features, whose distances "
+            "compare runs on the same images only; --features inception:WEIGHTS is usual",
+            stacklevel=2,
         )
-    images = load_images(
-        source, skip_corrupt=config.data.skip_corrupt, resolution=config.data.resolution
-    )
+    images = load_images(source, **config.data.reading())
+    check_enough(images)
     return load_network(args.source, device=device), images, feature_space(features, device=device)
 
 
@@ -170,5 +177,6 @@ def search(args: SearchTimes) -> int:
         tried=lambda t, distance: print(f"t = {t:<8.3g} {distance:.4g}", flush=True),
     )  # fmt: skip
     best = min(found, key=found.__getitem__)
-    print(f"best: tcm-fast sample {args.source} --times {best:.3g} (of {args.num} samples each)")
+    source = shlex.quote(str(args.source))
+    print(f"best: tcm-fast sample {source} --times {best:.3g} (of {args.num} samples each)")
     return 0

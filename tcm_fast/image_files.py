@@ -19,22 +19,34 @@ import os
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-FORMATS = ("avif", "bmp", "gif", "jpeg", "jpg", "pbm", "pgm", "png", "ppm", "tif", "tiff", "webp")
-SUFFIXES = tuple(f".{name}" for name in FORMATS)
+from tcm_fast import image_labels
+from tcm_fast.image_arrays import choose_arrays, to_uint8
+from tcm_fast.image_labels import AS_IT_IS, Labelled, Reading, check_labels, clean_name, reason, say
+
+SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif",
+    ".tiff", ".webp",
+)  # fmt: skip
+HEIF_SUFFIXES = (".heic", ".heif")  # read where pillow-heif is installed
+METADATA = "dataset.json"
+STACK = "put them together with numpy.savez('set.npz', images=uint8 [N,H,W,C], labels=int [N])"
 KINDS = "an image folder, .zip, .npz, cifar-10-binary.tar.gz, .parquet (file or folder) or 'digits'"
 CIFAR10_ROW = 1 + 3 * 32 * 32  # a label, then the red, green and blue planes
 GREY_MODES = ("1", "L", "LA")
 MAX_ENTRY_BYTES = 1 << 30  # a zip entry that claims more is no image but a bomb
+Read = Callable[[], bytes]
 
 
 @dataclass(frozen=True)
@@ -52,23 +64,25 @@ class ImageFiles:
     int64 [count] or None, a name per class."""
 
     count: int
-    items: Iterable[tuple[str, Callable[[], bytes]]]
+    items: Iterable[tuple[str, Read]]
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
 
 
-def open_source(source: Path) -> ImageArrays | ImageFiles:
+def open_source(source: Path, reading: Reading = AS_IT_IS) -> ImageArrays | ImageFiles:
     """Find out what a path holds.
+
+    Warns of whatever is left out or taken for something.
 
     Raises:
         ValueError: what is there is no set of images, is empty, or contradicts itself.
         OSError: it cannot be read.
     """
     if source.is_dir():
-        return _open_folder(source)
+        return _open_folder(source, reading)
     for suffix, reader in _READERS.items():
         if source.name.lower().endswith(suffix):
-            return reader(source)
+            return reader(source, reading)
     raise ValueError(f"data: {source} is not a kind of source that is known: {KINDS}")
 
 
@@ -125,16 +139,11 @@ def fit(image: Image.Image, resolution: int) -> Image.Image:
 # ---- folders and zips ---------------------------------------------------------------------------
 
 
-def _open_folder(source: Path) -> ImageFiles:
-    names = _walk(source)
-    images = [n for n in names if _is_image(n)]
-    if not images and any(n.endswith(".parquet") for n in names):
-        return _open_parquet(source)
-    described = source / "dataset.json"
-    metadata = described.read_bytes() if described.is_file() else None
-    labels, class_names = _labels(str(source), images, metadata)
-    items = [(name, (source / name).read_bytes) for name in images]
-    return ImageFiles(len(items), items, labels, class_names)
+def _open_folder(source: Path, reading: Reading) -> ImageFiles:
+    paths = _walk(source)
+    if any(n.endswith(".parquet") for n in paths) and not any(map(_is_image, paths)):
+        return _open_parquet(source, reading)
+    return _from_files(source, [(path, (source / path).read_bytes) for path in paths], reading)
 
 
 def _walk(root: Path) -> list[str]:
@@ -156,24 +165,27 @@ def _walk(root: Path) -> list[str]:
     return sorted(found)
 
 
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not hidden
-
-
-def _open_zip(source: Path) -> ImageFiles:
+def _open_zip(source: Path, reading: Reading) -> ImageFiles:
     try:
         archive = zipfile.ZipFile(source)  # stays open: the items read from it, from many threads
-        entries = {e.filename: e for e in archive.infolist() if not e.is_dir()}
-        described = entries.get("dataset.json")
-        metadata = _read_entry(archive, described) if described else None
+        files = [
+            (_entry_name(entry), partial(_read_entry, archive, entry))
+            for entry in archive.infolist()
+            if not entry.filename.endswith(("/", "\\"))
+        ]
+        return _from_files(source, files, reading)
     except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, zlib.error) as error:
         raise ValueError(f"data: {source} is not a readable zip: {reason(error)}") from error
-    images = sorted(filter(_is_image, entries))
-    labels, class_names = _labels(str(source), images, metadata)
-    items = [(name, partial(_read_entry, archive, entries[name])) for name in images]
-    return ImageFiles(len(items), items, labels, class_names)
+
+
+def _entry_name(entry: zipfile.ZipInfo) -> str:
+    """The name of a zip's entry; many programs write UTF-8 without saying so."""
+    if entry.flag_bits & 0x800:
+        return entry.filename
+    try:
+        return entry.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return entry.filename
 
 
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
@@ -182,107 +194,126 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     return archive.read(entry)
 
 
-def _labels(
-    source: str, names: list[str], metadata: bytes | None
-) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Labels of named images: from dataset.json's bytes, or else from their sub-folders."""
-    if not names:
+def _from_files(source: Path, files: Iterable[tuple[str, Read]], reading: Reading) -> ImageFiles:
+    """The images among named files, in the order of their names."""
+    reads: dict[str, Read] = {}
+    for path, read in files:
+        name = clean_name(path)
+        if reads.setdefault(name, read) is not read and (_is_image(name) or name == METADATA):
+            raise ValueError(f"data: {source} holds two files of the name {name}")
+    is_image = {name: _is_image(name) for name in reads}
+    images = sorted(name for name in reads if is_image[name])
+    if not images:
+        raise ValueError(f"data: {source} holds no images{_instead(list(reads))}")
+    unread = [n for n in reads if not is_image[n] and PurePosixPath(n).name != METADATA]
+    if kinds := _kinds(unread):
+        say(f"{len(images)} images in {source}; not read: {kinds}")
+    if reading.split or METADATA not in reads:
+        images = image_labels.choose_split(str(source), images, reading.split)
+    found = _label_files(str(source), images, reads, reading)
+    chosen = [name for name, keep in zip(images, found.kept, strict=True) if keep]
+    return ImageFiles(
+        len(chosen), [(name, reads[name]) for name in chosen], found.labels, found.class_names
+    )
+
+
+def _label_files(
+    source: str, images: list[str], reads: dict[str, Read], reading: Reading
+) -> Labelled:
+    """By dataset.json, if it lies in a folder that holds all images, or else by their sub-folders."""
+    described = [n for n in reads if PurePosixPath(n).name == METADATA and not _is_hidden(n)]
+    described.sort(key=len)
+    for path in described:
+        folder = path.removesuffix(METADATA).rstrip("/")
+        if not folder or all(name.startswith(f"{folder}/") for name in images):
+            return image_labels.labels_from_json(source, images, reads[path](), folder, reading)
+    if described:
+        folder = described[0].removesuffix(METADATA)
+        stranger = next(name for name in images if not name.startswith(folder))
         raise ValueError(
-            f"data: {source} holds no images, looked for {' '.join(SUFFIXES)} at any depth"
+            f"data: {described[0]} in {source} describes its own folder only, and {stranger} lies "
+            "outside of it; give that folder alone"
         )
-    if metadata is not None:
-        return _labels_from_json(source, names, metadata)
-    parents = [PurePosixPath(name).parent.parts for name in names]
-    while len({parts[:1] for parts in parents}) == 1 and parents[0]:
-        parents = [parts[1:] for parts in parents]  # a folder that holds every image is no class
-    if not all(parents):
-        return None, ()
-    folders = [parts[0] for parts in parents]
-    class_names = sorted(set(folders))
-    number = {name: index for index, name in enumerate(class_names)}
-    return np.array([number[folder] for folder in folders], np.int64), tuple(class_names)
+    return image_labels.class_folders(source, images, reading)
 
 
-def _labels_from_json(
-    source: str, names: list[str], metadata: bytes
-) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """EDM's convention, {"labels": [[name, int], ...] or null}, with our own key "class_names"."""
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES + _heif() and not _is_hidden(name)
+
+
+@cache
+def _heif() -> tuple[str, ...]:
+    """The suffixes that pillow-heif reads, where it is installed."""
     try:
-        content = json.loads(metadata)
-        pairs = content["labels"]
-        table = None if pairs is None else dict(pairs)
-        class_names = tuple(map(str, content.get("class_names") or ()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'data: dataset.json in {source} must be {{"labels": [[file, int], ...]}} or '
-            f'{{"labels": null}}, got {reason(error)}'
-        ) from error
-    if table is None:
-        return None, ()
-    missing = [name for name in names if name not in table]
-    if missing:
-        raise ValueError(
-            f"data: dataset.json in {source} has no label for {len(missing)} of {len(names)} "
-            f"images, the first is {missing[0]}"
-        )
-    return _check_labels(source, [table[name] for name in names], len(names), class_names)
+        import pillow_heif
+    except ImportError:
+        return ()
+    pillow_heif.register_heif_opener()
+    return HEIF_SUFFIXES
 
 
-def _check_labels(
-    source: str, labels: Any, count: int, class_names: tuple[str, ...] = ()
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels as int64 [count], and a name for every class: its number where none is given."""
-    try:
-        array = np.asarray(labels)
-    except ValueError:  # ragged
-        array = np.asarray([], float)
-    is_integer = array.dtype.kind in "iu"
-    if not is_integer or array.shape != (count,) or array.min() < 0:
-        smallest = f" from {array.min()}" if is_integer and array.size else ""
-        raise ValueError(
-            f"data: labels of {source} must be {count} class numbers (integers from 0), got "
-            f"{array.dtype} {list(array.shape)}{smallest}"
+def _kinds(names: list[str]) -> str:
+    """What kinds of files these are and how many of each: "3 .heic, 1 .txt"; hidden ones count where
+    they are images."""
+    kinds: Counter[str] = Counter()
+    for path in map(PurePosixPath, names):
+        suffix = path.suffix.lower()
+        if not _is_hidden(str(path)):
+            kinds[suffix or "without a suffix"] += 1
+        elif suffix in SUFFIXES and not path.name.startswith("._"):  # such are macOS's notes
+            kinds["hidden"] += 1
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    text = ", ".join(f"{count} {kind}" for kind, count in ordered)
+    needs_heif = any(kinds[suffix] for suffix in HEIF_SUFFIXES) and not _heif()
+    return text + (" (pip install pillow-heif for .heic)" if needs_heif else "")
+
+
+def _instead(names: list[str]) -> str:
+    """What there is where there are no images, and what to do."""
+    arrays = [PurePosixPath(n).name for n in names if n.lower().endswith(".npy")]
+    if any(n.startswith("img-mean-std-") for n in arrays):
+        return (
+            f", but {len(arrays)} latents of EDM2's autoencoder ({arrays[0]}): networks here work on "
+            "pixels; give the images that they were made of"
         )
-    classes = int(array.max()) + 1
-    if class_names and len(class_names) < classes:
-        raise ValueError(
-            f"data: {source} names {len(class_names)} classes, but has labels up to {classes - 1}"
-        )
-    return array.astype(np.int64), class_names or tuple(map(str, range(classes)))
+    if arrays:
+        return f", but {len(arrays)} arrays ({arrays[0]}): {STACK}"
+    kinds = _kinds(names)
+    return f", looked for {' '.join(SUFFIXES)} at any depth" + (f", found {kinds}" if kinds else "")
 
 
 # ---- arrays -------------------------------------------------------------------------------------
 
 
-def _read_npz(source: Path) -> ImageArrays:
-    """Images uint8 [N,H,W] or [N,H,W,C] under `images` or `arr_0`; labels [N], if any, under
-    `labels` or `arr_1`. Pickled content is refused."""
+def _read_npz(source: Path, reading: Reading) -> ImageArrays:
+    """Images and labels of an npz (`image_arrays` says of which names, layouts and types). Pickled
+    content is refused."""
     if not zipfile.is_zipfile(source):
         raise ValueError(f"data: {source} is not an npz file")
     try:
         with np.load(source, allow_pickle=False) as archive:
-            image_key = next((k for k in ("images", "arr_0") if k in archive), None)
-            label_key = next((k for k in ("labels", "arr_1") if k in archive), None)
-            if image_key is None:
-                raise ValueError(f"no array 'images' or 'arr_0', only {archive.files}")
+            if len(set(archive.files)) < len(archive.files):
+                raise ValueError(f"two arrays of one name among {archive.files}")
+            image_key, label_key = choose_arrays(str(source), archive.files, reading.split)
             images = archive[image_key]
             labels = None if label_key is None else archive[label_key]
     except (ValueError, OSError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"data: {source} is not an npz of images: {reason(error)}") from error
-    images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise ValueError(
-            f"data: images of {source} must be uint8 [N,H,W], [N,H,W,1] or [N,H,W,3], got "
-            f"{images.dtype} {list(images.shape)}"
-        )
-    if not images.size:
-        raise ValueError(f"data: {source} holds no images, its array is {list(images.shape)}")
+    images = to_uint8(images, str(source), reading)
     if labels is None:
         return ImageArrays(images)
-    return ImageArrays(images, *_check_labels(str(source), labels, len(images)))
+    return ImageArrays(images, *check_labels(str(source), labels, len(images), reading=reading))
 
 
-def _read_cifar10(source: Path) -> ImageArrays:
+def _refuse_npy(source: Path, reading: Reading) -> ImageArrays:
+    raise ValueError(f"data: {source} is one array: {STACK}")
+
+
+def _read_cifar10(source: Path, reading: Reading) -> ImageArrays:
     """The training images of cifar-10-binary.tar.gz as published (Krizhevsky 2009)."""
     wanted = {f"data_batch_{i}.bin": b"" for i in range(1, 6)} | {"batches.meta.txt": b""}
     try:
@@ -308,15 +339,18 @@ def _read_cifar10(source: Path) -> ImageArrays:
             )
     rows = np.frombuffer(b"".join(wanted.values()), np.uint8).reshape(-1, CIFAR10_ROW)
     images = np.ascontiguousarray(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    return ImageArrays(images, *_check_labels(str(source), rows[:, 0], len(rows), class_names))
+    return ImageArrays(
+        images, *check_labels(str(source), rows[:, 0], len(rows), class_names, reading)
+    )
 
 
 # ---- Hugging Face parquet -----------------------------------------------------------------------
 
 
-def _open_parquet(source: Path) -> ImageFiles:
+def _open_parquet(source: Path, reading: Reading) -> ImageFiles:
     """A column of {bytes, path} structs and, optionally, one of labels. Of a folder whose files say
-    which split they are (`train-00000-of-00002.parquet`, `train/0.parquet`), the training split."""
+    which split they are (`train-00000-of-00002.parquet`, `train/0.parquet`), the training split or
+    the one that is asked for."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -324,11 +358,7 @@ def _open_parquet(source: Path) -> ImageFiles:
         raise ValueError(
             f"data: reading {source} needs pyarrow, install it with pip install 'tcm-fast[hf]'"
         ) from None
-    paths = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
-    train = [
-        path for path in paths if any(p.startswith("train") for p in path.relative_to(source).parts)
-    ]
-    paths = train or paths
+    paths = _parquet_paths(source, reading.split)
     try:
         files = [pq.ParquetFile(path) for path in paths]
         schema = files[0].schema_arrow
@@ -338,19 +368,55 @@ def _open_parquet(source: Path) -> ImageFiles:
             absent = set(wanted) - set(file.schema_arrow.names)
             if absent:
                 raise ValueError(f"data: {path} has no column {absent.pop()!r}")
-        count = sum(file.metadata.num_rows for file in files)
-        labels = None
-        if label is not None:
-            columns = [file.read(columns=[label]).column(0) for file in files]
-            labels = np.concatenate([column.to_numpy() for column in columns])
+        counts = [file.metadata.num_rows for file in files]
+        columns = [] if label is None else [file.read(columns=[label]).column(0) for file in files]
+        labels = [value for column in columns for value in column.to_pylist()]
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"data: {source} is not a parquet of images: {reason(error)}") from error
-    if not count:
+    if not sum(counts):
         raise ValueError(f"data: {source} holds no images, its tables have no rows")
     items = _parquet_items(source, list(zip(paths, files, strict=True)), image)
-    if labels is None or (labels == -1).all():  # -1 is how Hugging Face says "not given"
-        return ImageFiles(count, items)
-    return ImageFiles(count, items, *_check_labels(str(source), labels, count, class_names))
+    unlabelled = np.array(
+        [value in (None, -1) for value in labels], bool
+    )  # -1: Hugging Face's None
+    if unlabelled.all():
+        return ImageFiles(sum(counts), items)
+
+    def name_of(row: int) -> str:
+        file = int(np.searchsorted(np.cumsum(counts), row, side="right"))
+        return f"{paths[file].name} row {row - sum(counts[:file])}"
+
+    image_labels.leave_out(str(source), unlabelled, name_of, reading)
+    labelled = np.flatnonzero(~unlabelled)
+    checked = check_labels(
+        str(source), [labels[row] for row in labelled], len(labelled), class_names, reading,
+        lambda index: name_of(int(labelled[index])),
+    )  # fmt: skip
+    return ImageFiles(len(labelled), compress(items, ~unlabelled), *checked)
+
+
+def _parquet_paths(source: Path, split: str) -> list[Path]:
+    if source.is_file():
+        if split:
+            raise ValueError(f"data: {source} is one file, it has no split {split!r}")
+        return [source]
+    paths = sorted(source.rglob("*.parquet"))
+
+    def of(name: str) -> list[Path]:
+        return [
+            path
+            for path in paths
+            if any(p.startswith(name) for p in path.relative_to(source).parts)
+        ]
+
+    chosen = of(split or "train")
+    if split and not chosen:
+        raise ValueError(f"data: {source} has no parquet files of the split {split!r}")
+    if chosen and len(chosen) < len(paths) and not split:
+        others = len(paths) - len(chosen)
+        say(f"{source}: the {len(chosen)} files called train... are read, and not {others} others "
+            f"(another split: {source}:NAME)")  # fmt: skip
+    return chosen or paths
 
 
 def _parquet_columns(source: Path, schema: Any) -> tuple[str, str | None, tuple[str, ...]]:
@@ -377,7 +443,7 @@ def _parquet_columns(source: Path, schema: Any) -> tuple[str, str | None, tuple[
 
 def _parquet_items(
     source: Path, files: list[tuple[Path, Any]], column: str
-) -> Iterator[tuple[str, Callable[[], bytes]]]:
+) -> Iterator[tuple[str, Read]]:
     import pyarrow as pa
 
     try:
@@ -398,9 +464,10 @@ def _parquet_bytes(value: Any) -> bytes:
     return encoded
 
 
-_READERS: dict[str, Callable[[Path], ImageArrays | ImageFiles]] = {
+_READERS: dict[str, Callable[[Path, Reading], ImageArrays | ImageFiles]] = {
     ".zip": _open_zip,
     ".npz": _read_npz,
+    ".npy": _refuse_npy,
     ".tar.gz": _read_cifar10,
     ".parquet": _open_parquet,
 }
@@ -455,8 +522,3 @@ def _add_entry(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
     entry.create_system = 3  # Unix, wherever it is written
     entry.external_attr = 0o644 << 16
     archive.writestr(entry, content)
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

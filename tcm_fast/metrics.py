@@ -30,6 +30,17 @@ SPREAD_NUM = 4096  # images that `spread` looks at
 PAIRS_AT_ONCE = 1 << 25  # distances in memory, 128 MiB of them
 
 
+FEWEST = 4  # images of which halves can be compared
+
+
+def check_enough(images: ImageData) -> None:
+    """ValueError for a set too small to measure distances by."""
+    if len(images) < FEWEST:
+        raise ValueError(
+            f"eval: needs at least {FEWEST} images to compare with, got {len(images)} in {images.name}"
+        )
+
+
 # ---- Fréchet distance ---------------------------------------------------------------------------
 
 

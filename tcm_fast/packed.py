@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from tcm_fast.image_files import ImageArrays, ImageFiles, reason
+from tcm_fast.image_files import ImageArrays, ImageFiles
+from tcm_fast.image_labels import AS_IT_IS, Reading, check_labels, reason
 
 DESCRIPTION, IMAGES, LABELS, JOURNAL = "packed.json", "images.bin", "labels.npy", "journal.npy"
 SLICE = 4096  # images between two entries in the journal
@@ -34,7 +35,7 @@ def is_packed(folder: Path) -> bool:
     return (folder / DESCRIPTION).is_file()
 
 
-def open_packed(folder: Path) -> ImageArrays:
+def open_packed(folder: Path, reading: Reading = AS_IT_IS) -> ImageArrays:
     """The images of a packed folder, mapped into memory (private and writable, as tensors want it; nothing
     is written back). ValueError where the folder contradicts itself."""
     try:
@@ -51,7 +52,12 @@ def open_packed(folder: Path) -> ImageArrays:
         raise ValueError(
             f"data: {folder / IMAGES} must have the bytes of {list(shape)}, got {size}; pack it anew"
         )
-    return ImageArrays(np.memmap(folder / IMAGES, np.uint8, "c", shape=shape), labels, class_names)
+    images = np.memmap(folder / IMAGES, np.uint8, "c", shape=shape)
+    if labels is None:
+        return ImageArrays(images)
+    return ImageArrays(
+        images, *check_labels(str(folder), labels, len(images), class_names, reading)
+    )
 
 
 def write_packed(

@@ -118,7 +118,7 @@ def image_shape(settings: Config, preset: str | None, resolution: int | None) ->
     if settings.data.source:
         data = settings.data
         images = load_images(
-            data.source, skip_corrupt=data.skip_corrupt, resolution=resolution or data.resolution
+            data.source, **data.reading() | {"resolution": resolution or data.resolution}
         )
         return ImageShape(images.resolution, images.channels, images.num_classes, len(images))
     kind = (preset or "").partition("-")[0]

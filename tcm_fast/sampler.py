@@ -304,6 +304,10 @@ def _label_rows(net: Precond, num: int, labels: Labels, start: int) -> torch.Ten
                 f"labels: one-hot labels must be [{num},{classes}], got {list(labels.shape)}"
             )
         return labels.to("cpu", torch.float32)
+    if isinstance(labels, (int, list, tuple)):
+        for label in [labels] if isinstance(labels, int) else labels:
+            if isinstance(label, int) and not 0 <= label < classes:  # perhaps of more than 64 bits
+                raise ValueError(f"labels: must lie in [0, {classes}), got {label}")
     given = torch.as_tensor(range(classes) if labels is None else labels)
     if given.is_floating_point() or given.ndim > 1 or given.numel() == 0:
         raise ValueError(

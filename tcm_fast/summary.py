@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich import box
@@ -12,7 +13,7 @@ from tcm_fast.phase import PhaseResult
 from tcm_fast.sampler import HEUN_STEPS
 
 NEXT = """Next:
-  tcm-fast sample {out} --num 100 --steps 1 --out samples.png
+  tcm-fast sample {out} --num 100{steps} --out {grid}
   tcm-fast eval {out}
   tcm-fast train --preset digits --data YOUR_IMAGES --network.no-class-conditional --out runs/yours
 (YOUR_IMAGES: a folder, zip, npz or parquet; class sub-folders serve as labels with
@@ -45,7 +46,10 @@ def summary(out: Path, results: list[PhaseResult]) -> None:
             f"* in {HEUN_STEPS} Heun steps" if "edm" in (r.phase for r in judged) else None
         )
     Console().print(table)
-    print(NEXT.format(out=out))
+    is_pretrained = bool(results) and results[-1].phase == "edm"  # sampled by the solver
+    grid = shlex.quote(str(out / "samples.png"))
+    steps = "" if is_pretrained else " --steps 1"
+    print(NEXT.format(out=shlex.quote(str(out)), steps=steps, grid=grid))
 
 
 def _quality(result: PhaseResult) -> list[str]:

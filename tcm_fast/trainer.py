@@ -9,6 +9,7 @@ nothing else; so a resumed run repeats an unbroken one.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -18,13 +19,13 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tcm_fast import checkpoint, distributed, run_folder
+from tcm_fast import checkpoint, distributed, metrics, run_folder
 from tcm_fast.arithmetic import training_settings
 from tcm_fast.assembly import Assembly
 from tcm_fast.budget import choose_levers
 from tcm_fast.cards import this_device, with_memory
-from tcm_fast.config import Config, RatioConfig
-from tcm_fast.data import ImageStream, load_images
+from tcm_fast.config import Config, RatioConfig, changes, to_dict
+from tcm_fast.data import ImageStream, class_mapping, load_images
 from tcm_fast.diagnosis import diagnose
 from tcm_fast.features import feature_space
 from tcm_fast.footprint import ImageShape
@@ -83,9 +84,10 @@ class Trainer:
         self.device = self.workers.device
         self.stop = StopRequest(config.max_hours, has_peers=self.workers.world > 1)
         data = config.data
-        self.data = load_images(
-            data.source, skip_corrupt=data.skip_corrupt, resolution=data.resolution
-        )
+        with warnings.catch_warnings():
+            if not self.workers.is_main:  # one rank says it
+                warnings.simplefilter("ignore")
+            self.data = load_images(data.source, **data.reading())
         if config.memory == "auto":
             self.config = config = self._with_levers(config)
         self.micro = MicroBatches(self.out, config.micro_batches, self.workers)
@@ -95,6 +97,8 @@ class Trainer:
         self.init = checkpoint.load_network(init, device=self.device) if init else None
         features = config.eval.features
         self.space = feature_space(features, device=self.device) if features else None
+        if self.space is not None:
+            metrics.check_enough(self.data)
 
         self.keeper = Keeper(
             self.out,
@@ -108,6 +112,9 @@ class Trainer:
         self.gallery = Gallery(
             self.out, config, self.data, self.space, self.workers, self.log, self.spent
         )
+        if config.network.class_conditional:
+            names = self.data.class_names
+            self.log.say(f"{len(names)} classes: {class_mapping(names)}")
         for found in opened.passed_over:
             self.log.warn("passed_over", f"resume: passed over {found.path.name}: {found.reason}")
         if gap := extension_gap(self.device):
@@ -276,6 +283,9 @@ class Trainer:
         """The phase as its checkpoint left it."""
         phase = self.assembly.restore(path)
         self.log.say(f"resumed {phase.name} after {phase.images:,} images from {path}")
+        if changed := changes(run_folder.read_state(path)["config"], to_dict(self.config)):
+            self.log.say(f"settings that differ from those before: {', '.join(changed)}")
+            self.log.write("settings", changed=changed)
         return phase
 
     def _prepare(self, phase: Phase, stream: ImageStream, step: int | None = None) -> list[Batch]:

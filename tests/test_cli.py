@@ -1,12 +1,16 @@
 """The command line, from arguments to exit status."""
 
+import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -302,3 +306,127 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny, folder, tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def next_commands(shown):
+    """The commands without a placeholder that the summary of a run prints."""
+    lines = [line for line in shown.splitlines() if line.startswith("  tcm-fast ")]
+    return [shlex.split(line)[1:] for line in lines if "YOUR_" not in line]
+
+
+@pytest.mark.parametrize("phase", ["edm", "ect"])
+def test_every_printed_command_works(phase, tiny, folder, tmp_path, capsys):
+    """On one's own images there is no feature space, and a pre-trained network takes no single step."""
+    out = tmp_path / "a run"
+    assert run("train", "--config", tiny, "--data", folder, "--out", out, "--phase", phase) == 0
+    commands = next_commands(capsys.readouterr().out)
+    assert [command[0] for command in commands] == ["sample", "eval"]
+    for command in commands:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert run(*command) == 0
+    assert "random features" in str(caught[-1].message)
+    with pytest.warns(UserWarning, match="random features"):
+        assert run("eval", out, "--denoising") == 0
+    assert run("eval", out, "--num", 1) == 2
+    assert "num: must be at least 2" in capsys.readouterr().err
+
+
+def test_resuming_says_what_has_changed(tiny, folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = ["train", "--data", folder, "--out", out]
+    conditional = ["--network.class-conditional", "--phase", "ect"]
+    assert run(*command, "--config", tiny, *conditional) == 0
+    assert "2 classes: 0 cats, 1 dogs" in capsys.readouterr().err
+    assert run(*command, "--resume", "auto", "--ect.lr", 0.5, "--precision", "bf16") == 0
+    said = capsys.readouterr().err
+    assert "differ from those before: ect.lr 0.0001 -> 0.5, precision fp32 -> bf16" in said.replace(
+        "\n", " "
+    )
+    (folder / "cats").rename(folder / "ferrets")
+    assert run(*command, "--resume", "auto") == 2
+    assert "class 0 must stay cats" in capsys.readouterr().err
+
+
+def test_too_few_images_to_measure_by(tiny, tmp_path, capsys):
+    np.savez(tmp_path / "three.npz", images=np.zeros((3, 8, 8), np.uint8))
+    command = [
+        "train",
+        "--config",
+        tiny,
+        "--data",
+        tmp_path / "three.npz",
+        "--out",
+        tmp_path / "run",
+    ]
+    assert run(*command, "--eval.features", "random") == 2
+    assert "needs at least 4 images to compare with, got 3" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_thread_and_streams_without_a_descriptor(tiny, folder, tmp_path, monkeypatch):
+    """As in a notebook."""
+
+    class Cell(io.StringIO):
+        def fileno(self):
+            raise io.UnsupportedOperation("fileno")
+
+    shown, said, statuses = Cell(), Cell(), []
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "stderr", said)
+
+    def work():
+        out = tmp_path / "run"
+        statuses.append(
+            run("train", "--config", tiny, "--data", folder, "--out", out, "--phase", "ect")
+        )
+        statuses.append(run("sample", out, "--num", 2, "--out", tmp_path / "a.png"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert statuses == [0, 0], said.getvalue()
+    assert "2 images of seed 0" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"PYTHONIOENCODING": "ascii"}, {"TERM": "dumb"}, {"NO_COLOR": "1"}]
+)
+def test_terminals_of_all_kinds(settings, tmp_path):
+    """Piped, what is printed is text; what an encoding cannot say is written out."""
+    (tmp_path / "é").mkdir()
+    (tmp_path / "x").mkdir()
+    for name in ("é", "x"):
+        Image.new("L", (4, 4)).save(tmp_path / name / "a.png")
+    done = subprocess.run(
+        [sys.executable, "-m", "tcm_fast", "data", "info", str(tmp_path)],
+        capture_output=True, env={**os.environ, **settings},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\x1b" not in done.stdout
+    name = "\\xe9" if "PYTHONIOENCODING" in settings else "é"
+    assert f"0 x (1), 1 {name} (1)" in done.stdout.decode()
+
+
+def test_the_profiler_keeps_its_notes_to_itself():
+    code = """
+import sys, types
+
+def profile(settings, out):
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU]):
+        torch.ones(3) + 1
+    return out
+
+stub = types.SimpleNamespace(Settings=lambda **_: None, profile=profile)
+sys.modules |= {"tcm_fast.benchmarks.suite": stub, "tcm_fast.benchmarks.report": stub}
+from tcm_fast.cli import main
+main(["bench", "profile", "--device", "cpu"])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "KINETO_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "trace for chrome://tracing" in done.stdout

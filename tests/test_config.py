@@ -12,6 +12,7 @@ from tcm_fast.config import (
     Config,
     EctConfig,
     TcmConfig,
+    changes,
     from_dict,
     load_config,
     load_preset,
@@ -160,3 +161,11 @@ def test_any_table_is_a_configuration_or_a_value_error(values):
         assert any(name in error for name in values)
     else:
         assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_changes():
+    before = to_dict(Config())
+    after = to_dict(from_dict(Config, {"seed": 3, "tcm": {"lr": 0.5}}))
+    assert changes(before, before) == []
+    assert changes(before, after) == ["seed 0 -> 3", f"tcm.lr {Config().tcm.lr} -> 0.5"]
+    assert changes(json.loads(json.dumps(before)), before) == []

@@ -551,14 +551,18 @@ def test_cifar10_rows_and_labels_are_checked(tmp_path):
     ("arrays", "words"),
     [
         ({"pictures": np.zeros(3)}, "'images' or 'arr_0', only ['pictures']"),
-        ({"images": np.zeros((2, 4, 4, 3), np.float32)}, "float32 [2, 4, 4, 3]"),
-        ({"images": np.zeros((2, 3, 4, 4), np.uint8)}, "uint8 [2, 3, 4, 4]"),
+        ({"images": np.full((2, 4, 4, 3), 300, np.float32)}, "300.0 to 300.0"),
+        ({"images": np.full((2, 4, 4, 3), np.nan, np.float32)}, "nan"),
+        ({"images": np.full((2, 4, 4), 0.3, np.float32)}, "float32 [2, 4, 4], have values between"),
+        ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, "uint8 [2, 4, 4, 4], have transparency"),
+        ({"images": np.zeros((2, 5, 4, 9), np.uint8)}, "uint8 [2, 5, 4, 9]"),
+        ({"images": np.zeros((2, 4, 4), complex)}, "complex128"),
         ({"images": np.zeros((2, 4, 6, 3), np.uint8)}, "6x4"),
         ({"images": np.array([{}], object)}, "pickle"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(3, int)}, "int64 [3]"),
-        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(2)}, "float64 [2]"),
+        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.full(2, 0.5)}, "float64 [2]"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0, -2])}, "from -2"),
-        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array(["a", "b"])}, "<U1 [2]"),
+        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array(["a", "3"])}, "<U1 [2]"),
     ],
 )
 def test_npz_contents_are_checked(tmp_path, arrays, words):

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
 _C
 kernels
-arithmetic config distributed runlog stopping run_lock image_files graphs
+arithmetic config distributed runlog stopping run_lock image_labels graphs
+image_arrays
+image_files
 packed
 data
 times augment
