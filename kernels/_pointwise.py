@@ -62,13 +62,12 @@ def meet_reference(
 
 
 def layout_of(x: torch.Tensor) -> torch.memory_format:
-    """channels_last where x lies so and in no other way, else contiguous."""
-    is_channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return (
-        torch.channels_last
-        if is_channels_last and not x.is_contiguous()
-        else torch.contiguous_format
-    )
+    """channels_last where x lies so and in no other way, or is a part of what does (a slice of channels,
+    such as a concatenation's gradient), else contiguous."""
+    if x.ndim != 4 or x.is_contiguous():
+        return torch.contiguous_format
+    lies_so = x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1
+    return torch.channels_last if lies_so else torch.contiguous_format
 
 
 def has_asm(x: torch.Tensor) -> bool:

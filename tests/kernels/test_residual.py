@@ -85,3 +85,14 @@ def test_refuses():
         residual(x, skip, 1.0, bias[:3])
     with pytest.raises(ValueError, match=r"x must be \[N,C,H,W\], got \[24\]"):
         residual(bias, bias)
+
+
+def test_the_gradient_of_a_concatenation_keeps_its_layout(triton_device):
+    """It is a slice of channels: neither contiguous nor channels_last by torch's words, but it lies so."""
+    x, skip = torch.randn(2, 2, 8, 4, 4, device=triton_device)
+    x, skip = (v.contiguous(memory_format=torch.channels_last).requires_grad_() for v in (x, skip))
+    seen = []
+    x.register_hook(seen.append)
+    both = torch.cat([residual(x, skip, 0.7), skip], 1)
+    both.backward(torch.randn_like(both))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
