@@ -105,6 +105,24 @@ main(["train", "--preset", "digits"])
     assert missing in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        ({}, (None, cli.SPIN_COUNT)),
+        ({"GOMP_SPINCOUNT": "7"}, (None, "7")),
+        ({"OMP_WAIT_POLICY": "active"}, ("active", None)),
+    ],
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(own, found, monkeypatch, capsys):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    assert run("--help") == 0
+    assert tuple(map(os.environ.get, names)) == found
+
+
 def test_train_sample_and_evaluate(tiny, folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert run("train", "--config", tiny, "--data", folder, "--out", out) == 0
