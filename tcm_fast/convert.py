@@ -277,6 +277,8 @@ def _collect(
         return value
 
     unsaved = module.state.get("_non_persistent_buffers_set", set())
+    if not isinstance(unsaved, set):
+        raise Refused("a module's _non_persistent_buffers_set is no set")
     buffers = {k: v for k, v in attribute("_buffers").items() if k not in unsaved}
     for name, value in {**attribute("_parameters"), **buffers}.items():
         if isinstance(value, FileTensor):

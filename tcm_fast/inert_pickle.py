@@ -78,9 +78,12 @@ def _want(value: Any, kinds: Any, what: str) -> Any:
 
 
 def _key(value: Any) -> Any:
-    """A dictionary's key or a set's member: hashing a nested one could take for ever."""
+    """A dictionary's key or a set's member: hashing a nested one could take for ever, and so could
+    telling integers apart that leave the same remainder modulo 2^61 - 1, which is their hash."""
     if not isinstance(value, str | int | float | bytes | type(None)):
         raise Refused(f"a dictionary has a key of type {type(value).__name__}")
+    if isinstance(value, int) and not -(2**60) < value < 2**60:
+        raise Refused("a dictionary has a key of more than 60 bits")
     return value
 
 
@@ -141,9 +144,10 @@ NUMPY_CODES = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "u1": "B",
 def _scalar(dtype: Any, data: bytes = b"") -> float | int | bool:
     """A NumPy number."""
     state = _want(dtype, Record, "numpy scalar").state
-    code = NUMPY_CODES.get(state.get("name", ""))
+    name = state.get("name")
+    code = NUMPY_CODES.get(name) if isinstance(name, str) else None
     if code is None:
-        raise Refused(f"a NumPy scalar is of type {shown(state.get('name'))}, not a number")
+        raise Refused(f"a NumPy scalar is of type {shown(name)}, not a number")
     order = ">" if state.get("order") == ">" else "<"
     return struct.unpack(order + code, _want(data, bytes, "numpy scalar"))[0]
 

@@ -163,7 +163,9 @@ def read_stream(file: BinaryIO) -> Any:
     machine = Machine(calls=TENSOR_CALLS, names=_is_torch_name, persistent=persistent)
     found = machine.run(file)
     keys = numbers.run(file)
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise Refused("its list of storages is no list of names")
+    if sorted(keys) != sorted(storages):
         raise Refused("its storages are not those that it refers to")
     here = file.tell()
     end = file.seek(0, io.SEEK_END)

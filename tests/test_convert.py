@@ -502,6 +502,109 @@ def test_nests_and_bombs(tmp_path, others):
     )
 
 
+# Forty doublings through the memo, as a pickler would write them; the last is number 40.
+DOUBLED = b"(" + b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(40)) + b"1h\x28"
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"}" + DOUBLED + b"Ns.", "a dictionary has a key of type tuple"),
+        (b"}(" + DOUBLED + b"Nu.", "a dictionary has a key of type tuple"),
+        (b"(" + DOUBLED + b"Nd.", "a dictionary has a key of type tuple"),
+        (b"\x8f(" + DOUBLED + b"\x90.", "a dictionary has a key of type tuple"),
+        (b"(" + DOUBLED + b"\x91.", "a dictionary has a key of type tuple"),
+        (b"cbuiltins\nset\n(]" + DOUBLED + b"atR.", "a dictionary has a key of type tuple"),
+        (b"ccollections\nOrderedDict\n(]" + DOUBLED + b"N\x86atR.", "a key of type tuple"),
+        (b"cdnnlib.util\nEasyDict\n)\x81" + DOUBLED + b"Ns.", "a key of type tuple"),
+        # A look-up in our own tables, by a record that only says that it is a dtype.
+        (
+            b"cnumpy.core.multiarray\nscalar\n("
+            b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n(}("
+            b"\x8c\x04type\x8c\x05class\x8c\x0aclass_name\x8c\x0bnumpy.dtype\x8c\x05state}"
+            b"\x8c\x04name" + DOUBLED + b"sutRC\x01atR.",
+            "a NumPy scalar is of type tuple",
+        ),
+    ],
+)  # fmt: skip
+def test_nothing_nested_is_hashed(data, match, tmp_path):
+    refused(b"\x80\x04" + data, tmp_path, match)
+
+
+def test_integers_of_one_hash_are_no_keys(tmp_path):
+    one_hash = {k * (2**61 - 1): None for k in range(3)}
+    assert len(set(map(hash, one_hash))) == 1
+    refused(pickle.dumps(one_hash, 4), tmp_path, "a key of more than 60 bits")
+    refused(pickle.dumps({-(2**70)}, 4), tmp_path, "a key of more than 60 bits")
+    small = {0: 1, -5: 2, 2**60 - 1: 3, True: 4}
+    assert read_bytes(pickle.dumps(small, 4), tmp_path) == small
+
+
+@pytest.mark.parametrize(
+    "keys", [DOUBLED, b"K\x00", b"\x8b" + struct.pack("<i", 5000) + b"\x01" * 5000]
+)
+def test_keys_of_a_stream_are_names(keys, tmp_path):
+    head = b"".join(
+        pickle.dumps(value, 2)
+        for value in (torch_files.STREAM_MAGIC, 1001, {"little_endian": True}, None)
+    )
+    refused(head + b"\x80\x04]" + keys + b"a.", tmp_path, "no list of names")
+
+
+STAND_INS = {
+    "a name": b"cbuiltins\nset\n",
+    "a dtype's class": b"ctorch\nfloat32\n",
+    "a method": (b"cbuiltins\ngetattr\n(ctraining.networks\nB\n)\x81\x8c\x01atR"),
+    "a tuple": b")",
+    "a number": b"K\x01",
+    "a text": b"\x8c\x01a",
+}
+
+
+@pytest.mark.parametrize("kind", STAND_INS)
+@pytest.mark.parametrize("state", [b"}", b"N}\x86", b"N}\x8c\x08__call__Ns\x86"])
+def test_stand_ins_have_no_attributes_to_be_set(kind, state, tmp_path):
+    refused(
+        b"\x80\x04" + STAND_INS[kind] + state + b"b.", tmp_path, "gives attributes to something"
+    )
+
+
+def test_attributes_of_a_record_are_words(tmp_path):
+    """Those that Python would call, or that the record itself has, are kept as any other."""
+    names = [
+        "kind",
+        "state",
+        "source",
+        "__setstate__",
+        "__class__",
+        "__reduce__",
+        "__del__",
+        "__dict__",
+    ]
+    values = b"".join(b"\x8c" + bytes([len(n)]) + n.encode() + b"K\x07" for n in names)
+    data = b"\x80\x04ctraining.networks\nB\n)\x81N}(" + values + b"u\x86b}b."
+    found = read_bytes(data, tmp_path)
+    assert type(found) is inert_pickle.Record
+    assert found.kind == "B"
+    assert found.state == dict.fromkeys(names, 7)
+
+
+@pytest.mark.parametrize("opcode", [b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00"])
+def test_registered_extensions_are_not_looked_up(opcode, tmp_path, monkeypatch):
+    import copyreg
+
+    monkeypatch.setitem(copyreg._inverted_registry, 1, ("os", "system"))
+    monkeypatch.setitem(copyreg._extension_cache, 1, __import__("os").system)
+    refused(b"\x80\x04" + opcode + b"\x8c\x04echo\x85R.", tmp_path, "operation EXT|damaged")
+
+
+def test_buffers_that_are_not_saved_are_a_set(tmp_path, others):
+    network = theirs.as_module(tiny(), "EDMPrecond", {})
+    network.meta["state"]["_non_persistent_buffers_set"] = 5
+    network.meta["state"]["_buffers"] = {"a": torch.ones(1)}
+    convert_fails(pickle.dumps({"ema": network}), tmp_path, "_non_persistent_buffers_set is no set")
+
+
 def test_truncated_anywhere(tmp_path, others):
     data = theirs.snapshot(
         tiny(model_channels=4, channel_mult=[1], attn_resolutions=[]), protocol=4
