@@ -314,6 +314,7 @@ def test_labels():
     [
         (0, [1], r"labels: the network is unconditional"),
         (3, 3, r"labels: must lie in \[0, 3\), got 3"),
+        (3, [0, 10**20], r"labels: must lie in \[0, 3\), got 1000000"),
         (3, [0, -1], r"labels: must lie in \[0, 3\), got -1"),
         (3, [], r"labels: must be an int, ints or one-hot"),
         (3, [0.5], r"labels: must be an int, ints or one-hot"),
