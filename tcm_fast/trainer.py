@@ -166,7 +166,7 @@ class Trainer:
         while steps < 1 or time.monotonic() - begun < seconds:
             if steps == 0:
                 begun = time.monotonic()
-            self._step(phase, batches)
+            self._step_within_memory(phase, stream, batches, row=0)
             batches = self._prepare(phase, stream)
             phase.gauge.read(1, self.workers.sum)
             steps += 1
@@ -244,7 +244,7 @@ class Trainer:
                 read, is_new = phase.step, True
                 if self._is_lost(phase, reading, stopped):
                     phase = self._roll_back(phase, previous)
-                    read = logged = phase.step
+                    begun = read = logged = phase.step
                     rows, mark = [], time.monotonic()
                     stopped = owes_save = False
                     batches = self._prepare(phase, stream)
