@@ -33,7 +33,7 @@ import torch
 from foreign_networks import FAMILIES
 
 import tcm_fast
-from tcm_fast import saving
+from tcm_fast import cli, metrics, saving
 from tcm_fast.accelerate import accelerate
 from tcm_fast.config import Config, from_dict, to_dict
 from tcm_fast.trainer import Interrupted, Trainer
@@ -82,7 +82,7 @@ def configured(
             values[phase]["double"] = max(1, steps // 6)
     values["network"] |= network or {}
     values["data"] |= {"source": str(folder / "images.npz"), "resolution": None}
-    values["eval"]["features"] = ""
+    values["eval"] |= {"features": "", **settings.pop("eval", {})}
     values |= {"phases": phases, "device": "cuda", "best": "", "max_steps": None, "memory": "given"}
     values |= {"log_every": 10, "save_every": 25, "grid_every": 30, **settings}
     return from_dict(Config, values)
@@ -136,6 +136,34 @@ def stop_and_resume(folder: Path) -> str:
         Trainer(config, folder / "run", resume=True).run()
         return f"stopped after {trained} steps, resumed, ended"
     raise AssertionError("the run was not stopped")
+
+
+def evaluate(folder: Path) -> str:
+    """Grids and distances while a run goes, then the commands that look at it; values that the host goes on
+    with are made up."""
+    config = configured(
+        folder, phases=("ect", "tcm"), steps=12, eval={"features": "random", "num": 64}
+    )
+    moments, nearest = metrics._moments, metrics.nearest_distances
+    metrics._moments = lambda features: moments(np.random.default_rng(0).random(features.shape))
+    metrics.nearest_distances = lambda queries, *_, num=2, **__: np.ones((len(queries), num))
+    try:
+        Trainer(config, folder / "run").run()
+        common = [str(folder / "run"), "--device", "cuda"]
+        for arguments in (
+            ["eval", *common, "--features", "random", "--num", "64"],
+            ["eval", *common, "--features", "random", "--denoising"],
+            ["sample", *common, "--num", "9", "--steps", "2", "--out", str(folder / "grid.png")],
+        ):
+            status: Any = 0
+            try:
+                cli.main(arguments)
+            except SystemExit as end:
+                status = end.code
+            assert not status, f"{arguments[0]} ended with {status}"
+    finally:
+        metrics._moments, metrics.nearest_distances = moments, nearest
+    return "grids, distances, eval, sample"
 
 
 def draw(folder: Path, name: str, precision: str) -> str:
@@ -250,6 +278,7 @@ def cases() -> dict[str, Callable[[Path], str]]:
     for name, precision in itertools.product(("ddpmpp", "ncsnpp", "adm", "edm2"), PRECISIONS):
         found[f"sample {name} {precision}"] = partial(draw, name=name, precision=precision)
     found["stop and resume"] = stop_and_resume
+    found["evaluate"] = evaluate
     for share, where in itertools.product((0.9, 0.5), ("the first step", "a capture", "a picture")):
         found[f"out of memory in {where}, {share:.0%}"] = partial(run_out, share=share, where=where)
     for family, precision in itertools.product(FAMILIES, ("fp32", "bf16", "fp16", "autocast")):
