@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tcm_fast.arithmetic import PRECISIONS
 from tcm_fast.benchmarks.accounting import Counting, RooflineRow, Tally
 from tcm_fast.benchmarks.cases import available_networks
 from tcm_fast.benchmarks.optimizers import BYTES_PER_PARAMETER
@@ -26,7 +27,6 @@ from tcm_fast.benchmarks.steps import ITERATION, StepCase
 from tcm_fast.kernels import _triton
 from tcm_fast.objectives import Objective, make_batch
 from tcm_fast.plan import Ceilings
-from tcm_fast.sampler import PRECISIONS
 from tcm_fast.times import plan_times
 
 

@@ -1,4 +1,4 @@
-"""torch's settings for the whole program, changed for a while and put back."""
+"""Precisions, and torch's settings for the whole program: changed for a while and put back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+PRECISIONS = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+"""In which dtype convolutions and matrix products compute, by the names of the configuration."""
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tcm_fast import checkpoint
+from tcm_fast.arithmetic import PRECISIONS
 from tcm_fast.config import PHASES, Config, EdmConfig, PhaseConfig
 from tcm_fast.data import ImageData
 from tcm_fast.distributed import Workers
@@ -27,12 +28,6 @@ from tcm_fast.phase import CONSISTENCY, FROZEN_FILE, Phase, load_weights
 from tcm_fast.times import plan_times
 from tcm_fast.watch import Gauge, Watch
 
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 LOSS_SCALE, SCALE_GROWTH_INTERVAL = 16.0, 20_000  # of fp16, as EDM2 and TCM have it
 
 
@@ -140,7 +135,7 @@ class Assembly:
             norms=self.config.recompute_norms,
             blocks_from=self.config.recompute_blocks,
         )
-        dtype = DTYPES[self.config.precision]
+        dtype = PRECISIONS[self.config.precision]
         loss = Objective(name, config, student, frozen, dtype=dtype)
         if frozen is not None and loss.frozen is not frozen:
             frozen.to("cpu")  # for checkpoints; the device holds the objective's copy alone

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from tcm_fast.arithmetic import PRECISIONS
 from tcm_fast.cards import BANDWIDTH_SHARE, GIB, LAUNCH, PCIE, Card
 from tcm_fast.config import Config, ConsistencyConfig
 from tcm_fast.footprint import (
-    DTYPES,
     DryStep,
     ImageShape,
     Memory,
@@ -225,7 +225,7 @@ def _activations(
     size = config.phase(name).batch_size // gpus
     micro = size // step.rows
     held = step.peak - step.peak_grads
-    if DTYPES[config.precision].itemsize == 4 or step.rows % 2 or 2 * micro > size:
+    if PRECISIONS[config.precision].itemsize == 4 or step.rows % 2 or 2 * micro > size:
         return 0.0, held / step.rows
     half = dry_step(
         replace(config, micro_batches=2 * micro * gpus), name, shape, on_gpu=card.on_gpu
@@ -278,7 +278,7 @@ def _does_not_fit(
     advice = [f"a card of {total} GiB would do"]
     if narrower is not None:
         advice.append(f"--network.model-channels {narrower} fits")
-    if DTYPES[config.precision].itemsize == 4 and card.on_gpu:
+    if PRECISIONS[config.precision].itemsize == 4 and card.on_gpu:
         advice.append("--precision fp16 takes about half of the activations")
     return DoesNotFitError(
         f"plan: {config.network.name} does not fit: with every lever it takes {least / GIB:.2f} GiB, and "

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from tcm_fast.arithmetic import PRECISIONS
 from tcm_fast.config import Config, RatioConfig, phase_name
 from tcm_fast.kernels._triton import assuming_kernels
 from tcm_fast.networks import LOGVAR_CHANNELS, Precond, build_network
@@ -31,12 +32,6 @@ from tcm_fast.offload import SLOTS, piece_sizes
 from tcm_fast.optim import moment_size
 from tcm_fast.times import plan_times
 
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 END = 1 << 20  # an iteration after every schedule's end
 FROZEN = ("tcm", "cd")
 KINDS = (
@@ -233,7 +228,7 @@ def _what_counts(config: Config, name: str) -> Config:
 
 @functools.lru_cache(maxsize=256)
 def _dry_step(config: Config, name: str, shape: ImageShape, on_gpu: bool, last: bool) -> DryStep:
-    phase, dtype = config.phase(name), DTYPES[config.precision]
+    phase, dtype = config.phase(name), PRECISIONS[config.precision]
     net = build_on_meta(config, shape, name)
     augmentation = getattr(net.model, "map_augment", None)
     if augmentation is not None:

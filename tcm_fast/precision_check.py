@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tcm_fast.arithmetic import tf32
+from tcm_fast.arithmetic import PRECISIONS, tf32
 from tcm_fast.data import ImageData
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.noise_pair import network_input, noise_pair
 from tcm_fast.kernels.precondition import denoise
 from tcm_fast.networks import Precond
 from tcm_fast.networks.precision import cast_names, in_precision
-from tcm_fast.sampler import PRECISIONS
 from tcm_fast.times import inner_level
 
 TIMES = (0.3, 1.0, 1.5, 3.0, 10.0, 30.0, 75.0)

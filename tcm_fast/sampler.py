@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from tcm_fast.arithmetic import tf32
+from tcm_fast.arithmetic import PRECISIONS, tf32
 from tcm_fast.checkpoint import load_stage1
 from tcm_fast.distributed import Workers
 from tcm_fast.graphs import CudaPlace, GraphCache
@@ -321,9 +321,6 @@ def _label_rows(net: Precond, num: int, labels: Labels, start: int) -> torch.Ten
     return given[torch.arange(start, start + num) % len(given)]
 
 
-PRECISIONS = {
-    "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
-}  # fmt: skip
 LARGEST_BATCH = 2**20  # pixels on a GPU (1024 images at 32x32): more is no faster
 
 
