@@ -3,6 +3,7 @@ where it started thousands of kernels."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -36,6 +37,12 @@ class Place(Protocol):
     def capture(self, work: Work, tensors: list[torch.Tensor]) -> Replay: ...
 
 
+@functools.cache
+def _stream_of(index: int) -> torch.cuda.Stream:
+    """One for each device: cuBLAS keeps a workspace for every stream that it has met."""
+    return torch.cuda.Stream(index)
+
+
 class CudaPlace:
     """A stream and a memory pool of their own.
 
@@ -45,8 +52,8 @@ class CudaPlace:
     the captures' pool, or a device would have to hold the memory of a step twice."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self.device = self._stream.device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device, self._stream = torch.device("cuda", index), _stream_of(index)
         with torch.cuda.device(self.device):
             self._pool = torch.cuda.MemPool()
 
@@ -75,7 +82,7 @@ class CudaPlace:
             yield
 
     def capture(self, work: Work, tensors: list[torch.Tensor]) -> Replay:
-        return _CudaReplay(work, tensors, self._pool.id, self._stream)
+        return _CudaReplay(work, tensors, self._pool, self._stream)
 
 
 class _CudaReplay:
@@ -85,22 +92,34 @@ class _CudaReplay:
         self, work: Work, tensors: list[torch.Tensor], pool: Any, stream: torch.cuda.Stream
     ) -> None:
         self.graph = torch.cuda.CUDAGraph()
+        self.pool = pool  # outlives the graph
         # Other threads read images into pinned memory meanwhile, which a global capture forbids.
         capture = torch.cuda.graph(
-            self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            self.graph, pool=pool.id, stream=stream, capture_error_mode="thread_local"
         )
+        failure: Exception | None = None
         try:
             with capture:
                 self.result = work(*tensors)
         except Exception as error:
             # What ended `work` is hidden behind what the end of the capture said to it.
-            cause = error.__context__ or error
-            if isinstance(cause, torch.OutOfMemoryError):
-                raise cause from None
-            raise CaptureError(f"{type(cause).__name__}: {str(cause).splitlines()[0]}") from cause
+            failure = _what_failed(error.__context__ or error)
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # or the frame and the exception would keep each other alive
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+def _what_failed(cause: BaseException) -> Exception:
+    """The error to raise, without the traceback that keeps all of the work's memory alive."""
+    text = str(cause).partition("\n")[0]
+    if isinstance(cause, torch.OutOfMemoryError):
+        return torch.OutOfMemoryError(text)
+    return CaptureError(f"{type(cause).__name__}: {text}")
 
 
 class GraphCache:

@@ -366,11 +366,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 kind = self._kind_of_moments(t)
                 if not in_layout(grad, t.param) or (kind == torch.uint8 and grad.data_ptr() % 16):
                     grad = torch.empty_like(t.param).copy_(grad)
-                if not state:
-                    state = self.state[t.param]
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=t.param.device)
-                    for key in TOP:
-                        state[key] = no_moment(t, kind)
+                if not state:  # all of it or, where memory is short, nothing
+                    state = {"step": torch.zeros((), dtype=torch.float32, device=t.param.device)}
+                    state |= {key: no_moment(t, kind) for key in TOP}
+                    self.state[t.param] = state
             t.grad = grad
             if not state:
                 t.step = t.exp_avg = t.exp_avg_sq = None

@@ -154,7 +154,13 @@ class Phase:
         # Torch's optimizers cannot skip on the device. In a graph nothing can be asked of it: what a
         # gradient spoils there, a roll-back mends.
         if self.graphs is not None or bool(norm.isfinite()):
-            self.scaler.step(self.optimizer)
+            try:
+                self.scaler.step(self.optimizer)
+            except torch.OutOfMemoryError:
+                raise TrainingError(
+                    f"{self.name}: out of memory in the optimizer's step, half of which may be done: go on "
+                    "with --resume auto and more --micro-batches, or --memory auto"
+                ) from None
             if self.graphs is None:
                 self.move_averages()
         self.scaler.update()

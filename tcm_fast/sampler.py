@@ -19,7 +19,7 @@ from rich.progress import Progress
 from tcm_fast.arithmetic import PRECISIONS, tf32
 from tcm_fast.checkpoint import load_stage1
 from tcm_fast.distributed import Workers
-from tcm_fast.graphs import CudaPlace, GraphCache
+from tcm_fast.graphs import CaptureError, CudaPlace, GraphCache
 from tcm_fast.kernels.denoise_to_uint8 import denoise_to_uint8, to_uint8
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.noise_pair import noise_pair
@@ -383,14 +383,17 @@ class Sampler:
 
         numbers: int64 [n] on the device; labels: one-hot fp32 [n,K] on the device, or None."""
         tensors = [numbers] if labels is None else [numbers, labels]
-        try:
-            return self._draw_together(*tensors)
-        except torch.OutOfMemoryError:
-            if len(numbers) == 1:
-                raise
-        if self.device.type == "cuda":
-            self.graphs = GraphCache(CudaPlace(self.device))  # frees what the old ones hold
-            torch.cuda.empty_cache()
+        for is_last in (len(numbers) == 1 and self.graphs is None, len(numbers) == 1):
+            try:
+                return self._draw_together(*tensors)
+            except CaptureError:
+                self.graphs = None  # without, then: the same images
+            except torch.OutOfMemoryError:
+                if is_last:
+                    raise
+                if self.graphs is not None:  # its memory, and what the allocator keeps unused
+                    self.graphs = GraphCache(CudaPlace(self.device))
+                    torch.cuda.empty_cache()
         half = len(numbers) // 2
         parts = [[t[:half] for t in tensors], [t[half:] for t in tensors]]
         return torch.cat([self.draw(*part).clone() for part in parts])
@@ -522,7 +525,7 @@ class Fetched:
         self.host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
         self.host.copy_(images, non_blocking=True)
         self.arrived = torch.cuda.Event()
-        self.arrived.record()
+        self.arrived.record(torch.cuda.current_stream(images.device))
 
     def images(self) -> torch.Tensor:
         if self.arrived is not None:

@@ -8,6 +8,7 @@ nothing else; so a resumed run repeats an unbroken one.
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Iterator
@@ -196,6 +197,7 @@ class Trainer:
                     restored = None
                     results.append(self._finish(phase))
                     previous = phase.average()
+                    del phase  # the next one needs the memory
         finally:
             self.keeper.close()
         return results
@@ -407,6 +409,7 @@ class Trainer:
         self, phase: Phase, stream: ImageStream, batches: list[Batch], *, row: int
     ) -> None:
         """A step, again in smaller pieces where memory does not suffice: the result is the same."""
+        may_clear = phase.graphs is not None
         while True:
             try:
                 self._step(phase, batches)
@@ -414,7 +417,12 @@ class Trainer:
             except torch.OutOfMemoryError:
                 failure = "out of memory"  # what the failed attempt holds is free from here on
             except CaptureError as error:
-                failure = str(error)
+                failure, may_clear = str(error), False
+            if may_clear:  # the memory of graphs is not that of pictures, which may lie unused
+                self._clear(phase)
+                phase.gauge.set_back(row)
+                may_clear = False
+                continue
             if phase.graphs is not None:
                 self._drop_graphs(phase, failure)
             else:
@@ -443,9 +451,14 @@ class Trainer:
 
     def _free(self, phase: Phase) -> None:
         """Free what a step that failed holds, and the graphs."""
+        phase.graphs = None  # one cannot cut a batch either
+        self._clear(phase)
+
+    def _clear(self, phase: Phase) -> None:
+        """Free what a step that failed holds, and what the allocator keeps unused."""
         phase.optimizer.zero_grad(set_to_none=True)
         phase.inner.forget_weights()
-        phase.graphs = None  # one cannot cut a batch either
+        gc.collect()  # the error's frames and the tensors in them
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -550,6 +563,8 @@ class Trainer:
             found = [text for batch in batches if (text := diagnose(phase.inner, batch, scale))]
         except torch.OutOfMemoryError:
             found = ["memory did not suffice for running the batch again"]
+        finally:
+            phase.inner.forget_weights()
         told = [text for texts in self.workers.gather(found[:1]) for text in texts]
         again = "finite when run again with the weights of now"
         again += f" and a loss scale of {scale:g}" if phase.scaler.is_enabled() else ""
@@ -587,6 +602,7 @@ class Trainer:
                 "a wider --precision"
             )
         count = phase.rollbacks + 1
+        self._free(phase)
         fresh = self.assembly.begin(name, previous) if good is None else self.assembly.restore(good)
         missing = count - fresh.rollbacks
         fresh.rollbacks, fresh.skips = count, phase.skips

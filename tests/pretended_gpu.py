@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import gc
 import importlib
 import importlib.util
 import io
@@ -188,6 +189,7 @@ def run_out(folder: Path, share: float, where: str) -> str:
     settings: dict[str, Any] = {"preset": "cifar10", "size": 32, "batch": 256, "phases": ("ect",)}
     settings |= {"steps": 12, "network": {"model_channels": 64, "num_blocks": 2}, "grid_every": 6}
     peak = trained(Trainer(configured(folder, **settings), folder / "free"))
+    gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     config = configured(folder, **settings)

@@ -1,6 +1,9 @@
 """Captured work: when it is captured, and that a replay sees new inputs."""
 
+import gc
+import weakref
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,7 +105,35 @@ def test_what_fails_inside_a_capture_is_said(inside, kind, monkeypatch):
         raise inside
 
     with pytest.raises(kind, match=str(inside)):
-        _CudaReplay(work, [], None, None)
+        _CudaReplay(work, [], SimpleNamespace(id=(0, 1)), None)
+
+
+def test_a_capture_that_failed_keeps_nothing_alive(monkeypatch):
+    """Its memory is wanted for the same work without a graph."""
+
+    @contextmanager
+    def graph(*_, **__):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    alive = []
+
+    def work():
+        activations = torch.ones(3)
+        alive.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("full")
+
+    gc.disable()
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            _CudaReplay(work, [], SimpleNamespace(id=(0, 1)), None)
+        assert alive[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from tcm_fast import optim
 from tcm_fast.config import EctConfig, EdmConfig, load_preset
 from tcm_fast.kernels._backend import extension
 from tcm_fast.optim import (
@@ -274,6 +275,29 @@ def test_short_moments_are_saved_and_loaded(either_backend):
     b.load_state_dict(theirs.state_dict())
     run(b, twins, 10, 11)
     assert b.state[twins[0]]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_a_step_that_memory_is_short_for_can_be_repeated(monkeypatch):
+    """Running out between a tensor's two moments leaves no half of a state."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = FusedOptimizer(weights, "adam", lr=0.1)
+    for weight in weights:
+        weight.grad = torch.ones(3)
+    make, calls = optim.no_moment, []
+
+    def short(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("full")
+        return make(*arguments)
+
+    monkeypatch.setattr(optim, "no_moment", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    assert torch.equal(weights[0], torch.ones(3))
+    optimizer.step()
+    for weight in weights:
+        torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
 
 
 @pytest.mark.parametrize(("short", "size"), [("bf16", 40), ("8bit", 64)])

@@ -33,6 +33,7 @@ from tcm_fast.data import ImageStream, load_images
 from tcm_fast.gallery import Gallery
 from tcm_fast.graphs import CaptureError, GraphCache
 from tcm_fast.kernels._backend import extension
+from tcm_fast.objectives import Objective
 from tcm_fast.phase import TrainingError
 from tcm_fast.run_folder import find_checkpoints, newest_checkpoint
 from tcm_fast.sampler import sample
@@ -268,23 +269,57 @@ def test_replayed_steps_are_the_steps(images, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("failure", "said"),
+    ("failures", "said"),
     [
-        (torch.OutOfMemoryError("full"), "out of memory where steps are captured"),
-        (CaptureError("not permitted"), "not permitted where steps are captured"),
+        ([torch.OutOfMemoryError("full")] * 2, "out of memory where steps are captured"),
+        ([CaptureError("not permitted")], "not permitted where steps are captured"),
     ],
 )
 def test_a_run_goes_on_without_graphs_where_a_capture_fails(
-    failure, said, images, no_pictures, tmp_path, monkeypatch
+    failures, said, images, no_pictures, tmp_path, monkeypatch
 ):
     config = tiny(images, phases=["ect"])
     train(config, tmp_path / "eager")
-    place = capture_on_host(monkeypatch, failures=[failure])
+    place = capture_on_host(monkeypatch, failures=failures)
     train(config, tmp_path / "run")
     (warning,) = [e for e in events(tmp_path / "run") if e["event"] == "no_graphs"]
     assert said in warning["message"]
     assert place.replays == 0
     assert_equal(weights(tmp_path / "eager"), weights(tmp_path / "run"))
+
+
+def test_unused_memory_is_freed_before_graphs_are_given_up(
+    images, no_pictures, tmp_path, monkeypatch
+):
+    config = tiny(images, phases=["ect"])
+    train(config, tmp_path / "eager")
+    place = capture_on_host(monkeypatch, failures=[torch.OutOfMemoryError("full")])
+    train(config, tmp_path / "run")
+    assert not [e for e in events(tmp_path / "run") if e["event"] == "no_graphs"]
+    assert place.replays > 0
+    eager, replayed = weights(tmp_path / "eager"), weights(tmp_path / "run")
+    for name, value in eager.items():
+        torch.testing.assert_close(replayed[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_looking_for_bad_numbers_keeps_no_weights(images, no_pictures, tmp_path, monkeypatch):
+    """A graph captured next would read those that were derived for it."""
+    report, kept = Trainer._report_bad, []
+
+    def watched(self, phase, stream, reading):
+        report(self, phase, stream, reading)
+        kept.append(phase.inner._cast)
+
+    losses = Objective.losses
+
+    def broken(self, batch):
+        values = losses(self, batch)
+        return values * torch.nan if int(batch.key.step) == 1 else values
+
+    monkeypatch.setattr(Trainer, "_report_bad", watched)
+    monkeypatch.setattr(Objective, "losses", broken)
+    train(tiny(images, phases=["ect"], precision="bf16", max_steps=3), tmp_path / "run")
+    assert kept == [None]
 
 
 def test_a_capture_that_fails_ends_a_run_that_insists(images, no_pictures, tmp_path, monkeypatch):
