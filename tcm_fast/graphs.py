@@ -74,12 +74,15 @@ class CudaPlace:
         if torch.cuda.is_current_stream_capturing():  # it does already
             yield
             return
-        # A backward pass in a thread of its own would allocate elsewhere.
-        with (
-            torch.cuda.use_mem_pool(self._pool, self.device),
-            torch.autograd.set_multithreading_enabled(False),
-        ):
+        # By stream: `use_mem_pool` goes by thread, and a backward pass runs in one of autograd's. Made to run
+        # in ours, a pass that fails leaves its tasks, and with them all its memory, in the thread's queue.
+        place = self.device.index, self._pool.id
+        torch._C._cuda_beginAllocateCurrentStreamToPool(*place)
+        try:
             yield
+        finally:
+            torch._C._cuda_endAllocateToPool(*place)
+            torch._C._cuda_releasePool(*place)
 
     def capture(self, work: Work, tensors: list[torch.Tensor]) -> Replay:
         return _CudaReplay(work, tensors, self._pool, self._stream)
