@@ -231,6 +231,11 @@ def test_silu_of_torch_is_the_one_meant():
 # ---- the Triton kernels -------------------------------------------------------------------------
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# On the emulator each form of a kernel compiles for seconds, and the two of 16 bits are one code.
+EACH_DTYPE = [
+    pytest.param(dtype, marks=[pytest.mark.slow_emulated] * (dtype == torch.float16))
+    for dtype in DTYPES
+]
 # n, c, height, width, groups: the networks' channels a group (4, 8, 16; 6, 12, 18, 30, 42), sizes that
 # fill no tile, one group of all, slabs that do not divide the groups, one pixel.
 SITES = [
@@ -295,7 +300,7 @@ def key_on(device, n):
 
 @pytest.mark.parametrize("size", [4, 64])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH_DTYPE, ids=str)
 def test_kernel_adds_the_gradient_that_goes_past(
     size, layout, dtype, triton_device, check_against_oracle, monkeypatch
 ):
@@ -326,7 +331,7 @@ def test_either_gradient_may_be_absent(triton_device, monkeypatch):
 
 @pytest.mark.parametrize("site", SITES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH_DTYPE, ids=str)
 def test_kernel_against_float64(
     site, layout, dtype, triton_device, check_against_oracle, monkeypatch
 ):
@@ -363,7 +368,7 @@ def test_kernel_reads_a_big_image_twice(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH_DTYPE, ids=str)
 @pytest.mark.parametrize(
     "site",
     [(128, 32), (256, 32), (384, 32), (512, 32), (512, 16), (192, 64), (576, 64), (960, 32)],
@@ -450,7 +455,7 @@ def test_kernel_drops_what_dropout_drops(silu, triton_device):
     assert torch.equal(grad, kept / (1 - round(p * 65536) / 65536))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EACH_DTYPE, ids=str)
 def test_kernel_gives_equal_bits_and_writes_every_element(dtype, triton_device, monkeypatch):
     def poisoned(make):
         return lambda *args, **options: make(*args, **options).fill_(math.nan)

@@ -163,14 +163,14 @@ SITES = [
 LARGEST = (16, 16)
 
 
-def marks_of(site, layout):
-    """Wide heads compile for seconds: on the emulator once, in the networks' layout."""
-    is_slow = site[2] == LARGEST or (site[1] >= 128 and layout != CL)
+def marks_of(site, layout, dtype):
+    """What compiles for seconds is emulated once: wide heads in the networks' layout, 16 bits as bf16."""
+    is_slow = site[2] == LARGEST or (site[1] >= 128 and layout != CL) or dtype == torch.float16
     return [pytest.mark.slow_emulated] if is_slow else []
 
 
 CASES = [
-    pytest.param(*site, dtype, layout, marks=marks_of(site, layout))
+    pytest.param(*site, dtype, layout, marks=marks_of(site, layout, dtype))
     for site in SITES
     for dtype in FLOATS
     for layout in LAYOUTS
