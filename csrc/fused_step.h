@@ -44,7 +44,7 @@ constexpr int64_t kAligned = 1;    // all addresses allow accesses of 4 elements
 constexpr int64_t kBfloat = 2;     // the copy is bf16, else fp16
 constexpr int64_t kMoments16 = 4;  // the moments are bf16, rounded at random
 constexpr int64_t kFloatCopy = 8;  // the copy is fp32
-constexpr int64_t kMoments8 = 16;  // the moments are 8-bit, by blocks; kAligned too
+constexpr int64_t kMoments8 = 32;  // the moments are 8-bit, by blocks; kAligned too
 
 // The options are fp64: these, then one beta for each average, then kGroupFields for each group.
 enum Option { kMaxNorm, kGrowth, kBackoff, kInterval, kSeed, kOptions };

@@ -34,7 +34,7 @@ COPY_DTYPES = (torch.float16, torch.bfloat16)
 KINDS = {"adam": 0, "radam": 1}
 _DECOUPLED = 2
 _NUMEL, _ROW = 6, 9  # csrc/fused_step.h: Field
-_ALIGNED, _BFLOAT, _MOMENTS_16, _FLOAT_COPY, _MOMENTS_8 = 1, 2, 4, 8, 16
+_ALIGNED, _BFLOAT, _MOMENTS_16, _FLOAT_COPY, _MOMENTS_8 = 1, 2, 4, 8, 32
 _MOMENTS_LAYER = 0x6D6F6D74
 _CONTROL_DTYPES = {
     "norm": torch.float64,
