@@ -58,7 +58,7 @@ int main() {
                                kind % 4,
                                variant == 2                   ? kBfloat
                                : variant == 4 || variant == 7 ? kMoments16
-                               : wide                         ? kFloatCopy | kAverageNormalized
+                               : wide                         ? kFloatCopy
                                                               : 0,
                                length};
         table.insert(table.end(), row, row + kFields);

@@ -898,6 +898,6 @@ def test_the_bytes_that_a_parameter_moves(tmp_path):
     ran = subprocess.run([emulated(tmp_path, "bytes.cpp")], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     counted = [line.split() for line in ran.stdout.splitlines()]
-    assert len(counted) == 16
+    assert len(counted) == 8
     assert {int(count) for rows, count in counted if rows == "0"} == {42}
     assert {int(count) for rows, count in counted if rows == "1"} == {46}

@@ -55,7 +55,7 @@ struct Tensors {
                                variant % 4,
                                (shift || length % 4 ? 0 : kAligned) | (variant == 2 ? kBfloat : 0) |
                                    (is_short ? kMoments16 : 0) | (is_byte ? kMoments8 : 0) |
-                                   (wide ? kFloatCopy | kAverageNormalized : 0),
+                                   (wide ? kFloatCopy : 0),
                                length};
         table.insert(table.end(), row, row + kFields);
         for (int k = 0; k < averages; ++k) table.push_back(of(4 * size, true));
