@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -140,7 +140,7 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    packages=["tcm_fast", "tcm_fast.networks", "tcm_fast.kernels", "tcm_fast.benchmarks"],
+    packages=[*find_packages(include=["tcm_fast*"]), "tcm_fast.kernels", "tcm_fast.benchmarks"],
     package_dir={
         "tcm_fast": "tcm_fast",
         "tcm_fast.kernels": "kernels",

@@ -31,8 +31,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from tcm_fast.benchmarks.optimizers import BYTES_PER_PARAMETER
 from tcm_fast.benchmarks.steps import OurStep
 from tcm_fast.kernels import qkv_attention  # noqa: F401  defines the operators
-from tcm_fast.optim import FusedOptimizer
-from tcm_fast.plan import Ceilings
+from tcm_fast.optim.fused import FusedOptimizer
+from tcm_fast.planning.throughput import Ceilings
 
 CATEGORIES = (
     "convolution",

@@ -31,10 +31,10 @@ def train(job: tuple[str, str, int, dict[str, Any], str | None]) -> dict[str, An
     """Train (name, phase, seed, changes, initial run); returns its row of the table."""
     import torch
 
-    from tcm_fast import features, metrics
-    from tcm_fast.checkpoint import load_network
+    from tcm_fast.checkpoint.format import load_network
     from tcm_fast.config import load_preset
-    from tcm_fast.trainer import Trainer
+    from tcm_fast.evaluation import features, metrics
+    from tcm_fast.training.trainer import Trainer
 
     out, phase, seed, changes, init = job
     torch.set_num_threads(1)

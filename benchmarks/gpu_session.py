@@ -119,7 +119,7 @@ def sample(network: str, batch: int, steps: int, precision: str = "fp16") -> Mea
 
 
 def ceilings(settings: Settings, results: Results) -> None:
-    from tcm_fast.plan import measure_ceilings
+    from tcm_fast.planning.throughput import measure_ceilings
 
     results.ceilings = measure_ceilings(settings.device, quick=settings.quick)
 
@@ -156,10 +156,10 @@ def capped(preset: str, gib: int, **changes: Any) -> Measure:
 
         from tcm_fast.benchmarks.levers import held
         from tcm_fast.benchmarks.results import Row
-        from tcm_fast.budget import choose_levers
-        from tcm_fast.cards import this_device, with_memory
         from tcm_fast.config import load_preset
-        from tcm_fast.footprint import ImageShape, memory
+        from tcm_fast.planning.cards import this_device, with_memory
+        from tcm_fast.planning.memory_estimate import ImageShape, memory
+        from tcm_fast.planning.memory_planner import choose_levers
 
         device = torch.device(settings.device)
         config = replace(load_preset(preset), phases=("tcm",), device=settings.device, **changes)
@@ -198,7 +198,7 @@ def digits(images: int) -> Measure:
         from dataclasses import replace
 
         from tcm_fast.config import load_preset
-        from tcm_fast.trainer import Trainer
+        from tcm_fast.training.trainer import Trainer
 
         config = replace(load_preset("digits"), device=settings.device, grid_every=10**9)
         for name in config.phases:

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 
 from tcm_fast.benchmarks.measure import write_record
-from tcm_fast.budget import choose_levers
-from tcm_fast.cards import Card, this_device
+from tcm_fast.cli.plan import image_shape
 from tcm_fast.config import Config, from_dict, load_preset
-from tcm_fast.data import ImageStream
-from tcm_fast.footprint import Counter, ImageShape, memory, with_levers
-from tcm_fast.offload import PiecewiseOptimizer
-from tcm_fast.phase import Phase
-from tcm_fast.plan_command import image_shape
-from tcm_fast.trainer import Trainer
+from tcm_fast.data.dataset import ImageStream
+from tcm_fast.optim.offload import PiecewiseOptimizer
+from tcm_fast.planning.cards import Card, this_device
+from tcm_fast.planning.memory_estimate import Counter, ImageShape, memory, with_levers
+from tcm_fast.planning.memory_planner import choose_levers
+from tcm_fast.training.phase import Phase
+from tcm_fast.training.trainer import Trainer
 
 LEVERS: dict[str, dict[str, Any]] = {
     "none": {},

@@ -19,15 +19,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tcm_fast.arithmetic import PRECISIONS
 from tcm_fast.benchmarks.accounting import Counting, RooflineRow, Tally
 from tcm_fast.benchmarks.cases import available_networks
 from tcm_fast.benchmarks.optimizers import BYTES_PER_PARAMETER
 from tcm_fast.benchmarks.steps import ITERATION, StepCase
 from tcm_fast.kernels import _triton
-from tcm_fast.objectives import Objective, make_batch
-from tcm_fast.plan import Ceilings
-from tcm_fast.times import plan_times
+from tcm_fast.objectives.noise_levels import plan_times
+from tcm_fast.objectives.objective import Objective, make_batch
+from tcm_fast.planning.throughput import Ceilings
+from tcm_fast.runtime.arithmetic import PRECISIONS
 
 
 @contextmanager

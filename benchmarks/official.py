@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from tcm_fast.arithmetic import training_settings
 from tcm_fast.benchmarks.steps import Step, StepCase
+from tcm_fast.runtime.arithmetic import training_settings
 
 WITHIN = 0.10  # official_style.py must lie this near to the published code
 

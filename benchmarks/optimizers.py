@@ -24,7 +24,7 @@ import torch
 from tcm_fast.benchmarks.measure import write_record
 from tcm_fast.benchmarks.peers import OURS, TORCH_KINDS, make_optimizer, optimizer_providers
 from tcm_fast.networks import build_network
-from tcm_fast.optim import FusedOptimizer
+from tcm_fast.optim.fused import FusedOptimizer
 
 MAX_NORM = 1e9  # clipping is asked for and never bites
 LR, BETA = 1e-4, 0.9999

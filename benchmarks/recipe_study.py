@@ -20,18 +20,18 @@ import numpy as np
 import torch
 
 from tcm_fast.benchmarks.measure import write_record
-from tcm_fast.cards import Card, this_device
-from tcm_fast.checkpoint import load_checkpoint, load_network
+from tcm_fast.checkpoint.format import load_checkpoint, load_network
+from tcm_fast.checkpoint.run_folder import find_checkpoints, newest_checkpoint
+from tcm_fast.cli.plan import image_shape
 from tcm_fast.config import Config, load_config, load_preset
-from tcm_fast.data import load_images
-from tcm_fast.features import FeatureSpace, feature_space
-from tcm_fast.metrics import frechet_distance
-from tcm_fast.pictures import save_grid
-from tcm_fast.plan_command import image_shape
-from tcm_fast.run_folder import find_checkpoints, newest_checkpoint
-from tcm_fast.sampler import sample
-from tcm_fast.timebox import train_within
-from tcm_fast.trainer import Trainer
+from tcm_fast.data.dataset import load_images
+from tcm_fast.evaluation.features import FeatureSpace, feature_space
+from tcm_fast.evaluation.metrics import frechet_distance
+from tcm_fast.planning.cards import Card, this_device
+from tcm_fast.sampling.image_io import save_grid
+from tcm_fast.sampling.sampler import sample
+from tcm_fast.training.time_budget import train_within
+from tcm_fast.training.trainer import Trainer
 
 CONTROL = "stage 1 continued"
 LABELS = {"edm": "pre-training", "ect": "stage 1", "tcm": "stage 2"}

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from tcm_fast.budget import Plan
-from tcm_fast.cards import find_card
+from tcm_fast.cli.plan import duration
 from tcm_fast.config import load_preset
-from tcm_fast.footprint import ImageShape
-from tcm_fast.plan_command import duration
-from tcm_fast.timebox import fit_hours
+from tcm_fast.planning.cards import find_card
+from tcm_fast.planning.memory_estimate import ImageShape
+from tcm_fast.planning.memory_planner import Plan
+from tcm_fast.training.time_budget import fit_hours
 
 HOURS = (1 / 6, 1.0, 8.0, 24.0)
 CIFAR10 = ImageShape(32, 3, 0, 50_000)

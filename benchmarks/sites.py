@@ -24,12 +24,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tcm_fast.networks
-from tcm_fast import objectives, sampler
 from tcm_fast.config import TcmConfig
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import cast_weights
-from tcm_fast.times import plan_times
+from tcm_fast.objectives import objective as objectives
+from tcm_fast.objectives.noise_levels import plan_times
+from tcm_fast.sampling import sampler
 
 BATCH = (
     7  # of the network that is listened to: no width or group count is 7, so dim 0 tells the batch

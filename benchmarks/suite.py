@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from tcm_fast.arithmetic import tf32
 from tcm_fast.benchmarks import official, optimizers
 from tcm_fast.benchmarks.accounting import Counting, profile_step, roofline
 from tcm_fast.benchmarks.cases import (
@@ -53,7 +52,8 @@ from tcm_fast.benchmarks.steps import (
     step_cases,
     step_providers,
 )  # fmt: skip
-from tcm_fast.plan import measure_ceilings
+from tcm_fast.planning.throughput import measure_ceilings
+from tcm_fast.runtime.arithmetic import tf32
 
 Say = Callable[[str], None]
 Save = Callable[[Results], None]

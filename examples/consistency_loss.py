@@ -8,7 +8,7 @@ import torch
 import tcm_fast
 from tcm_fast.config import EctConfig
 from tcm_fast.kernels import DropoutKey, consistency_loss, noise_pair
-from tcm_fast.times import plan_times
+from tcm_fast.objectives.noise_levels import plan_times
 
 
 def train(network, images, steps=60, lr=1e-2):

@@ -6,7 +6,7 @@ FusedOptimizer has the state dicts of torch's optimizer of that kind; it needs t
 
 import torch
 
-from tcm_fast.optim import Ema, FusedOptimizer
+from tcm_fast.optim.fused import Ema, FusedOptimizer
 
 
 def train(model, batches, lr=1e-2):

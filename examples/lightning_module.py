@@ -5,8 +5,8 @@ import torch
 
 import tcm_fast
 from tcm_fast.config import EctConfig
-from tcm_fast.objectives import Objective, make_batch
-from tcm_fast.times import plan_times
+from tcm_fast.objectives.noise_levels import plan_times
+from tcm_fast.objectives.objective import Objective, make_batch
 
 
 class ConsistencyTraining(lightning.LightningModule):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tcm_fast
-from tcm_fast.sampler import sample_edm
+from tcm_fast.sampling.sampler import sample_edm
 
 
 class YourDenoiser(nn.Module):

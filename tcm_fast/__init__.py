@@ -10,26 +10,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tcm_fast.accelerate import accelerate, restore
-    from tcm_fast.checkpoint import load_network, save_network
+    from tcm_fast.checkpoint.format import load_network, save_network
     from tcm_fast.config import Config, load_config, load_preset
+    from tcm_fast.drop_in.accelerate import accelerate, restore
     from tcm_fast.networks import build_network
-    from tcm_fast.sampler import sample
-    from tcm_fast.trainer import Trainer
+    from tcm_fast.sampling.sampler import sample
+    from tcm_fast.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Config": "config",
-    "Trainer": "trainer",
-    "accelerate": "accelerate",
+    "Trainer": "training.trainer",
+    "accelerate": "drop_in.accelerate",
     "build_network": "networks",
     "load_config": "config",
-    "load_network": "checkpoint",
+    "load_network": "checkpoint.format",
     "load_preset": "config",
-    "restore": "accelerate",
-    "sample": "sampler",
-    "save_network": "checkpoint",
+    "restore": "drop_in.accelerate",
+    "sample": "sampling.sampler",
+    "save_network": "checkpoint.format",
 }
 
 __all__ = [

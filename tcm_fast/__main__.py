@@ -1,5 +1,5 @@
 """`python -m tcm_fast`."""
 
-from tcm_fast.cli import main
+from tcm_fast.cli.main import main
 
 main()

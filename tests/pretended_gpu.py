@@ -35,10 +35,12 @@ import torch
 from foreign_networks import FAMILIES
 
 import tcm_fast
-from tcm_fast import cli, metrics, saving
-from tcm_fast.accelerate import accelerate
+from tcm_fast.checkpoint import async_writer
+from tcm_fast.cli import main as cli
 from tcm_fast.config import Config, from_dict, to_dict
-from tcm_fast.trainer import Interrupted, Trainer
+from tcm_fast.drop_in.accelerate import accelerate
+from tcm_fast.evaluation import metrics
+from tcm_fast.training.trainer import Interrupted, Trainer
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -316,7 +318,7 @@ def main() -> int:
         return 0
     fakegpu = __import__("fakegpu")
     fakegpu.install()
-    saving.check_finite = lambda *_: None  # type: ignore[assignment]
+    async_writer.check_finite = lambda *_: None  # type: ignore[assignment]
     torch.backends.cuda.enable_cudnn_sdp(False)  # the one library that looks for the device itself
     rows = []
     for name, case in chosen.items():

@@ -339,7 +339,7 @@ for module in pkgutil.walk_packages(tcm_fast.__path__, "tcm_fast."):
 from tcm_fast.config import load_preset, preset_names
 assert "digits" in preset_names()
 load_preset("digits")
-from tcm_fast.data import load_images
+from tcm_fast.data.dataset import load_images
 assert len(load_images("digits").images) == 1797
 from tcm_fast.kernels import _backend, philox_bits
 assert (_backend.extension() is not None) == {compiler}

@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tcm_fast import assembly, gallery
-from tcm_fast.checkpoint import load_checkpoint, load_network
-from tcm_fast.cli import main
+from tcm_fast.checkpoint.format import load_checkpoint, load_network
+from tcm_fast.checkpoint.run_folder import newest_checkpoint
+from tcm_fast.cli.main import main
 from tcm_fast.config import load_preset, preset_names
-from tcm_fast.data import load_images
+from tcm_fast.data.dataset import load_images
 from tcm_fast.kernels._backend import extension
 from tcm_fast.networks import build_network
-from tcm_fast.optim import learning_rate
-from tcm_fast.run_folder import newest_checkpoint
-from tcm_fast.sampler import sample
-from tcm_fast.trainer import Trainer, TrainingError
+from tcm_fast.optim.fused import learning_rate
+from tcm_fast.sampling.sampler import sample
+from tcm_fast.training import phase_builder, sample_monitor
+from tcm_fast.training.trainer import Trainer, TrainingError
 
 SIZES = {  # width, pre-training lr, stage 1, stage 2, dropout, millions of parameters
     "s": (192, 0.010, 1e-3, 5e-4, 0.4, 280.2),
@@ -85,7 +85,7 @@ def test_every_preset_builds_its_network(name):
 def small_grids():
     """Sample grids of six images: drawing them takes longer than the steps between."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gallery, "GRID", 6)
+        patch.setattr(sample_monitor, "GRID", 6)
         yield
 
 
@@ -209,7 +209,7 @@ def test_a_resumed_run_repeats_an_unbroken_one(pictures, tmp_path):
 def test_overflow_in_fp16_lowers_the_loss_scale_and_skips_the_step(pictures, tmp_path, monkeypatch):
     """A loss scale above what fp16 holds: it backs off step by step, the steps are counted, and the
     weights stay finite."""
-    monkeypatch.setattr(assembly, "LOSS_SCALE", 2.0**20)
+    monkeypatch.setattr(phase_builder, "LOSS_SCALE", 2.0**20)
     config = dataclasses.replace(
         tiny(pictures, precision="fp16", phases=("edm",)), max_steps=20, log_every=10
     )

@@ -7,11 +7,11 @@ import sys
 import pytest
 from PIL import Image
 
-from tcm_fast.checkpoint import load_checkpoint, load_network
-from tcm_fast.data import load_images
-from tcm_fast.features import digits_feature_space
-from tcm_fast.metrics import evaluate_network
-from tcm_fast.run_folder import newest_checkpoint
+from tcm_fast.checkpoint.format import load_checkpoint, load_network
+from tcm_fast.checkpoint.run_folder import newest_checkpoint
+from tcm_fast.data.dataset import load_images
+from tcm_fast.evaluation.features import digits_feature_space
+from tcm_fast.evaluation.metrics import evaluate_network
 
 
 @pytest.mark.slow

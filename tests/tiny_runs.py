@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from tcm_fast import trainer
-from tcm_fast.checkpoint import load_checkpoint
+from tcm_fast.checkpoint.format import load_checkpoint
+from tcm_fast.checkpoint.run_folder import newest_checkpoint
 from tcm_fast.config import Config, from_dict, load_config, save_config
-from tcm_fast.objectives import Objective
-from tcm_fast.run_folder import newest_checkpoint
-from tcm_fast.trainer import Interrupted, Trainer
+from tcm_fast.objectives.objective import Objective
+from tcm_fast.training import trainer
+from tcm_fast.training.trainer import Interrupted, Trainer
 
 TINY = {
     "network": {
@@ -108,7 +108,7 @@ def relative_difference(one, other):
 def forkserver():
     """Processes that have everything imported when they begin."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tcm_fast.trainer", "tiny_runs"])
+    context.set_forkserver_preload(["tcm_fast.training.trainer", "tiny_runs"])
     return context
 
 

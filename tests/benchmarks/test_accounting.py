@@ -11,7 +11,7 @@ from tcm_fast.benchmarks.accounting import Counting, category, named_ranges, pro
 from tcm_fast.benchmarks.official_style import OfficialStyleUNet
 from tcm_fast.benchmarks.steps import OurStep, StepCase, official_style_step
 from tcm_fast.benchmarks.validate import TINY
-from tcm_fast.plan import Ceilings
+from tcm_fast.planning.throughput import Ceilings
 
 CASE = StepCase(TINY, 8)
 CEILINGS = Ceilings(copy=1e9, matmul={"fp32": 1e10})

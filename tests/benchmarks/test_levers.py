@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tcm_fast.benchmarks import levers
-from tcm_fast.cards import this_device
-from tcm_fast.footprint import ImageShape
 from tcm_fast.kernels._backend import extension
+from tcm_fast.planning.cards import this_device
+from tcm_fast.planning.memory_estimate import ImageShape
 
 needs_extension = pytest.mark.skipif(extension() is None, reason="needs the extension: not built")
 

@@ -8,7 +8,7 @@ from tcm_fast.benchmarks.cases import CIFAR10
 from tcm_fast.benchmarks.limits import count_step, limits, main, table
 from tcm_fast.benchmarks.steps import StepCase
 from tcm_fast.kernels import _triton
-from tcm_fast.plan import Ceilings
+from tcm_fast.planning.throughput import Ceilings
 
 pytest.importorskip("triton")
 

@@ -20,8 +20,8 @@ from tcm_fast.kernels.dropout import dropout
 from tcm_fast.kernels.noise_pair import NOISE_LAYER
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import build_network
-from tcm_fast.objectives import Objective, make_batch
-from tcm_fast.times import plan_times
+from tcm_fast.objectives.noise_levels import plan_times
+from tcm_fast.objectives.objective import Objective, make_batch
 
 SHAPE = dict(
     img_resolution=8, img_channels=2, model_channels=16, channel_mult=(1, 2), num_blocks=1,

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from tcm_fast import timebox
 from tcm_fast.benchmarks import recipe_study
+from tcm_fast.training import time_budget
 
 
 @pytest.mark.slow
@@ -21,7 +21,7 @@ def test_a_minute(tmp_path, monkeypatch, capsys):
     arguments = ["--data", str(data), "--preset", "digits", "--minutes", "2", "--num", "32"]
     arguments += ["--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["recipe_study", *arguments])
-    monkeypatch.setattr(timebox, "FEWEST_STEPS", 2)  # however slow the machine
+    monkeypatch.setattr(time_budget, "FEWEST_STEPS", 2)  # however slow the machine
     recipe_study.main()
     record = json.loads(out.read_text())
     assert {row["phase"] for row in record["rows"]} == {"edm", "ect", "tcm"}

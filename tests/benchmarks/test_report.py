@@ -9,7 +9,7 @@ import pytest
 from tcm_fast.benchmarks import plots, report
 from tcm_fast.benchmarks.report import BEGIN, END, main, readme_table, recorded, with_table
 from tcm_fast.benchmarks.results import Results, Row
-from tcm_fast.plan import Ceilings
+from tcm_fast.planning.throughput import Ceilings
 
 ROOT = Path(__file__).parents[2]
 

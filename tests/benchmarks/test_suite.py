@@ -26,7 +26,7 @@ from tcm_fast.benchmarks.steps import (
     step_providers,
 )
 from tcm_fast.benchmarks.validate import TINY, tiny_cases
-from tcm_fast.plan import Ceilings
+from tcm_fast.planning.throughput import Ceilings
 
 pytest.importorskip("triton")
 

@@ -21,7 +21,7 @@ from tcm_fast.kernels.eight_bit import (
 )
 from tcm_fast.kernels.fused_step import fused_step_reference
 from tcm_fast.kernels.normalized_copy import normalized_rows
-from tcm_fast.optim import FusedOptimizer
+from tcm_fast.optim.fused import FusedOptimizer
 
 KEYS = list(TOP)
 needs_extension = pytest.mark.skipif(extension() is None, reason="needs the extension: not built")

@@ -1,0 +1,182 @@
+"""`tcm-fast eval`, `tcm-fast search-times`: arguments, tables and advice. torch is imported when they run."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tcm_fast.config import Config, load_config
+
+with suppress(ModuleNotFoundError):  # only the command line's parsing needs it
+    from tyro.conf import Positional
+
+EVAL_ROWS = {
+    "Fréchet distance": "frechet",
+    "confidently classified": "confident",
+    "... of uniform noise": "confident_noise",
+    "distance to nearest training image, median": "nearest",
+    "... 1st percentile": "nearest_1st",
+    "nearer than 99 % of real images": "memorised",
+    "copies of a training image": "copied",
+}
+
+
+@dataclass
+class Eval:
+    """Judge a network: Fréchet distance, recognisable samples, memorised samples."""
+
+    source: Positional[Path]
+    """A run, a checkpoint or a network file."""
+    data: str | None = None
+    """Images to compare with; by default those of the run."""
+    features: str | None = None
+    """Feature space: digits, random, inception:WEIGHTS or a TorchScript file; by default that of the run,
+    or random."""
+    steps: tuple[int, ...] = (1, 2)
+    num: int = 0
+    """Samples; 0 takes as many as there are images to compare with."""
+    seed: int = 0
+    denoising: bool = False
+    """Instead: the distance after one-call denoising over the noise level, as the run has logged it and now,
+    and what it says of when stage 1 can stop and where t' can lie."""
+    plot: Path | None = None
+    """With --denoising: draw it into this file (the [plot] extra)."""
+    device: str = "auto"
+
+
+@dataclass
+class SearchTimes:
+    """Find the second noise level of two-step sampling on a small sample."""
+
+    source: Positional[Path]
+    """A run, a checkpoint or a network file."""
+    data: str | None = None
+    """Images to compare with; by default those of the run."""
+    features: str | None = None
+    """Feature space, as of eval."""
+    num: int = 512
+    """Samples of each time."""
+    lowest: float | None = None
+    """Where to begin; by default 0.1, or t' of a truncated network."""
+    seed: int = 0
+    device: str = "auto"
+
+
+def run_config(path: Path) -> Config:
+    """The configuration of the run that a path lies in; the defaults where it lies in none."""
+    for folder in (path, *path.resolve().parents):
+        if (folder / "config.json").is_file():
+            return load_config(folder / "config.json")
+    return Config()
+
+
+def run_eval(args: Eval) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tcm_fast.evaluation import metrics
+    from tcm_fast.runtime.distributed import join
+
+    if args.num < 0 or args.num == 1:
+        raise ValueError(f"num: must be at least 2, or 0 for as many as suit, got {args.num}")
+    workers = join(args.device)
+    net, images, space = to_judge(args, "eval", workers.device)
+    if args.denoising:
+        return judge_denoising(args, net, images, space) if workers.is_main else 0
+    steps = (None,) if net.info["phase"] == "edm" else args.steps
+    shared = workers if workers.world > 1 else None
+    reports = {
+        n: metrics.evaluate_network(
+            net, images, space, steps=n, num=args.num, seed=args.seed, workers=shared
+        )
+        for n in steps
+    }
+    if not workers.is_main:
+        return 0
+    table = Table(title=f"{args.source}: {next(iter(reports.values())).num} samples, {space.name}")
+    table.add_column("")
+    for n in reports:
+        table.add_column(
+            "Heun" if n is None else f"{n} step{'s' if n > 1 else ''}", justify="right"
+        )
+    table.add_column("real", justify="right")
+    for label, name in EVAL_ROWS.items():
+        values = [getattr(r, name) for r in reports.values()]
+        values.append(getattr(next(iter(reports.values())), f"{name}_real", None))
+        table.add_row(label, *("" if v is None else f"{v:.3f}" for v in values))
+    Console().print(table)
+    return 0
+
+
+def to_judge(args: Eval | SearchTimes, command: str, device: Any) -> tuple[Any, Any, Any]:
+    """The network, the images to compare with and the feature space that a command names."""
+    from tcm_fast.checkpoint.format import load_network
+    from tcm_fast.data.dataset import load_images
+    from tcm_fast.evaluation.features import feature_space
+    from tcm_fast.evaluation.metrics import check_enough
+
+    config = run_config(args.source)
+    source = args.data or config.data.source
+    if not source:
+        raise ValueError(
+            f"{command}: no images to compare with, give --data ({args.source} is not a run)"
+        )
+    features = args.features or config.eval.features
+    if not features:
+        features = "random"
+        warnings.warn(
+            f"{command}: {args.source} names no feature space, so in random features, whose distances "
+            "compare runs on the same images only; --features inception:WEIGHTS is usual",
+            stacklevel=2,
+        )
+    images = load_images(source, **config.data.reading())
+    check_enough(images)
+    return load_network(args.source, device=device), images, feature_space(features, device=device)
+
+
+def judge_denoising(args: Eval, net: Any, images: Any, space: Any) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tcm_fast.evaluation import denoising
+
+    phase, seen = net.info["phase"] or "network", net.info["images"] or 0
+    times = [t for t in denoising.TIMES if t >= (net.info["t_prime"] or 0.0)]
+    num = args.num or denoising.FEW
+    found = denoising.distances(net, images, space, times=times, num=num, seed=args.seed)
+    logged = [r for r in denoising.read_log(args.source) if r.phase == phase and r.images < seen]
+    comparable = logged if args.num in (0, denoising.FEW) and not args.data else []
+    readings = [*comparable, denoising.Reading(phase, seen, found)]
+    table = Table(title=f"{args.source}: one-call denoising, {space.name}")
+    table.add_column("images", justify="right")
+    for t in times:
+        table.add_column(f"t = {t:g}", justify="right")
+    for reading in denoising.thinned(readings, 12):
+        cells = [f"{reading.distances[t]:.3g}" if t in reading.distances else "" for t in times]
+        table.add_row(f"{reading.images:,}", *cells)
+    Console().print(table)
+    if phase != "tcm":
+        print(denoising.advise(readings))
+    if args.plot is not None:
+        denoising.plot(readings, args.plot)
+        print(f"plot in {args.plot}")
+    return 0
+
+
+def run_search(args: SearchTimes) -> int:
+    from tcm_fast.evaluation.second_time import search_second_time
+    from tcm_fast.runtime.distributed import pick_device
+
+    net, images, space = to_judge(args, "search-times", pick_device(args.device))
+    found = search_second_time(
+        net, images, space, num=args.num, seed=args.seed, lowest=args.lowest,
+        tried=lambda t, distance: print(f"t = {t:<8.3g} {distance:.4g}", flush=True),
+    )  # fmt: skip
+    best = min(found, key=found.__getitem__)
+    source = shlex.quote(str(args.source))
+    print(f"best: tcm-fast sample {source} --times {best:.3g} (of {args.num} samples each)")
+    return 0

@@ -1,0 +1,1 @@
+"""Images and labels: sources, formats, the order of a run, augmentation."""

@@ -1,0 +1,1 @@
+"""The fused operations in other people's networks."""

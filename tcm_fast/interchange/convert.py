@@ -1,0 +1,517 @@
+"""Other projects' checkpoints -> our safetensors, without running anything in them.
+
+    snapshots of EDM, EDM2, ECT, TCM (network-snapshot-*.pkl), their training states (.pt) and state
+    dicts (.pth), FastGen's checkpoints (.pth)
+
+Their names are ours (DESIGN: `model.enc.32x32_block0.norm0.weight`), so that what has to be found out is
+the architecture: it follows from the names and shapes; what leaves no trace there, dropout and the like,
+comes from the constructor's arguments that a snapshot records.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tcm_fast.checkpoint.format import save_network
+from tcm_fast.interchange.safe_pickle import Record, Refused, shown
+from tcm_fast.interchange.torch_format import FileTensor, read
+from tcm_fast.networks import Precond, build_network
+
+MAX_MODULES = 100_000
+MAX_DEPTH = 40
+CONSISTENCY, DIFFUSION = "ECMPrecond", ("EDMPrecond", "Precond", "EDM2Precond")
+OTHER_PRECONDITIONING = ("VPPrecond", "VEPrecond", "iDDPMPrecond")
+# Weights of other projects' extra outputs, which sampling and training do without.
+DROPPED = re.compile(r"model\.logvar_|noise_scheduler\.")
+POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
+
+Tensors = Mapping[str, FileTensor]
+
+
+@dataclass
+class Found:
+    """A network in somebody's file. `tensors` have our names; `options` are of the constructor."""
+
+    tensors: dict[str, FileTensor]
+    weights: str
+    """Which of the file's networks it is: "ema", "net", ..."""
+    preconditioning: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    """Options of the loss that it was trained by, its class as "class"."""
+    dropped: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    """The other networks in the file."""
+    is_shifted: bool = False
+    """Whether the preconditioning shifts the noise level in eval mode, as ECT's does."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was converted; prints as a few lines."""
+
+    source: Path
+    found: Found
+    net: Precond
+    info: dict[str, Any]
+
+    def __str__(self) -> str:
+        net, found = self.net, self.found
+        dtypes = sorted({str(t.storage.dtype)[6:] for t in found.tensors.values()})
+        size = f"{net.img_channels} x {net.img_resolution} x {net.img_resolution}"
+        count = sum(p.numel() for p in net.parameters())
+        phase = self.info["phase"] or "unknown: give --phase edm, ect or tcm"
+        if self.info["t_prime"] is not None:
+            phase += f", t' = {self.info['t_prime']:g}"
+        lines = {
+            "network": f"{net.spec['name']}, {count:,} parameters ({', '.join(dtypes)} -> fp32)",
+            "images": size,
+            "labels": f"{net.label_dim} classes" if net.label_dim else "none",
+            "weights": found.weights
+            + (f" (the file also has {', '.join(found.others)})" if found.others else ""),
+            "trained as": phase,
+        }
+        if self.info["images"]:
+            lines["after"] = f"{self.info['images']:,} images"
+        if found.dropped:
+            lines["dropped"] = ", ".join(found.dropped)
+        if found.is_shifted:
+            lines["note"] = (
+                "in eval mode ECT shifts t in c_skip and c_out by sigma_min; ours does not"
+            )
+        return "\n".join(f"{name + ':':12}{text}" for name, text in lines.items())
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    weights: str | None = None,
+    phase: str | None = None,
+    t_prime: float | None = None,
+    overwrite: bool = False,
+) -> Summary:
+    """Write another project's network as one of our safetensors files.
+
+    Args:
+        source: network-snapshot-*.pkl, training-state-*.pt, a state dict (.pth), FastGen's .pth.
+        destination: the .safetensors to write.
+        weights: which network to take where there are several: "ema" (usual), "net", ...
+        phase: what the network was trained for, edm, ect or tcm; by default what the file says.
+        t_prime: of a tcm network: the lowest noise level that it was trained for.
+        overwrite: replace a file that is there.
+
+    Raises:
+        FileNotFoundError: no such file. FileExistsError: the destination is there.
+        ValueError: the file holds something that is not data (nothing of it was run), is damaged, or a
+            network that is not one of ours.
+    """
+    source, destination = Path(source), Path(destination)
+    if destination.exists() and not overwrite:
+        raise FileExistsError(f"convert: {destination} is there already; add --overwrite")
+    if destination.suffix != ".safetensors":
+        raise ValueError(f"convert: the destination must end in .safetensors, got {destination}")
+    net, found = load_foreign(source, weights=weights)
+    info = training_info(source, found, phase, t_prime)
+    save_network(destination, net, metadata=info)
+    return Summary(source, found, net, info)
+
+
+def load_foreign(path: str | Path, *, weights: str | None = None) -> tuple[Precond, Found]:
+    """Another project's network as one of ours, in eval mode, in fp32, and what was found in the file.
+
+    Raises: as `convert`."""
+    path = Path(path)
+    try:
+        found = find_network(read(path), weights)
+        spec = architecture(found)
+        _check(spec, found)
+        with torch.random.fork_rng(devices=[]):  # loading must not move the caller's generator
+            net = build_network(**spec)
+        with torch.no_grad():
+            for name, target in net.state_dict().items():
+                target.copy_(found.tensors[name].load().reshape(target.shape))
+    except Refused as error:
+        text = str(error)
+        raise ValueError(
+            text if text.startswith("convert:") else f"convert: {path}: {text}"
+        ) from None
+    return net.eval(), found
+
+
+def training_info(
+    source: Path, found: Found, phase: str | None, t_prime: float | None
+) -> dict[str, Any]:
+    """What our file says of the training: phase, t_prime, images, and where it comes from."""
+    if phase not in (None, "edm", "ect", "tcm"):
+        raise ValueError(f"phase: must be edm, ect or tcm, got {phase}")
+    recorded, lowest = _phase(found)
+    phase = phase or recorded
+    if phase == "tcm":
+        t_prime = t_prime or lowest or 1.0
+    elif t_prime is not None:
+        raise ValueError(f"t_prime: belongs to phase tcm, got {t_prime:g} for phase {phase}")
+    snapshot = re.fullmatch(r"network-snapshot-(\d+)(-[\d.]+)?\.pkl", source.name)
+    counts_images = snapshot is not None and phase == "edm"  # ECT and TCM count ticks there
+    return {
+        "phase": phase,
+        "t_prime": t_prime,
+        "images": 1000 * int(snapshot[1]) if snapshot and counts_images else 0,
+        "converted_from": {
+            "file": source.name,
+            "weights": found.weights,
+            "preconditioning": found.preconditioning,
+        },
+    }
+
+
+def _phase(found: Found) -> tuple[str | None, float | None]:
+    """The phase that a file tells of, and t' of a truncated network."""
+    loss = found.loss.get("class")
+    if loss in ("EDMLoss", "EDM2Loss"):
+        return "edm", None
+    if loss == "ECMLoss":
+        lowest = found.loss.get("t_lower", 0.0)
+        # TCM's second stage draws no t below t', which is near 1; the first begins at 0.002.
+        is_truncated = isinstance(lowest, int | float) and lowest >= 0.1
+        return ("tcm", float(lowest)) if is_truncated else ("ect", None)
+    return ("edm", None) if found.preconditioning in DIFFUSION else (None, None)
+
+
+# ---- the network in the file ----------------------------------------------------------------------
+
+
+def find_network(content: Any, weights: str | None = None) -> Found:
+    """The network in what a file holds.
+
+    Raises:
+        Refused: there is none, or not the one that was asked for.
+    """
+    candidates = dict(_candidates(content))
+    if not candidates:
+        raise Refused("it holds no network, neither a snapshot's nor a state dict")
+    order = sorted(candidates, key=lambda name: (not name.startswith("ema"), name != "net"))
+    chosen = weights or order[0]
+    if chosen not in candidates:
+        raise Refused(f"it has no network {chosen!r}, but {', '.join(order)}")
+    network = candidates[chosen]
+    others = [name for name in order if name != chosen]
+    if isinstance(network, Record):
+        tensors: dict[str, FileTensor] = {}
+        _collect(network, "", tensors, [0], 0)
+        # ECT and TCM have a class of one name; what tells them apart is in the source, as text.
+        found = Found(
+            tensors, chosen, network.kind[:80], _arguments(network), others=others,
+            is_shifted=network.kind == CONSISTENCY and "sigma - self.sigma_min" in network.source,
+        )  # fmt: skip
+    else:
+        tensors = {
+            name: t for name, t in network.items()
+            if isinstance(name, str) and isinstance(t, FileTensor)
+        }  # fmt: skip
+        found = Found(tensors, chosen, others=others)
+    loss = content.get("loss_fn") if isinstance(content, dict) else None
+    if isinstance(loss, Record):
+        found.loss = {"class": loss.kind, **loss.state}
+    found.tensors = {_our_name(name): tensor for name, tensor in found.tensors.items()}
+    return found
+
+
+def _candidates(content: Any) -> list[tuple[str, Any]]:
+    """Networks by the names that the file gives them: modules, or dictionaries of tensors."""
+    if _is_network(content):
+        return [("net", content)]
+    if not isinstance(content, dict):
+        return []
+    inside = content.get("model") if isinstance(content.get("model"), dict) else None
+    if inside is not None and not _is_network(inside):  # FastGen's
+        content = inside
+    averages = content.get("ema")
+    if isinstance(averages, dict) and isinstance(averages.get("emas"), list):  # EDM2's states
+        stds = averages.get("stds")
+        stds = stds if isinstance(stds, list) else []
+        named = {f"ema-{std:g}": v for std, v in zip(stds, averages["emas"], strict=False)
+                 if isinstance(std, float)}  # fmt: skip
+        content = content | named
+    names = [n for n in content if isinstance(n, str) and re.fullmatch(r"[\w.\-]{1,40}", n)]
+    return [(name, content[name]) for name in names if _is_network(content[name])]
+
+
+def _is_network(value: Any) -> bool:
+    if isinstance(value, Record):
+        return isinstance(value.state.get("_modules"), dict) and _has_encoder(value, 0)
+    return isinstance(value, dict) and any(
+        isinstance(name, str) and re.search(r"(^|\.)enc\.\d+x\d+_conv\.weight$", name)
+        for name in value
+    )
+
+
+def _has_encoder(module: Record, depth: int) -> bool:
+    """Whether a module, or one in it, has the encoder of a U-Net."""
+    children = module.state.get("_modules")
+    if not isinstance(children, dict) or depth > 3:
+        return False
+    inner = (child for child in children.values() if isinstance(child, Record))
+    return "enc" in children or any(_has_encoder(child, depth + 1) for child in inner)
+
+
+def _collect(
+    module: Record, prefix: str, out: dict[str, FileTensor], visited: list[int], depth: int
+) -> None:
+    """The state dict of a module that was not built."""
+    visited[0] += 1
+    if depth > MAX_DEPTH or visited[0] > MAX_MODULES:
+        raise Refused("its modules are nested too deeply")
+
+    def attribute(name: str) -> dict:
+        value = module.state.get(name, {})
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise Refused(f"a module's {name} is no dictionary")
+        return value
+
+    unsaved = module.state.get("_non_persistent_buffers_set", set())
+    if not isinstance(unsaved, set):
+        raise Refused("a module's _non_persistent_buffers_set is no set")
+    buffers = {k: v for k, v in attribute("_buffers").items() if k not in unsaved}
+    for name, value in {**attribute("_parameters"), **buffers}.items():
+        if isinstance(value, FileTensor):
+            out[prefix + name] = value
+    for name, child in attribute("_modules").items():
+        if isinstance(child, Record):
+            _collect(child, f"{prefix}{name}.", out, visited, depth + 1)
+
+
+def _arguments(network: Record) -> dict[str, Any]:
+    """The recorded arguments of a constructor by name."""
+    named = network.state.get("_init_kwargs")
+    options = dict(named) if isinstance(named, dict) else {}
+    given = network.state.get("_init_args")
+    options |= dict(zip(POSITIONAL, given if isinstance(given, tuple | list) else (), strict=False))
+    return options
+
+
+def _our_name(name: str) -> str:
+    """`unet.` of EDM2's own snapshots is our `model.`; wrappers of torch's are left off."""
+    if not re.fullmatch(r"[\w.\-]{1,200}", name):
+        raise Refused(f"a weight has the name {shown(name)}")
+    name = re.sub(r"^(module\.|_orig_mod\.|net\.)+", "", name)
+    name = re.sub(r"^unet\.", "model.", name)
+    return name if re.match(r"model\.|logvar_|noise_scheduler\.", name) else f"model.{name}"
+
+
+# ---- its architecture -------------------------------------------------------------------------------
+
+
+def architecture(found: Found) -> dict[str, Any]:
+    """The arguments of `build_network` for a network, from its names and shapes and its options.
+
+    Raises:
+        Refused: the network is not one of ours; the message says by what.
+    """
+    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+    if found.preconditioning in OTHER_PRECONDITIONING:
+        raise Refused(
+            f"its preconditioning is {found.preconditioning}; only EDM's is served, of which EDM has "
+            "published a network for each of its data sets"
+        )
+    stems = [
+        m for name in shapes if (m := re.fullmatch(r"model\.enc\.(\d+)x\1_conv\.weight", name))
+    ]
+    if len(stems) != 1 or len(shapes[stems[0][0]]) != 4:
+        raise Refused("its network has no first convolution model.enc.RxR_conv.weight")
+    resolution = int(stems[0][1])
+    is_edm2 = any(name.endswith(".conv_res0.weight") for name in shapes)
+    levels = _levels(shapes, resolution, "conv_res1" if is_edm2 else "conv1")
+    attention = "attn_qkv" if is_edm2 else "qkv"
+    spec: dict[str, Any] = {
+        "img_resolution": resolution,
+        "img_channels": shapes[stems[0][0]][1] - is_edm2,
+        "sigma_data": float(_number(found.options, "sigma_data", 0.5)),
+        "num_blocks": levels[0].blocks,
+        "attn_resolutions": [
+            level.resolution
+            for level in levels
+            if f"model.enc.{level.name}_block0.{attention}.weight" in shapes
+        ],
+        "dropout": float(_number(found.options, "dropout", 0.0)),
+    }
+    if len({level.blocks for level in levels}) > 1:
+        raise Refused("its levels have different numbers of blocks")
+    spec |= (_edm2 if is_edm2 else _edm)(found, shapes, levels, shapes[stems[0][0]][0])
+    rates = _option(found.options, "dropout_resolutions", "dout_resolutions")
+    if rates is not None:
+        known = [level.resolution for level in levels]
+        spec["dropout_resolutions"] = [res for res in _whole_numbers(rates) if res in known]
+    spec["label_dropout"] = float(_number(found.options, "label_dropout", 0.0))
+    for name in ("img_resolution", "img_channels", "label_dim"):
+        recorded = found.options.get(name, spec[name])
+        if recorded != spec[name]:
+            raise Refused(
+                f"{name} is {shown(recorded)} by its arguments, {spec[name]} by its weights"
+            )
+    return spec
+
+
+@dataclass(frozen=True)
+class _Level:
+    resolution: int
+    blocks: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.resolution}x{self.resolution}"
+
+
+def _levels(shapes: Mapping[str, tuple], resolution: int, last: str) -> list[_Level]:
+    """The levels of the encoder, whose blocks end in the convolution `last`."""
+    levels = []
+    while True:
+        name = f"{resolution}x{resolution}"
+        blocks = 0
+        while f"model.enc.{name}_block{blocks}.{last}.weight" in shapes:
+            blocks += 1
+        if blocks == 0:
+            break
+        width = shapes[f"model.enc.{name}_block0.{last}.weight"][0]
+        levels.append(_Level(resolution, blocks, width))
+        resolution //= 2
+    if not levels:
+        raise Refused("its encoder has no blocks")
+    return levels
+
+
+def _edm(
+    found: Found, shapes: Mapping[str, tuple], levels: list[_Level], stem: int
+) -> dict[str, Any]:
+    """What DDPM++, NCSN++ and ADM have."""
+    foreign = [n for n in shapes if re.search(r"_aux_(up|down|skip)\.|map_noise\.scale|_r\.", n)]
+    if foreign:
+        raise Refused(f"its network has a part that ours lack, {shown(foreign[0])}")
+    for name in ("map_layer0", "map_layer1"):
+        if len(shapes.get(f"model.{name}.weight", ())) != 2:
+            raise Refused(f"its network has no model.{name}.weight")
+    embedding, noise = shapes["model.map_layer0.weight"]
+    is_adm = "model.out_norm.weight" in shapes
+    model_channels = noise if is_adm else stem
+    spec = {
+        "name": "adm",
+        "label_dim": shapes.get("model.map_label.weight", (0, 0))[1],
+        "augment_dim": shapes.get("model.map_augment.weight", (0, 0))[1],
+        "model_channels": model_channels,
+        "channel_mult": _multiples([level.width for level in levels], model_channels),
+        "channel_mult_emb": _multiples([embedding], model_channels)[0],
+    }
+    if is_adm:
+        return spec
+    is_fourier = "model.map_noise.freqs" in shapes
+    is_residual = any("_aux_residual." in name for name in shapes)
+    taps = next(
+        (t for name, t in found.tensors.items() if name.endswith("_down.conv0.resample_filter")),
+        None,
+    )
+    return spec | {
+        "name": "ncsnpp" if is_fourier or is_residual else "ddpmpp",
+        "embedding_type": "fourier" if is_fourier else "positional",
+        "channel_mult_noise": _multiples([noise], model_channels)[0],
+        "encoder_type": "residual" if is_residual else "standard",
+        "resample_filter": [1, 1] if taps is None else _taps(taps),
+    }
+
+
+def _edm2(
+    found: Found, shapes: Mapping[str, tuple], levels: list[_Level], stem: int
+) -> dict[str, Any]:
+    """What EDM2's networks have."""
+    fixed = {"res_balance": 0.3, "attn_balance": 0.3, "concat_balance": 0.5, "label_balance": 0.5,
+             "clip_act": 256, "resample_filter": [1, 1]}  # fmt: skip
+    for name, value in fixed.items():
+        if found.options.get(name, value) != value:
+            raise Refused(f"its {name} is {shown(found.options[name])}, ours {value}")
+    if "model.emb_fourier.freqs" not in shapes or "model.emb_noise_r.weight" in shapes:
+        raise Refused("its embedding of the noise level is not EDM2's")
+    widths = [level.width for level in levels]
+    model_channels = math.gcd(*widths)
+    recorded = found.options.get("model_channels", model_channels)
+    if type(recorded) is int and recorded > 0 and all(width % recorded == 0 for width in widths):
+        model_channels = recorded
+    spec = {
+        "name": "edm2",
+        "label_dim": shapes.get("model.emb_label.weight", (0, 0))[1],
+        "model_channels": model_channels,
+        "channel_mult": _multiples(widths, model_channels),
+        "channels_per_head": int(_number(found.options, "channels_per_head", 64)),
+    }
+    if "logvar_linear.weight" in shapes and "logvar_fourier.freqs" in shapes:
+        spec["logvar_channels"] = shapes["logvar_linear.weight"][1]
+    return spec
+
+
+def _multiples(widths: list[int], unit: int) -> list[int]:
+    if unit < 1 or any(width % unit for width in widths):
+        raise Refused(f"its widths {widths} are no multiples of {unit}")
+    return [width // unit for width in widths]
+
+
+def _taps(tensor: FileTensor) -> list[int]:
+    """The taps of a resampling filter, which is kept as their normalised outer product [1,1,k,k]."""
+    if len(tensor.shape) != 4 or tensor.shape[2] != tensor.shape[3] or tensor.shape[2] > 16:
+        raise Refused(f"a resampling filter is {list(tensor.shape)}")
+    taps = tensor.load().double()[0, 0].diagonal().clamp(min=1e-12).sqrt()
+    return [max(1, min(round(tap), 1000)) for tap in (taps / taps.min()).nan_to_num(1.0).tolist()]
+
+
+def _option(options: Mapping[str, Any], *names: str) -> Any:
+    return next((options[name] for name in names if options.get(name) is not None), None)
+
+
+def _number(options: Mapping[str, Any], name: str, default: float) -> float:
+    value = options.get(name, default)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise Refused(f"its argument {name} is {shown(value)}, not a number")
+    return value
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
+        raise Refused(f"a list of resolutions is {shown(value)}")
+    return list(value)
+
+
+# ---- its weights ------------------------------------------------------------------------------------
+
+
+def _check(spec: dict[str, Any], found: Found) -> None:
+    """Refused unless the network of a specification has just the tensors that were found. Nothing is
+    allocated for it: the shapes may be anything."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            shapes = {n: v.shape for n, v in build_network(**spec).state_dict().items()}
+    except (ValueError, TypeError, RuntimeError, OverflowError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"its network cannot be built, {reason}") from None
+    given = {n: t.shape for n, t in found.tensors.items()}
+    found.dropped += [n for n in given if n not in shapes and DROPPED.match(n)]
+    if "logvar_linear.weight" not in shapes:
+        found.dropped += [n for n in given if n.startswith("logvar_")]
+    problems = [f"{n} is missing" for n in shapes if n not in given]
+    problems += [f"{n} is unknown" for n in given if n not in shapes and n not in found.dropped]
+    problems += [
+        f"{n} is {list(shape)} instead of {list(shapes[n])}"
+        for n, shape in given.items()
+        # FastGen keeps gains as [1].
+        if n in shapes and shape != shapes[n] and (shape, len(shapes[n])) != ((1,), 0)
+    ]
+    if problems:
+        rest = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise Refused(
+            f"its network is not the {spec['name']} that it looks like: "
+            f"{', '.join(problems[:3])}{rest}"
+        )

@@ -1,0 +1,1 @@
+"""The objectives: which noise levels, which targets, which loss."""

@@ -1,0 +1,1 @@
+"""Optimizers, EMA and learning-rate schedules."""

@@ -1,0 +1,1 @@
+"""What fits on a GPU and how long it takes, computed."""

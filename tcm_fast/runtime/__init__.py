@@ -1,0 +1,1 @@
+"""What a run runs on: its processes, precisions and CUDA graphs."""

@@ -1,0 +1,206 @@
+"""A recipe within so many hours on the device that is there: measured, scaled, and scaled again before each
+phase, so that the end comes when it was asked for."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tcm_fast.config import Config, phase_name, require, save_config
+from tcm_fast.planning.cards import Card
+from tcm_fast.planning.memory_estimate import ImageShape
+from tcm_fast.planning.memory_planner import Plan, choose_levers, mean_work, plan_run
+from tcm_fast.planning.recipes import images_for, leaves_signal_to_tf32, scale_recipe, scale_width
+from tcm_fast.training.phase import PhaseResult
+from tcm_fast.training.trainer import Trainer
+
+FEWEST_STEPS = 100  # of a phase; with fewer nothing is learnt
+ROUNDS = 6  # of speed and length until one fits the other
+RESERVE = 0.02  # of the time: loading, pictures, checkpoints
+JUDGED = 0.03  # of the time at most: samples drawn and compared at the phases' ends
+FEWEST_JUDGED = 256  # samples; a distance of fewer says nothing
+CALLS = {
+    "edm": 35
+}  # of the network for a sample that is judged: 18 Heun steps; else one step and two
+CPU_ROWS = 32  # images of a step that is measured on a CPU
+
+
+def fit_hours(
+    config: Config,
+    shape: ImageShape,
+    card: Card,
+    hours: float,
+    *,
+    gpus: int = 1,
+    rates: Mapping[str, float] | None = None,
+    width: int | None = None,
+    auto: bool = False,
+    fewest: int = FEWEST_STEPS,
+    precision: str | None = None,
+) -> Plan:
+    """The largest schedule of a recipe that the hours hold, on the network that suits it.
+
+    Args:
+        config: the long recipe.
+        shape: of the images.
+        card: where it runs; rates are computed for it where they are not given.
+        hours: of time, positive.
+        rates: images per second, measured on the network of `width`.
+        width: of the network; None is chosen by the arithmetic that the hours hold.
+        auto: choose the levers, too.
+        fewest: steps of a phase.
+        precision: decided already: the recipe's, or tf32 in the place of fp32. None takes tf32 where it is
+            faster and the schedule leaves it enough signal.
+
+    Raises:
+        ValueError: no time, or too little for the phases' first steps.
+    """
+    require(hours > 0, f"hours: must be positive, got {hours:g}")
+    seconds = hours * 3600 * (1 - RESERVE)
+    if auto:
+        config = replace(config, micro_batches=1)
+    whole = plan_run(config, shape, card, gpus=gpus)
+    if width is None and whole.seconds <= seconds and not rates:
+        if auto:  # the recipe as it is
+            return plan_run(choose_levers(config, shape, card, gpus=gpus), shape, card, gpus=gpus)
+        return whole
+    if width is None and config.network.model_channels is not None:
+        width = scale_width(config.network.model_channels, seconds / whole.seconds)
+    known = dict(rates or {})
+
+    def fill(tf32: bool) -> Plan:
+        """Width, batch and precision decide the speed, and the speed the length."""
+        plan, fullest = whole, None
+        for _ in range(ROUNDS):
+            found = {p.name: known.get(p.name, p.rate) for p in plan.phases}
+            images = images_for(seconds, found, config.phases)
+            scaled = scale_recipe(
+                config, images, width=width, count=shape.count or 50_000, tf32=tf32
+            )
+            plan = plan_run(scaled, shape, card, gpus=gpus, rates=known)
+            if plan.seconds <= seconds and (fullest is None or plan.seconds > fullest.seconds):
+                fullest = plan
+            if 0.99 * seconds <= plan.seconds <= seconds:
+                break
+        return fullest or plan
+
+    may_change = config.precision == "fp32" and card.on_gpu
+    faster = card.flops("tf32") > card.flops("fp32")
+    plan = fill(may_change and precision == "tf32")
+    if may_change and faster and precision is None and leaves_signal_to_tf32(plan.config):
+        plan = fill(True)
+    if auto:
+        chosen = choose_levers(plan.config, shape, card, gpus=gpus)
+        plan = plan_run(chosen, shape, card, gpus=gpus, rates=known)
+    steps = {p.name: p.images // p.batch_size for p in plan.phases}
+    name = min(steps, key=lambda n: steps[n])
+    require(
+        steps[name] >= fewest,
+        f"hours: {hours:g} h hold {steps[name]} steps of phase {name}, at least {fewest} are "
+        f"needed: {hours * fewest / max(steps[name], 1) * 1.05:.2g} h, or a smaller network",
+    )
+    return plan
+
+
+def calibrate(config: Config, name: str, *, seconds: float = 3.0) -> float:
+    """Images per second of a phase on this device, averaged over its schedule; measured by steps that
+    leave nothing behind."""
+    phase = config.phase(name)
+    rows = phase.batch_size // config.micro_batches
+    if not torch.cuda.is_available() or config.device == "cpu":
+        rows = min(rows, CPU_ROWS)
+    small = replace(config, **{name: replace(phase, batch_size=rows)}, micro_batches=1)  # type: ignore[arg-type]
+    small = replace(small, phases=(phase_name(name),), snapshot_every=0, memory="given")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(small, folder)
+        rate = trainer.measure(name, seconds=seconds)
+        trainer.keeper.close()
+    return rate / mean_work(config, name)
+
+
+def judge_within(config: Config, rates: Mapping[str, float], seconds: float) -> tuple[Config, str]:
+    """The configuration with as many samples judged as JUDGED of the time holds, and what to say of it. A
+    training image counts as three calls of the network."""
+    if not config.eval.features:
+        return config, ""
+    each = sum(CALLS.get(name, 3) / (3 * rates[name]) for name in config.phases)
+    num = int(JUDGED * seconds / each)
+    if num < FEWEST_JUDGED:
+        text = "eval: no time for distances; tcm-fast eval measures them afterwards"
+        return replace(config, eval=replace(config.eval, features="")), text
+    num = min(num, config.eval.num or num)
+    return (
+        replace(config, eval=replace(config.eval, num=num)),
+        f"eval: {num:,} samples at each phase's end",
+    )
+
+
+def train_within(
+    config: Config,
+    out: Path,
+    hours: float,
+    shape: ImageShape,
+    card: Card,
+    *,
+    init: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> list[PhaseResult]:
+    """Train a recipe's phases within so many hours.
+
+    Each phase is scaled to what is left when it begins, by speeds measured just before and by how the
+    phases so far kept to theirs.
+
+    Raises:
+        ValueError: too little time.
+        Interrupted, TrainingError: as `Trainer.run`.
+    """
+    begun = time.monotonic()
+    end = begun + hours * 3600 * (1 - RESERVE)
+    auto = config.memory == "auto"
+    plan = fit_hours(config, shape, card, hours, auto=auto)
+    width, precision = plan.config.network.model_channels, plan.config.precision
+    whole = plan.config
+    rates: dict[str, float] = {name: calibrate(whole, name) for name in config.phases}
+    config, text = judge_within(config, rates, hours * 3600)
+    if text:
+        end -= JUDGED * hours * 3600
+        say(text)
+    slower = 1.0  # how much longer than planned the last phase took
+    results: list[PhaseResult] = []
+    done: dict[str, Config] = {}
+    for name in config.phases:
+        left = config.phases[config.phases.index(name) :]
+        now = time.monotonic()
+        hours_left = max(end - now, 0.0) / 3600 / (1 - RESERVE)
+        rest = replace(config, phases=left)
+        effective: dict[str, float] = {n: rates[n] / slower for n in left}
+        plan = fit_hours(
+            rest, shape, card, hours_left, rates=effective, width=width, auto=auto,
+            fewest=1 if done else FEWEST_STEPS, precision=precision,
+        )  # fmt: skip
+        phase = plan.config.phase(name)
+        if name == "tcm" and "ect" in done:  # one schedule over both
+            before = done["ect"].ect
+            phase = replace(phase, double=before.double, limit=before.limit, q=before.q)  # type: ignore[call-arg]
+        # The phases before are as they were: what they left is read by their own settings.
+        own = {before: done[before].phase(before) for before in done} | {name: phase}
+        settings = replace(plan.config, phases=(name,), **own)  # type: ignore[arg-type]
+        planned = next(p.seconds for p in plan.phases if p.name == name)
+        say(
+            f"{name}: {phase.images:,} images in {planned / 60:.1f} min at "
+            f"{effective[name]:,.0f} images/s, batch {phase.batch_size}"
+        )
+        trainer = Trainer(settings, out, init=init if not done else None, resume=bool(done))
+        started = time.monotonic()
+        results += trainer.run()
+        slower *= max((time.monotonic() - started) / planned, 0.5)
+        done[name] = settings
+        whole = replace(whole, **{name: phase})  # type: ignore[arg-type]
+    save_config(replace(whole, phases=config.phases), out / "config.json")
+    say(f"{(time.monotonic() - begun) / 60:.1f} of {hours * 60:.1f} minutes taken")
+    return results

@@ -1,0 +1,85 @@
+"""Rounding against signal: the emulated rounding, the readings' sense, the command."""
+
+import numpy as np
+import pytest
+import torch
+
+from tcm_fast.checkpoint.format import save_network
+from tcm_fast.cli.main import main
+from tcm_fast.data.dataset import ImageData
+from tcm_fast.evaluation.precision_check import _to_tf32, measure, plot
+from tcm_fast.networks import build_network
+
+
+def network(**options):
+    torch.manual_seed(0)
+    net = build_network(
+        "ddpmpp", img_resolution=8, img_channels=1, model_channels=16, channel_mult=[1, 1],
+        num_blocks=1, attn_resolutions=[4], **options,
+    )  # fmt: skip
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return net
+
+
+def images(labels=None):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), np.uint8)
+    return ImageData(pixels, labels, "noise", ())
+
+
+def test_tf32_keeps_ten_bits_to_the_nearest_even():
+    x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, -(1 + 2**-11 + 2**-20), 0.0])
+    expected = [1.0, 1 + 2**-10, 1.0, 1 + 2**-9, -(1 + 2**-10), 0.0]
+    assert _to_tf32(x).tolist() == expected
+
+
+def test_coarser_precisions_add_more_noise_to_the_same_signal():
+    net = network()
+    readings = measure(net, images(), num=8, times=(1.0, 10.0), ratio=0.99)
+    by_name = {}
+    for reading in readings:
+        by_name.setdefault(reading.precision, []).append(reading)
+    for i in range(2):
+        fp32, tf32, fp16, bf16 = (by_name[n][i] for n in ("fp32", "tf32", "fp16", "bf16"))
+        assert fp32.noise < 0.02 * fp16.noise
+        assert fp32.noise < 0.02 * tf32.noise
+        assert fp16.noise < bf16.noise
+        assert fp32.signal == bf16.signal > 0
+        assert fp32.cosine > 0.999 > bf16.cosine
+    assert all(p.dtype == torch.float32 for p in net.parameters())
+
+
+def test_the_signal_shrinks_as_r_approaches_t():
+    far, near = (
+        measure(network(), images(), num=4, times=(3.0,), ratio=ratio, precisions=("bf16",))[0]
+        for ratio in (0.5, 0.9999)
+    )
+    assert near.signal < 0.01 * far.signal
+    assert near.is_drowned
+    assert not far.is_drowned
+
+
+def test_images_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"doctor: the images must be \[8, 8, 1\]"):
+        measure(network(), ImageData(np.zeros((4, 8, 8, 3), np.uint8), None, "black", ()))
+    with pytest.raises(ValueError, match="doctor: the network needs labels"):
+        measure(network(label_dim=3), images())
+
+
+def test_the_command_prints_a_table_and_warns(tmp_path, capsys):
+    save_network(tmp_path / "net.safetensors", network(), metadata={})
+    np.savez(tmp_path / "images.npz", images=images().images)
+    arguments = [str(tmp_path / "net.safetensors"), "--data", str(tmp_path / "images.npz")]
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--precision", *arguments, "--num", "4", "--ratio", "0.9999"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr()
+    assert "bf16 drowns the signal" in printed.err
+    assert "fp32" in printed.out
+    assert "tf32 is emulated" in printed.out
+
+
+def test_the_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot(measure(network(), images(), num=2, times=(1.0, 3.0)), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
