@@ -22,7 +22,6 @@ import torch
 from tcm_fast.benchmarks.measure import write_record
 from tcm_fast.cli.plan import image_shape
 from tcm_fast.config import Config, from_dict, load_preset
-from tcm_fast.data.dataset import ImageStream
 from tcm_fast.optim.offload import PiecewiseOptimizer
 from tcm_fast.planning.cards import Card, this_device
 from tcm_fast.planning.memory_estimate import Counter, ImageShape, memory, with_levers
@@ -70,14 +69,13 @@ def held(config: Config, name: str, out: str | Path) -> int:
         _forget()
         floor = torch.cuda.memory_allocated()
     phase = _begin(trainer, name)
-    stream = ImageStream(trainer.data, seed=0, device=trainer.device)
-    trainer._step(phase, trainer._prepare(phase, stream))
+    trainer.step(phase)
     phase.step = phase.steps - 1  # where most targets need a network
-    batches = trainer._prepare(phase, stream)
+    batches = trainer.loader.batches(phase)
     phase.optimizer.zero_grad(set_to_none=True)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-        trainer._step(phase, batches)
+        trainer.runner.step(phase, batches)
         return torch.cuda.max_memory_allocated() - floor
     there = _tensors()
     there += [x for state in phase.optimizer.state.values() for x in state.values()]
@@ -89,14 +87,14 @@ def held(config: Config, name: str, out: str | Path) -> int:
     if name == "tcm" and config.precision != "fp32" and phase.frozen is not None:
         host |= _storages([*phase.frozen.parameters(), *phase.frozen.buffers()]).keys()
     with Counter(there) as counter:
-        trainer._step(phase, batches)
+        trainer.runner.step(phase, batches)
     return sum(size for key, size in sizes.items() if key not in host) + counter.peak
 
 
 def _begin(trainer: Trainer, name: str) -> Phase:
     """A phase on a new network."""
-    previous = trainer.assembly.build(trainer.config.phase(name)) if name == "tcm" else None
-    return trainer.assembly.begin(name, previous)
+    previous = trainer.builder.build(trainer.config.phase(name)) if name == "tcm" else None
+    return trainer.begin(name, previous)
 
 
 def first_moments(config: Config, name: str, out: str | Path) -> list[torch.Tensor]:
@@ -104,8 +102,7 @@ def first_moments(config: Config, name: str, out: str | Path) -> list[torch.Tens
     trainer = Trainer(config, out)
     torch.manual_seed(0)
     phase = _begin(trainer, name)
-    stream = ImageStream(trainer.data, seed=0, device=trainer.device)
-    trainer._step(phase, trainer._prepare(phase, stream))
+    trainer.step(phase)
     state = phase.optimizer.state_dict()["state"]
     return [state[k]["exp_avg"].double().cpu() for k in sorted(state)]
 

@@ -109,14 +109,14 @@ def train(folder: Path, **settings: Any) -> str:
 
 def trained(trainer: Trainer) -> int:
     """The most bytes that a step's tensors take in a whole run."""
-    step, peaks = trainer._step, [0]
+    step, peaks = trainer.step, [0]
 
     def watched(*args: Any) -> None:
         torch.cuda.reset_peak_memory_stats()
         step(*args)
         peaks.append(torch.cuda.max_memory_allocated())
 
-    trainer._step = watched  # type: ignore[method-assign]
+    trainer.step = watched  # type: ignore[method-assign]
     trainer.run()
     return max(peaks)
 
@@ -124,7 +124,7 @@ def trained(trainer: Trainer) -> int:
 def stop_and_resume(folder: Path) -> str:
     config = configured(folder, phases=("ect", "tcm"), steps=40)
     trainer = Trainer(config, folder / "run")
-    trained, step = 0, trainer._step
+    trained, step = 0, trainer.step
 
     def interrupted(*args: Any) -> None:
         nonlocal trained
@@ -133,7 +133,7 @@ def stop_and_resume(folder: Path) -> str:
         if trained == 50:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer._step = interrupted  # type: ignore[method-assign]
+    trainer.step = interrupted  # type: ignore[method-assign]
     try:
         trainer.run()
     except Interrupted:

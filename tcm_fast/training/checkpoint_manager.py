@@ -16,6 +16,7 @@ from tcm_fast.checkpoint.run_lock import RunLock
 from tcm_fast.config import Config, save_config, to_dict
 from tcm_fast.runtime.distributed import Workers
 from tcm_fast.training.logger import RunLog, timed
+from tcm_fast.training.micro_batches import MicroBatches
 from tcm_fast.training.phase import FROZEN_FILE, Phase, TrainingError, named_averages
 
 FAILED_SAVES = 3  # in a row, that end a run
@@ -30,6 +31,7 @@ class Keeper:
         out: the run's folder.
         config: of the run.
         workers: its processes.
+        micro: how many passes a batch takes.
         class_names: of the images.
         measure: the Fréchet distance of a phase's first average, for `best`.
 
@@ -46,10 +48,11 @@ class Keeper:
         out: Path,
         config: Config,
         workers: Workers,
+        micro: MicroBatches,
         class_names: tuple[str, ...],
         measure: Callable[[Phase], float],
     ) -> None:
-        self.out, self.config, self.workers = out, config, workers
+        self.out, self.config, self.workers, self.micro = out, config, workers, micro
         self.class_names, self.measure = list(class_names), measure
         self.spent: Counter[str] = Counter()
         self._failed = 0
@@ -83,26 +86,15 @@ class Keeper:
         self.settle(waits=True)
         self._writer = CheckpointWriter(self.out, (FROZEN_FILE.get(phase.name, ""),))
 
-    def save(
-        self,
-        phase: Phase,
-        *,
-        micro_batches: int,
-        is_last: bool = False,
-    ) -> None:
-        """A checkpoint of everything, written while training goes on.
-
-        Args:
-            phase: what to save.
-            micro_batches: how many passes a batch takes.
-            is_last: wait for the end, which then has to be a good one.
-        """
+    def save(self, phase: Phase, *, is_last: bool = False) -> None:
+        """A checkpoint of everything, written while training goes on; the last one of a phase is waited for,
+        and has to be written."""
         self.settle(waits=True)
         every = self.config.milestone_every
         is_milestone = phase.step == phase.steps or bool(every and phase.step % every == 0)
         judged = {"frechet": self.measure(phase)} if self.config.best == "frechet" else {}
         with timed(self.spent, "saving"):
-            contents = self._contents(phase, judged, micro_batches)
+            contents = self._contents(phase, judged)
             if self._writer is not None and self.workers.is_main:
                 self._keep_folder()
                 self._writer.submit(
@@ -166,7 +158,7 @@ class Keeper:
                 except OSError as error:
                     self.log.warn("snapshot_failed", f"{error}; training goes on without it")
 
-    def _contents(self, phase: Phase, judged: dict[str, float], micro_batches: int) -> Contents:
+    def _contents(self, phase: Phase, judged: dict[str, float]) -> Contents:
         """What a checkpoint holds."""
         phase.settle()
         networks: dict[str, Any] = {"model": phase.student}
@@ -182,7 +174,7 @@ class Keeper:
                 **phase.counters(),
                 "seed": self.config.seed,
                 "batch_size": phase.config.batch_size,
-                "micro_batches": micro_batches,
+                "micro_batches": self.micro.count,
                 "metrics": judged,
                 "config": to_dict(self.config),
             },

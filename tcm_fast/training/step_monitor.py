@@ -23,10 +23,14 @@ SPIKE = 10.0  # times the median: a gradient that is reported
 class Gauge:
     """Losses [2] and gradient norm of each step since the last reading, on the device.
 
-    Writing keeps its places in memory and can be captured in a graph."""
+    Writing keeps its places in memory and can be captured in a graph.
+
+    Attributes:
+        steps: steps since the last reading; whoever takes one counts it.
+    """
 
     def __init__(self, device: torch.device, rows: int = ROWS) -> None:
-        self.size = rows
+        self.size, self.steps = rows, 0
         self._rows = torch.zeros(rows, 3, dtype=torch.float64, device=device)
         self._next = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -36,16 +40,21 @@ class Gauge:
         self._rows.index_copy_(0, self._next, row[None])
         self._next += 1
 
-    def set_back(self, row: int) -> None:
-        """The next step writes to this row."""
-        self._next.fill_(row)
+    @property
+    def is_full(self) -> bool:
+        return self.steps == self.size
 
-    def read(self, steps: int, over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
-        """float64 [steps,3] of the last `steps` steps, all since the last reading: losses summed over
-        the processes, and norms, which are equal on all. Waits for the device."""
-        rows = self._rows[:steps]
+    def set_back(self) -> None:
+        """Forget what a step wrote that was not counted."""
+        self._next.fill_(self.steps)
+
+    def read(self, over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+        """float64 [steps,3] of the steps since the last reading: losses summed over the processes, and
+        norms, which are equal on all. Waits for the device."""
+        rows = self._rows[: self.steps]
         rows = torch.cat([over_ranks(rows[:, :2].contiguous()), rows[:, 2:]], 1)
         self._next.zero_()
+        self.steps = 0
         return rows.cpu().numpy()
 
 

@@ -14,6 +14,7 @@ from tcm_fast.objectives.noise_levels import IMAGE
 from tcm_fast.planning.cards import CARDS, Card
 from tcm_fast.planning.memory_estimate import ImageShape
 from tcm_fast.training import time_budget, trainer
+from tcm_fast.training.step_runner import StepRunner
 
 SHAPE = ImageShape(32, 3, 10, 50_000)
 
@@ -121,15 +122,16 @@ def test_a_run_ends_when_it_was_asked_to(slower, recipe, tmp_path, monkeypatch):
     for module in (time_budget, trainer):
         monkeypatch.setattr(module, "time", clock)
 
-    def step(run, phase, _):
+    def run(runner, phase, loader):
         cost = 0.5 * phase.config.batch_size / 64
         if phase.name != "edm":
-            plan, _ = run._plan(phase, phase.step)
+            plan, _ = loader.plan(phase, phase.step)
             cost *= (3 + (plan.source != IMAGE).mean()) / 4
-        is_measuring = run.out != tmp_path / "run"
+        is_measuring = runner.log._path.parent != tmp_path / "run"
         clock.now += cost if is_measuring or phase.name != "ect" else slower * cost
+        phase.gauge.steps += 1
 
-    monkeypatch.setattr(trainer.Trainer, "_step", step)
+    monkeypatch.setattr(StepRunner, "run", run)
     torch.manual_seed(0)
     said = []
     minutes = 5.0

@@ -36,10 +36,12 @@ from tcm_fast.objectives.objective import Objective
 from tcm_fast.optim import fused
 from tcm_fast.runtime.cuda_graphs import CaptureError, GraphCache
 from tcm_fast.sampling.sampler import sample
-from tcm_fast.training import logger, phase_builder, sample_monitor
+from tcm_fast.training import batch_loader, logger, phase_builder, sample_monitor, step_runner
 from tcm_fast.training import trainer as trainer_module
 from tcm_fast.training.phase import TrainingError
 from tcm_fast.training.sample_monitor import Gallery
+from tcm_fast.training.step_reports import StepReports
+from tcm_fast.training.step_runner import StepRunner
 from tcm_fast.training.summary import summary
 from tcm_fast.training.trainer import Interrupted, Trainer
 
@@ -110,7 +112,7 @@ def test_the_same_seed_gives_the_same_weights(images, tmp_path):
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stop_at, images, tmp_path, monkeypatch):
     config = tiny(images)
     train(config, tmp_path / "whole")
-    step = Trainer._step
+    step = StepRunner.step
 
     def stopping(self, phase, batches):
         if (phase.name, phase.step) == stop_at:
@@ -118,7 +120,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stop_at, images, tmp_
         return step(self, phase, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", stopping)
+        patch.setattr(StepRunner, "step", stopping)
         with pytest.raises(Interrupted, match=f"{stop_at[0]}: stopped after"):
             train(config, tmp_path / "cut")
     train(config, tmp_path / "cut", resume=True)
@@ -255,7 +257,7 @@ def capture_on_host(monkeypatch, **options):
     monkeypatch.setattr(phase_builder, "build_optimizer", plain)
     monkeypatch.setattr(phase_builder.Assembly, "captures", lambda self: True)
     monkeypatch.setattr(phase_builder.Assembly, "graphs", lambda self, optimizer: GraphCache(place))
-    monkeypatch.setattr(trainer_module, "row_granule", lambda *_: 8)
+    monkeypatch.setattr(batch_loader, "row_granule", lambda *_: 8)
     return place
 
 
@@ -307,10 +309,10 @@ def test_unused_memory_is_freed_before_graphs_are_given_up(
 
 def test_looking_for_bad_numbers_keeps_no_weights(images, no_pictures, tmp_path, monkeypatch):
     """A graph captured next would read those that were derived for it."""
-    report, kept = Trainer._report_bad, []
+    report, kept = StepReports._report_skipped, []
 
-    def watched(self, phase, stream, reading):
-        report(self, phase, stream, reading)
+    def watched(self, phase, *args):
+        report(self, phase, *args)
         kept.append(phase.inner._cast)
 
     losses = Objective.losses
@@ -319,7 +321,7 @@ def test_looking_for_bad_numbers_keeps_no_weights(images, no_pictures, tmp_path,
         values = losses(self, batch)
         return values * torch.nan if int(batch.key.step) == 1 else values
 
-    monkeypatch.setattr(Trainer, "_report_bad", watched)
+    monkeypatch.setattr(StepReports, "_report_skipped", watched)
     monkeypatch.setattr(Objective, "losses", broken)
     train(tiny(images, phases=["ect"], precision="bf16", max_steps=3), tmp_path / "run")
     assert kept == [None]
@@ -337,23 +339,23 @@ def test_a_capture_that_fails_ends_a_run_that_insists(images, no_pictures, tmp_p
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_leaves_no_autograd_graph(precision, images, no_pictures, tmp_path, monkeypatch):
     """One that outlives its step holds memory, and ties the capture of the next step to another stream."""
-    step, alive = Trainer._step, []
+    step, alive = StepRunner.step, []
 
     def counted(self, *args):
         step(self, *args)
         gc.collect()
         alive.extend(t for t in gc.get_objects() if type(t) is torch.Tensor and t.grad_fn)
 
-    monkeypatch.setattr(Trainer, "_step", counted)
+    monkeypatch.setattr(StepRunner, "step", counted)
     train(tiny(images, phases=["edm", "ect"], precision=precision, max_steps=2), tmp_path / "run")
     assert not alive
 
 
 def test_warming_up_leaves_weights_and_gradients_alone(images, no_pictures, tmp_path, monkeypatch):
     """Gradients that arrive at the weights are exchanged between ranks: nothing but a step may do that."""
-    monkeypatch.setattr(trainer_module, "runs_triton", lambda *_: True)
-    monkeypatch.setattr(trainer_module, "compiling_together", lambda: nullcontext([]))
-    gradients, compile_kernels = [], Trainer._compile_kernels
+    monkeypatch.setattr(step_runner, "runs_triton", lambda *_: True)
+    monkeypatch.setattr(step_runner, "compiling_together", lambda: nullcontext([]))
+    gradients, compile_kernels = [], StepRunner.compile_kernels
 
     def watched(self, phase, batches):
         for parameter in phase.student.parameters():
@@ -363,7 +365,7 @@ def test_warming_up_leaves_weights_and_gradients_alone(images, no_pictures, tmp_
         assert phase.inner._cast is None
         raise InterruptedError
 
-    monkeypatch.setattr(Trainer, "_compile_kernels", watched)
+    monkeypatch.setattr(StepRunner, "compile_kernels", watched)
     with pytest.raises(InterruptedError):
         train(tiny(images, phases=["ect"], precision="bf16"), tmp_path / "run")
 
@@ -394,7 +396,7 @@ def test_numbers_that_are_not_finite_stop_the_run(images, tmp_path):
 
 def test_collapse_is_noticed(images, tmp_path):
     run = Trainer(tiny(images), tmp_path / "run")
-    phase = run.assembly.begin("edm", None)
+    phase = run.builder.begin("edm", None)
     data = metrics.spread(run.data.images)
     log = tmp_path / "run" / "log.jsonl"
 
@@ -564,7 +566,7 @@ def test_a_folder_that_is_read_only_for_a_while(images, no_pictures, tmp_path, m
     """Any write into the run fails: training goes on, and the last save is a good one."""
     config = tiny(images, phases=["edm"], edm={"images": 16 * 9})
     train(config, tmp_path / "whole")
-    step, mkdir = Trainer._step, Path.mkdir
+    step, mkdir = StepRunner.step, Path.mkdir
     read_only = []
 
     def during(self, phase, batches):
@@ -576,7 +578,7 @@ def test_a_folder_that_is_read_only_for_a_while(images, no_pictures, tmp_path, m
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return mkdir(self, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "_step", during)
+    monkeypatch.setattr(StepRunner, "step", during)
     monkeypatch.setattr(Path, "mkdir", refused)
     train(config, tmp_path / "run")
     said = capsys.readouterr().err
@@ -589,15 +591,15 @@ def test_a_folder_that_is_read_only_for_a_while(images, no_pictures, tmp_path, m
 def test_a_folder_that_vanishes_is_made_anew(images, no_pictures, tmp_path, monkeypatch):
     config = tiny(images, phases=["edm", "ect"], edm={"images": 16 * 9})
     train(config, tmp_path / "whole")
-    step = Trainer._step
+    step = Trainer.step
 
-    def vanishing(self, phase, batches):
+    def vanishing(self, phase):
         if (phase.name, phase.step) == ("edm", 4):
             self.keeper.settle(waits=True)
             shutil.rmtree(tmp_path / "run")
-        step(self, phase, batches)
+        step(self, phase)
 
-    monkeypatch.setattr(Trainer, "_step", vanishing)
+    monkeypatch.setattr(Trainer, "step", vanishing)
     train(config, tmp_path / "run")
     assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert load_config(tmp_path / "run" / "config.json") == config
@@ -609,13 +611,13 @@ def test_a_folder_that_vanishes_is_made_anew(images, no_pictures, tmp_path, monk
 def test_images_that_vanish_do_not_stop_a_run(images, no_pictures, tmp_path, monkeypatch):
     """They are in memory; a run that is resumed without them says what is missing."""
     config = tiny(images, phases=["edm"])
-    step = Trainer._step
+    step = StepRunner.step
 
     def vanishing(self, phase, batches):
         images.unlink(missing_ok=True)
         step(self, phase, batches)
 
-    monkeypatch.setattr(Trainer, "_step", vanishing)
+    monkeypatch.setattr(StepRunner, "step", vanishing)
     train(dataclasses.replace(config, max_steps=3), tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"data: .*images.npz does not exist"):
         train(config, tmp_path / "run", resume=True)
@@ -706,10 +708,10 @@ def test_exact_resume_of_all_state(precision, backend, images, no_pictures, tmp_
 def test_deterministic_training(images, no_pictures, tmp_path, monkeypatch):
     config = tiny(images, deterministic=True)
     seen = []
-    step = Trainer._step
+    step = StepRunner.step
     monkeypatch.setattr(
-        Trainer,
-        "_step",
+        StepRunner,
+        "step",
         lambda *a: (seen.append(torch.are_deterministic_algorithms_enabled()), step(*a)),
     )
     train(config, tmp_path / "run")
@@ -765,9 +767,9 @@ def test_the_share_of_time_that_images_take(images, no_pictures, tmp_path, monke
     clock = WorkClock()
     for module in (trainer_module, logger):
         monkeypatch.setattr(module, "time", clock)
-    batch, step = ImageStream.batch, trainer_module.Trainer._step
+    batch, step = ImageStream.batch, StepRunner.step
     monkeypatch.setattr(ImageStream, "batch", clock.costs(lambda *_: 0.2, batch))
-    monkeypatch.setattr(trainer_module.Trainer, "_step", clock.costs(lambda *_: 0.3, step))
+    monkeypatch.setattr(StepRunner, "step", clock.costs(lambda *_: 0.3, step))
     train(tiny(images, phases=["edm"]), tmp_path / "run")
     shares = [e["data_share"] for e in events(tmp_path / "run") if e["event"] == "train"]
     # The first batch is fetched before the first step, none is in the last.

@@ -157,13 +157,13 @@ def test_two_ranks_are_stopped_by_a_signal_and_go_on(whole_of_two, tmp_path):
 FAILING = """
 import sys
 from tcm_fast.cli import main as cli
-from tcm_fast.training import trainer
-step = trainer.Trainer._step
+from tcm_fast.training.step_runner import StepRunner
+step = StepRunner.step
 def failing(self, phase, batches):
     if self.workers.rank == 1 and phase.step == 5:
         raise RuntimeError("a fault of rank one's own")
     step(self, phase, batches)
-trainer.Trainer._step = failing
+StepRunner.step = failing
 cli.main(sys.argv[1:])
 """
 

@@ -1,4 +1,4 @@
-"""Bad numbers and memory that does not suffice: noticed, named in the log, undone."""
+"""NaN and Inf, and running out of memory: noticed, named in the log, undone."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from tcm_fast.training import phase_builder
 from tcm_fast.training import trainer as trainer_module
 from tcm_fast.training.phase import Phase, TrainingError
 from tcm_fast.training.sample_monitor import Gallery
-from tcm_fast.training.trainer import Trainer
+from tcm_fast.training.step_runner import StepRunner
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_a_weight_that_is_not_finite_is_undone(images, tmp_path, monkeypatch):
     config = tiny(
         images, phases=["edm"], edm={"images": 16 * 20}, guard={"bad_steps": 4, "rollbacks": 1}
     )
-    step = Trainer._step
+    step = StepRunner.step
     hits = []
 
     def hit(self, phase, batches):
@@ -181,7 +181,7 @@ def test_a_weight_that_is_not_finite_is_undone(images, tmp_path, monkeypatch):
                 list(phase.student.parameters())[5].view(-1)[0] = np.nan
         step(self, phase, batches)
 
-    monkeypatch.setattr(Trainer, "_step", hit)
+    monkeypatch.setattr(StepRunner, "step", hit)
     train(config, tmp_path / "run")
     (bad,) = logged(tmp_path / "run", "bad_numbers")
     assert "weights of the student are not finite: model." in bad["message"]
@@ -323,5 +323,5 @@ def test_memory_for_not_even_one_image_is_an_error(images, tmp_path, monkeypatch
         raise torch.OutOfMemoryError("injected")
 
     monkeypatch.setattr(Objective, "losses", never)
-    with pytest.raises(TrainingError, match="memory does not suffice for a single image"):
+    with pytest.raises(TrainingError, match="out of memory with a single image"):
         train(tiny(images, phases=["edm"]), tmp_path / "run")
