@@ -25,7 +25,8 @@ from tcm_fast.config import Config, from_dict, load_preset
 from tcm_fast.data.dataset import ImageStream
 from tcm_fast.optim.offload import PiecewiseOptimizer
 from tcm_fast.planning.cards import Card, this_device
-from tcm_fast.planning.memory_estimate import Counter, ImageShape, memory, with_levers
+from tcm_fast.planning.counter import Counter
+from tcm_fast.planning.memory_estimate import ImageShape, memory, with_levers
 from tcm_fast.planning.memory_planner import choose_levers
 from tcm_fast.training.phase import Phase
 from tcm_fast.training.trainer import Trainer
@@ -95,7 +96,7 @@ def held(config: Config, name: str, out: str | Path) -> int:
 
 def _begin(trainer: Trainer, name: str) -> Phase:
     """A phase on a new network."""
-    previous = trainer.assembly.build(trainer.config.phase(name)) if name == "tcm" else None
+    previous = trainer.assembly.build(name) if name == "tcm" else None
     return trainer.assembly.begin(name, previous)
 
 

@@ -22,15 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tcm_fast.checkpoint import run_folder
 from tcm_fast.checkpoint.format import load_network
-from tcm_fast.config import Config, RatioConfig, changes, to_dict
+from tcm_fast.config import Config, changes, to_dict
 from tcm_fast.data.dataset import ImageStream, class_mapping, load_images
 from tcm_fast.evaluation import metrics
 from tcm_fast.evaluation.features import feature_space
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.kernels._triton import compiling_together, runs_triton
 from tcm_fast.networks import Precond, force_rows
-from tcm_fast.objectives.noise_levels import TimePlan, plan_times, ratio
-from tcm_fast.objectives.objective import Batch, make_batch, row_granule
+from tcm_fast.objectives.batch import Batch, make_batch, row_granule
+from tcm_fast.objectives.noise_levels import TimePlan
 from tcm_fast.optim.fused import FusedOptimizer, learning_rate, set_rate
 from tcm_fast.planning.cards import this_device, with_memory
 from tcm_fast.planning.memory_estimate import ImageShape
@@ -161,7 +161,7 @@ class Trainer:
             return self._measure(name, seconds)
 
     def _measure(self, name: str, seconds: float) -> float:
-        phase = self.assembly.begin(name, self.assembly.build(self.config.phase(name)))
+        phase = self.assembly.begin(name, self.assembly.build(name))
         phase.step = max(phase.steps - 1, 0)
         stream = ImageStream(self.data, seed=0, device=self.device, flip=self.config.data.flip)
         batches = self._prepare(phase, stream)
@@ -306,7 +306,6 @@ class Trainer:
                 labels = None
             batch = make_batch(
                 plan, part, images, labels, seed=phase.seed, step=iteration,
-                boundary_weight=getattr(phase.config, "boundary_weight", 0.0),
                 granule=row_granule(len(part), self.device),
             )  # fmt: skip
             batches.append(batch)
@@ -317,12 +316,13 @@ class Trainer:
 
     def _plan(self, phase: Phase, step: int) -> tuple[TimePlan, list[np.ndarray]]:
         """The plan of a step, and which of its samples make up each of this rank's micro-batches."""
-        plan = plan_times(
+        plan = phase.inner.plan(
             phase.config,
             seed=phase.seed,
             images_seen=step * phase.config.batch_size,
             iteration=phase.first_iteration + step,
             iterations=phase.first_iteration + phase.steps,
+            sigma_data=phase.student.sigma_data,
         )
         micro = self.micro.of(phase.config.batch_size)
         parts = plan.parts(self.workers.world * micro)
@@ -626,12 +626,7 @@ class Trainer:
         """Log the mean losses of the last steps and what goes with them."""
         with timed(self.spent, "logging"):
             means = summarise(rows)
-            consistency, boundary = means.losses.tolist()
-            values = {"loss": phase.loss(means.losses)}
-            if phase.name == "tcm":
-                values |= {"consistency": consistency, "boundary": boundary}
-            if isinstance(phase.config, RatioConfig):
-                values["ratio"] = ratio(phase.config, phase.iteration - 1)
+            values = phase.inner.report(means.losses, phase.iteration - 1)
             values["lr"] = float(phase.optimizer.param_groups[0]["lr"])
             values |= {"grad_norm": means.norm, "grad_norm_max": means.largest}
             size = phase.config.batch_size
