@@ -12,7 +12,6 @@ import torch
 from tcm_fast.config import ConsistencyConfig, RatioConfig
 from tcm_fast.kernels.consistency_loss import WEIGHTINGS, consistency_loss
 from tcm_fast.kernels.noise_pair import NoisePair, noise_pair
-from tcm_fast.networks.precond import Precond
 from tcm_fast.objectives.base import Objective
 from tcm_fast.objectives.batch import Batch
 from tcm_fast.objectives.noise_levels import IMAGE, TimePlan, inner_level, ratio
@@ -27,16 +26,10 @@ class Consistency(Objective[P]):
     """w(t,r) d(D(x_t,t), sg D(x_r,r)) with the pseudo-Huber distance d, each target by the one network that
     it needs."""
 
-    def __init__(
-        self,
-        config: P,
-        student: Precond,
-        frozen: Precond | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(config, student, frozen, dtype=dtype)
-        self.c = config.c
+    @property
+    def c(self) -> float:
+        """Constant of the pseudo-Huber distance."""
+        return self.config.c
 
     @classmethod
     def weighting(cls, plan: TimePlan, config: P, sigma_data: float) -> np.ndarray:

@@ -6,10 +6,8 @@ import math
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from tcm_fast.config import IctConfig
-from tcm_fast.networks.precond import Precond
 from tcm_fast.objectives.consistency import Consistency
 from tcm_fast.objectives.noise_levels import TimePlan, ict_grid
 
@@ -21,17 +19,10 @@ class Ict(Consistency[IctConfig]):
     name = "ict"
     time_share = 0.65
 
-    def __init__(
-        self,
-        config: IctConfig,
-        student: Precond,
-        frozen: Precond | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(config, student, frozen, dtype=dtype)
-        size = student.img_channels * student.img_resolution**2
-        self.c = config.c or 0.00054 * math.sqrt(size)
+    @property
+    def c(self) -> float:
+        size = self.student.img_channels * self.student.img_resolution**2
+        return self.config.c or 0.00054 * math.sqrt(size)
 
     @classmethod
     def distribution(cls, config: IctConfig) -> str:
