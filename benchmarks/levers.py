@@ -24,7 +24,8 @@ from tcm_fast.cli.plan import image_shape
 from tcm_fast.config import Config, from_dict, load_preset
 from tcm_fast.optim.offload import PiecewiseOptimizer
 from tcm_fast.planning.cards import Card, this_device
-from tcm_fast.planning.memory_estimate import Counter, ImageShape, memory, with_levers
+from tcm_fast.planning.counter import Counter
+from tcm_fast.planning.memory_estimate import ImageShape, memory, with_levers
 from tcm_fast.planning.memory_planner import choose_levers
 from tcm_fast.training.phase import Phase
 from tcm_fast.training.trainer import Trainer
@@ -93,7 +94,7 @@ def held(config: Config, name: str, out: str | Path) -> int:
 
 def _begin(trainer: Trainer, name: str) -> Phase:
     """A phase on a new network."""
-    previous = trainer.builder.build(trainer.config.phase(name)) if name == "tcm" else None
+    previous = trainer.builder.build(name) if name == "tcm" else None
     return trainer.begin(name, previous)
 
 

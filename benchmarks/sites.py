@@ -24,12 +24,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tcm_fast.networks
+import tcm_fast.objectives
 from tcm_fast.config import TcmConfig
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import cast_weights
-from tcm_fast.objectives import objective as objectives
-from tcm_fast.objectives.noise_levels import plan_times
+from tcm_fast.objectives.batch import make_batch
+from tcm_fast.objectives.tcm import Tcm
 from tcm_fast.sampling import sampler
 
 BATCH = (
@@ -135,9 +136,12 @@ def public_operations() -> dict[FunctionType, str]:
 
 
 def _listened() -> list[ModuleType]:
-    names = [info.name for info in pkgutil.iter_modules(tcm_fast.networks.__path__)]
-    modules = [importlib.import_module(f"tcm_fast.networks.{name}") for name in names]
-    return [*modules, objectives, sampler]
+    modules = [
+        importlib.import_module(f"{package.__name__}.{info.name}")
+        for package in (tcm_fast.networks, tcm_fast.objectives)
+        for info in pkgutil.iter_modules(package.__path__)
+    ]
+    return [*modules, sampler]
 
 
 def _described(value: Any) -> Any:
@@ -224,12 +228,12 @@ def loop_sites(img_resolution: int, img_channels: int) -> tuple[Site, ...]:
         "ddpmpp", img_resolution=img_resolution, img_channels=img_channels, model_channels=4,
         channel_mult=(1,), num_blocks=1, attn_resolutions=(),
     )  # fmt: skip
-    objective = objectives.Objective("tcm", config, net, net, dtype=COMPUTE)
-    plan = plan_times(config, seed=0, images_seen=0, iteration=10**6)
+    objective = Tcm(config, net, net, dtype=COMPUTE)
+    plan = Tcm.plan(config, seed=0, images_seen=0, iteration=10**6)
     (part,) = plan.parts(1)
     shape = (BATCH, img_channels, img_resolution, img_resolution)
     images = torch.zeros(shape, dtype=torch.uint8)
-    batch = objectives.make_batch(plan, part, images, None, seed=0, step=0)
+    batch = make_batch(plan, part, images, None, seed=0, step=0)
     with listening(f"{img_channels}x{img_resolution}x{img_resolution}") as heard:
         objective(batch)
         drawing = sampler.Sampler([net], sampler.multistep, [80.0], precision="bf16")

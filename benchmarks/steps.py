@@ -24,8 +24,8 @@ from tcm_fast.data.dataset import ImageData, ImageStream
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.networks import Precond, build_network, force_rows
 from tcm_fast.networks.precision import is_derived, make_copies
-from tcm_fast.objectives.noise_levels import plan_times
-from tcm_fast.objectives.objective import Batch, Objective, make_batch, row_granule
+from tcm_fast.objectives import OBJECTIVES
+from tcm_fast.objectives.batch import Batch, make_batch, row_granule
 from tcm_fast.optim.fused import Ema, FusedOptimizer, build_optimizer, learning_rate, set_rate
 from tcm_fast.runtime.arithmetic import PRECISIONS, tf32, training_settings
 from tcm_fast.runtime.cuda_graphs import CudaPlace, GraphCache
@@ -199,7 +199,7 @@ class OurStep:
         self.net = net = case.build().to(device, memory_format=layout)  # type: ignore[call-overload]
         dtype = PRECISIONS[case.precision]
         stage1 = copy.deepcopy(net) if case.phase == "tcm" else None
-        self.objective = Objective(case.phase, config, net.train(), stage1, dtype=dtype)
+        self.objective = OBJECTIVES[case.phase](config, net.train(), stage1, dtype=dtype)
         if compiled:
             net.model.compile()
             if self.objective.frozen is not None:
@@ -228,11 +228,13 @@ class OurStep:
 
     def prepare(self) -> Batch:
         seen = self.count * self.config.batch_size
-        plan = plan_times(self.config, seed=0, images_seen=seen, iteration=ITERATION + self.count)
+        plan = self.objective.plan(
+            self.config, seed=0, images_seen=seen, iteration=ITERATION + self.count
+        )
         (part,) = plan.parts(1)
         return make_batch(
             plan, part, *self.stream.batch(seen + part), seed=0, step=self.count,
-            boundary_weight=getattr(self.config, "boundary_weight", 0.0), granule=self.granule,
+            granule=self.granule,
         )  # fmt: skip
 
     def work(self, batch: Batch) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The consistency loss and its times in a loop of one's own, around any network F(x, c_noise).
 
-plan_times draws a step's noise levels, noise_pair makes both noisy images of one noise draw.
+Ect.plan draws a step's noise levels, noise_pair makes both noisy images of one noise draw.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch
 import tcm_fast
 from tcm_fast.config import EctConfig
 from tcm_fast.kernels import DropoutKey, consistency_loss, noise_pair
-from tcm_fast.objectives.noise_levels import plan_times
+from tcm_fast.objectives.ect import Ect
 
 
 def train(network, images, steps=60, lr=1e-2):
@@ -16,7 +16,7 @@ def train(network, images, steps=60, lr=1e-2):
     config = EctConfig(batch_size=len(images), c=0.03, q=2.0, double=20)
     optimizer, losses = torch.optim.RAdam(network.parameters(), lr=lr), []
     for step in range(steps):
-        plan = plan_times(config, seed=0, images_seen=step * len(images), iteration=step)
+        plan = Ect.plan(config, seed=0, images_seen=step * len(images), iteration=step)
         levels = (plan.t, plan.r, plan.delta)
         t, r, delta = (torch.from_numpy(v).float().to(images.device) for v in levels)
         sample = torch.arange(len(images), device=images.device)

@@ -1,11 +1,15 @@
-"""Imports point one way, are absolute, and the command line starts without torch."""
+"""Imports point one way, are absolute, and the command line starts without torch; phases are known to
+their objectives alone."""
 
 import ast
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tcm_fast.config import PHASES, Config, PhaseConfig
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = """
@@ -80,6 +84,52 @@ def test_a_wrong_import_would_be_noticed(tmp_path):
     wrong.write_text("from . import trainer\n")
     with pytest.raises(AssertionError, match="a relative import"):
         imported(wrong)
+
+
+def known_phases(path: Path) -> list[str]:
+    """Where a file knows a phase: by its name as a string (but in a `Literal` of choices), by the class of
+    its configuration, or by asking whether there is one of its fields."""
+    sections = [type(Config().phase(name)) for name in PHASES]
+    classes = {cls.__name__ for section in sections for cls in section.__mro__} - {"PhaseConfig"}
+    classes -= {"object"}
+    common = {f.name for f in dataclasses.fields(PhaseConfig)}
+    own = {f.name for section in sections for f in dataclasses.fields(section)} - common
+    found = []
+
+    def look(node: ast.AST) -> None:
+        if isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "Literal":
+            return
+        asks = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr"
+        if asks and isinstance(node.args[1], ast.Constant) and node.args[1].value in own:
+            found.append(f"{path}:{node.lineno}: getattr {node.args[1].value}")
+        if isinstance(node, ast.Constant) and node.value in PHASES:
+            found.append(f"{path}:{node.lineno}: {node.value}")
+        if isinstance(node, ast.Name) and node.id in classes:
+            found.append(f"{path}:{node.lineno}: {node.id}")
+        for child in ast.iter_child_nodes(node):
+            look(child)
+
+    look(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def test_only_objectives_and_configurations_know_a_phase():
+    """And tables of others' formats."""
+    free = {"objectives", "config.py", "interchange"}
+    for path in sources("tcm_fast"):
+        if path.relative_to(ROOT / "tcm_fast").parts[0] not in free:
+            assert not known_phases(path)
+
+
+def test_a_file_that_knows_a_phase_would_be_noticed(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        'if phase == "tcm" or isinstance(c, RatioConfig) or getattr(c, "t_prime", 0):\n    pass\n'
+        'to: Literal["edm"]\n'
+    )
+    assert [text.rpartition(": ")[2] for text in known_phases(wrong)] == [
+        "tcm", "RatioConfig", "getattr t_prime",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ["tcm_fast", "tcm_fast.config", "tcm_fast.cli.main"])

@@ -79,6 +79,7 @@ def run_eval(args: Eval) -> int:
     from rich.table import Table
 
     from tcm_fast.evaluation import metrics
+    from tcm_fast.objectives import is_consistency
     from tcm_fast.runtime.distributed import join
 
     if args.num < 0 or args.num == 1:
@@ -87,7 +88,7 @@ def run_eval(args: Eval) -> int:
     net, images, space = to_judge(args, "eval", workers.device)
     if args.denoising:
         return judge_denoising(args, net, images, space) if workers.is_main else 0
-    steps = (None,) if net.info["phase"] == "edm" else args.steps
+    steps = args.steps if is_consistency(net.info["phase"]) else (None,)
     shared = workers if workers.world > 1 else None
     reports = {
         n: metrics.evaluate_network(
@@ -159,7 +160,7 @@ def judge_denoising(args: Eval, net: Any, images: Any, space: Any) -> int:
         cells = [f"{reading.distances[t]:.3g}" if t in reading.distances else "" for t in times]
         table.add_row(f"{reading.images:,}", *cells)
     Console().print(table)
-    if phase != "tcm":
+    if net.info["t_prime"] is None:
         print(denoising.advise(readings))
     if args.plot is not None:
         denoising.plot(readings, args.plot)

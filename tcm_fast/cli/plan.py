@@ -184,6 +184,8 @@ def time_table(plan: RunPlan, price: float | None) -> Table:
 
 def schedule_table(plan: RunPlan, title: str) -> Table:
     """A scaled recipe: what was changed."""
+    from tcm_fast.objectives import OBJECTIVES
+
     table = _table(title)
     table.add_column("")
     for phase in plan.phases:
@@ -201,10 +203,9 @@ def schedule_table(plan: RunPlan, title: str) -> Table:
     table.add_row("learning rate", *(f"{p.lr:.2g}" for p in chosen))
     table.add_row("dropout", *(f"{p.dropout:g}" for p in chosen))
     table.add_row("average", *(p.ema[0] for p in chosen))
-    for name, label in (
-        ("q", "q"), ("double", "doubling interval"), ("limit", "limit of r/t"), ("t_prime", "t'"),
-    ):  # fmt: skip
-        values = [getattr(p, name, None) for p in chosen]
+    schedules = [OBJECTIVES[p.name].schedule(config.phase(p.name)) for p in plan.phases]
+    for label in dict.fromkeys(label for schedule in schedules for label in schedule):
+        values = [schedule.get(label) for schedule in schedules]
         table.add_row(label, *("" if v is None else f"{v:.4g}" for v in values))
     return table
 

@@ -6,12 +6,14 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
-from tcm_fast.config import Config, ConsistencyConfig
-from tcm_fast.objectives.noise_levels import IMAGE, plan_times
+from tcm_fast.config import Config
+from tcm_fast.objectives import OBJECTIVES
+from tcm_fast.objectives.noise_levels import IMAGE
 from tcm_fast.planning.cards import BANDWIDTH_SHARE, GIB, LAUNCH, PCIE, Card
 from tcm_fast.planning.memory_estimate import (
     DryStep,
@@ -146,19 +148,26 @@ def _work_seconds(card: Card, precision: str, step: DryStep, scale: float = 1.0)
 def mean_work(config: Config, name: str) -> float:
     """Work of a phase's average step over that of its last: targets that are images need no network,
     and at the start of the schedule most of them are."""
-    phase, steps = config.phase(name), config.steps(name)
-    if not isinstance(phase, ConsistencyConfig) or steps == 0:
+    kind, phase, steps = OBJECTIVES[name], config.phase(name), config.steps(name)
+    if not kind.is_consistency or steps == 0:
         return 1.0
-    start = config.steps("ect") if name == "tcm" and "ect" in config.phases else 0
+    start = _steps_before(config, name)
 
     def work(iteration: int) -> float:
-        plan = plan_times(
+        plan = kind.plan(
             phase, seed=0, images_seen=0, iteration=start + iteration, iterations=start + steps
         )
         return 3 + float((plan.source != IMAGE).mean())  # forward, backward twice as much, targets
 
     points = np.linspace(0, steps - 1, 16).round().astype(int)
     return float(np.mean([work(int(i)) for i in points])) / work(steps - 1)
+
+
+def _steps_before(config: Config, name: str) -> int:
+    """Steps of the run's consistency phases just before one: its iterations count on from them."""
+    earlier = config.phases[: config.phases.index(name)] if name in config.phases else ()
+    counted = takewhile(lambda before: OBJECTIVES[before].is_consistency, reversed(earlier))
+    return sum(config.steps(before) for before in counted)
 
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -190,7 +199,8 @@ def _candidates(config: Config, shape: ImageShape, card: Card, gpus: int) -> Ite
     common = math.gcd(*batches)
     cuts = [m for m in range(1, common + 1) if common % m == 0]
     names = dict.fromkeys(config.phases)
-    name = max(names, key=lambda n: (config.phase(n).batch_size, n == "tcm"))  # the largest one
+    # The largest one; of equals that with a frozen network in train mode.
+    name = max(names, key=lambda n: (config.phase(n).batch_size, OBJECTIVES[n].frozen_trains))
     batch = config.phase(name).batch_size // gpus
     found: list[tuple[float, Config]] = []
     smallest = config

@@ -24,6 +24,7 @@ from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.kernels.precondition import denoise
 from tcm_fast.networks import Precond
 from tcm_fast.networks.precision import in_precision
+from tcm_fast.objectives import is_consistency
 from tcm_fast.runtime.arithmetic import PRECISIONS, tf32
 from tcm_fast.runtime.cuda_graphs import CaptureError, CudaPlace, GraphCache
 from tcm_fast.runtime.distributed import Workers
@@ -61,7 +62,7 @@ def sample(
 ) -> torch.Tensor:
     """Draw `num` images: x = T z, y = D(x, T); for each further t_i: x = y + t_i z', y = D(x, t_i).
 
-    A network that `net.info` calls pre-trained (phase "edm") is no consistency function: it is
+    A network that `net.info` calls pre-trained is no consistency function: it is
     sampled by `sample_edm` with as many steps, one of which would give a blur and is refused. Every
     other network is sampled by the formula above.
 
@@ -136,11 +137,12 @@ def sample_batches(
 
     Arguments are checked when it is called, images are computed when they are asked for."""
     nets = [net]
-    if _info(net).get("phase") == "edm":
+    phase = _info(net).get("phase")
+    if not is_consistency(phase):
         if times is not None:
             raise ValueError(
                 "times: apply to consistency networks, but this one is pre-trained only (phase "
-                "edm); give a number of steps"
+                f"{phase}); give a number of steps"
             )
         solve: Solver = _heun
         levels = heun_levels(HEUN_STEPS if steps is None else steps)

@@ -8,8 +8,8 @@ import numpy as np
 
 from tcm_fast.config import Config
 from tcm_fast.data.dataset import ImageData, ImageStream
-from tcm_fast.objectives.noise_levels import TimePlan, plan_times
-from tcm_fast.objectives.objective import Batch, make_batch, row_granule
+from tcm_fast.objectives.batch import Batch, make_batch, row_granule
+from tcm_fast.objectives.noise_levels import TimePlan
 from tcm_fast.runtime.distributed import Workers
 from tcm_fast.training.logger import timed
 from tcm_fast.training.micro_batches import MicroBatches
@@ -62,7 +62,6 @@ class BatchLoader:
                 labels = None
             batch = make_batch(
                 plan, part, images, labels, seed=phase.seed, step=iteration,
-                boundary_weight=getattr(phase.config, "boundary_weight", 0.0),
                 granule=row_granule(len(part), self.workers.device),
             )  # fmt: skip
             batches.append(batch)
@@ -73,12 +72,13 @@ class BatchLoader:
 
     def plan(self, phase: Phase, step: int) -> tuple[TimePlan, list[np.ndarray]]:
         """The noise levels of a step, and the samples of each of this process's micro-batches."""
-        plan = plan_times(
+        plan = phase.inner.plan(
             phase.config,
             seed=phase.seed,
             images_seen=step * phase.config.batch_size,
             iteration=phase.first_iteration + step,
             iterations=phase.first_iteration + phase.steps,
+            sigma_data=phase.student.sigma_data,
         )
         micro = self.micro.of(phase.config.batch_size)
         parts = plan.parts(self.workers.world * micro)

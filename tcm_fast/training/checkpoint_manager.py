@@ -17,7 +17,7 @@ from tcm_fast.config import Config, save_config, to_dict
 from tcm_fast.runtime.distributed import Workers
 from tcm_fast.training.logger import RunLog, timed
 from tcm_fast.training.micro_batches import MicroBatches
-from tcm_fast.training.phase import FROZEN_FILE, Phase, TrainingError, named_averages
+from tcm_fast.training.phase import Phase, TrainingError, named_averages
 
 FAILED_SAVES = 3  # in a row, that end a run
 
@@ -84,7 +84,7 @@ class Keeper:
     def start_phase(self, phase: Phase) -> None:
         """Before the phase's first save."""
         self.settle(waits=True)
-        self._writer = CheckpointWriter(self.out, (FROZEN_FILE.get(phase.name, ""),))
+        self._writer = CheckpointWriter(self.out, (phase.inner.frozen_file,))
 
     def save(self, phase: Phase, *, is_last: bool = False) -> None:
         """A checkpoint of everything, written while training goes on; the last one of a phase is waited for,
@@ -165,7 +165,7 @@ class Keeper:
         for number, ema in enumerate(phase.emas):
             networks[f"ema-{number}"] = phase.student, named_averages(phase, ema.average)
         if phase.frozen is not None:
-            networks[FROZEN_FILE[phase.name]] = phase.frozen
+            networks[phase.inner.frozen_file] = phase.frozen
         return collect(
             networks,
             phase.optimizer,

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from tcm_fast.config import PhaseConfig
 from tcm_fast.evaluation import metrics
 from tcm_fast.networks import Precond
+from tcm_fast.objectives.base import Objective
 from tcm_fast.optim.fused import Ema, FusedOptimizer, LossScale
 from tcm_fast.optim.offload import PiecewiseOptimizer
 from tcm_fast.runtime.cuda_graphs import GraphCache
 from tcm_fast.training.step_monitor import Gauge, Watch
-
-CONSISTENCY = ("ect", "tcm", "ict", "cd")
-FROZEN_FILE = {"tcm": "stage1", "cd": "teacher"}
 
 
 class TrainingError(RuntimeError):
@@ -68,13 +66,9 @@ class Phase:
         return self.first_iteration + self.step
 
     @property
-    def inner(self) -> Any:
+    def inner(self) -> Objective[Any]:
         """The objective without what talks to other processes."""
-        return getattr(self.objective, "module", self.objective)
-
-    def loss(self, losses: Sequence[float] | np.ndarray) -> float:
-        """The loss of mean losses off and on the boundary."""
-        return float(losses[0] + getattr(self.config, "boundary_weight", 0.0) * losses[1])
+        return typing.cast("Objective[Any]", getattr(self.objective, "module", self.objective))
 
     def settle(self) -> None:
         """Wait until averages and moments that live on the host are there."""
@@ -95,7 +89,7 @@ class Phase:
         """What a network file says of its training."""
         return {
             "phase": self.name,
-            "t_prime": getattr(self.config, "t_prime", None),
+            "t_prime": self.inner.lowest_time(self.config),
             "images": self.images,
             "iterations": self.iteration,
         }

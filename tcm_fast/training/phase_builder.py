@@ -10,22 +10,20 @@ import numpy as np
 import torch
 
 from tcm_fast.checkpoint.format import load_checkpoint
-from tcm_fast.config import PHASES, Config, EdmConfig, PhaseConfig
+from tcm_fast.config import Config
 from tcm_fast.data.dataset import ImageData
 from tcm_fast.kernels._backend import extension_gap
-from tcm_fast.networks import LOGVAR_CHANNELS, Precond, build_network, force_rows
-from tcm_fast.networks.precision import is_derived, make_copies, normalized_parameters
-from tcm_fast.networks.recompute import set_recompute
-from tcm_fast.objectives.noise_levels import plan_times
-from tcm_fast.objectives.objective import Objective, check_augmentation
+from tcm_fast.networks import Precond, force_rows
+from tcm_fast.networks.precision import normalized_parameters
+from tcm_fast.objectives import OBJECTIVES
+from tcm_fast.objectives.construct import build_objective, build_student
 from tcm_fast.optim.fused import Ema, EmaRule, FusedOptimizer, build_optimizer
 from tcm_fast.optim.offload import PiecewiseOptimizer
-from tcm_fast.runtime.arithmetic import PRECISIONS
 from tcm_fast.runtime.cuda_graphs import CudaPlace, GraphCache
 from tcm_fast.runtime.distributed import Workers
 from tcm_fast.training.data_parallel import replicate
 from tcm_fast.training.micro_batches import MicroBatches
-from tcm_fast.training.phase import CONSISTENCY, FROZEN_FILE, Phase, load_weights
+from tcm_fast.training.phase import Phase, load_weights
 from tcm_fast.training.step_monitor import Gauge, Watch
 
 LOSS_SCALE, SCALE_GROWTH_INTERVAL = 16.0, 20_000  # of fp16, as EDM2 and TCM have it
@@ -58,25 +56,20 @@ class Assembly:
             self.check_phase(name)
         self.captures()
         for name in config.phases:  # what is wrong with them is said before anything is written
-            phase = config.phase(name)
-            check_augmentation(phase, self.build(phase, device="meta"))
+            OBJECTIVES[name].check(config.phase(name), self.build(name, device="meta"))
 
     def begin(self, name: str, previous: Precond | None) -> Phase:
         """A fresh phase: student, average and frozen network all start from `previous`."""
-        config = self.config.phase(name)
-        student = self.build(config)
+        kind = OBJECTIVES[name]
+        student = self.build(name)
         if previous is not None:
             load_weights(student, previous, name)
-        elif name in ("tcm", "cd"):
-            needed = (
-                "a stage-1 network: train ect first"
-                if name == "tcm"
-                else "a teacher: train edm first"
-            )
-            raise ValueError(f"phase {name}: needs {needed}, or give one with --init FILE")
+        elif kind.needs:
+            raise ValueError(f"phase {name}: needs {kind.needs}, or give one with --init FILE")
         info = getattr(previous, "info", {}) if previous is not None else {}
-        continues = name in CONSISTENCY and info.get("phase") in CONSISTENCY
-        frozen = copy.deepcopy(student) if name in FROZEN_FILE else None
+        before = OBJECTIVES.get(info.get("phase") or "")
+        continues = kind.is_consistency and before is not None and before.is_consistency
+        frozen = copy.deepcopy(student) if kind.frozen_file else None
         if frozen is not None:
             frozen.info = info
         phase = self.assemble(name, student, frozen)
@@ -97,14 +90,14 @@ class Assembly:
         for key, value in kept.items():  # the order of the images depends on both
             if value != state[key]:
                 raise ValueError(f"resume: {key} must stay {state[key]} as in {path}, got {value}")
-        student = self.build(config)
+        student = self.build(name)
         saved.restore_network(student, "model")
         if self.config.network.class_conditional:
             self.check_classes(student.info.get("class_names") or [], path)
         frozen = None
-        if name in FROZEN_FILE:
+        if frozen_file := OBJECTIVES[name].frozen_file:
             frozen = copy.deepcopy(student)
-            saved.restore_network(frozen, FROZEN_FILE[name])
+            saved.restore_network(frozen, frozen_file)
         phase = self.assemble(name, student, frozen)
         saved.restore_optimizer(phase.optimizer, student)
         for number, ema in enumerate(phase.emas):
@@ -126,17 +119,8 @@ class Assembly:
 
     def assemble(self, name: str, student: Precond, frozen: Precond | None) -> Phase:
         config = self.config.phase(name)
-        student.train()
-        augmentation = getattr(student.model, "map_augment", None)
-        if augmentation is not None:  # has a gradient only where something is augmented
-            augmentation.requires_grad_(getattr(config, "augment", 0.0) > 0)
-        set_recompute(
-            student.model,
-            norms=self.config.recompute_norms,
-            blocks_from=self.config.recompute_blocks,
-        )
-        dtype = PRECISIONS[self.config.precision]
-        loss = Objective(name, config, student, frozen, dtype=dtype)
+        fuses = not extension_gap(self.device)
+        loss = build_objective(self.config, name, student, frozen, has_copies=fuses)
         if frozen is not None and loss.frozen is not frozen:
             frozen.to("cpu")  # for checkpoints; the device holds the objective's copy alone
         objective: torch.nn.Module = loss
@@ -146,15 +130,11 @@ class Assembly:
             student.model.compile()
             if loss.frozen is not None:
                 loss.frozen.model.compile()
-        index = PHASES.index(name)
+        index = list(OBJECTIVES).index(name)
         captures = self.captures()
         weights = list(student.parameters())
         emas = [Ema(rule, weights) for rule in config.ema]
         scaled = self.config.precision == "fp16"
-        loss.apart = self.config.is_lean
-        if is_derived(student, dtype) and not extension_gap(self.device):
-            loss.folded = self.config.folds_rows
-            loss.copies = make_copies(student, dtype, rows_too=loss.folded)
         optimizer = build_optimizer(
             weights,
             config,
@@ -213,20 +193,14 @@ class Assembly:
             raise ValueError(f"cuda_graph: a graph {why}; use auto or off")
         return self.config.cuda_graph != "off" and why is None
 
-    def build(self, config: PhaseConfig, device: str | None = None) -> Precond:
+    def build(self, name: str, device: str | None = None) -> Precond:
         """The network of a phase, equal on every rank and for every seed of the global generator."""
-        learns_variance = isinstance(config, EdmConfig) and config.learned_variance
         with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
             torch.manual_seed(self.config.seed)
-            net = build_network(
-                self.config.network.name,
-                img_resolution=self.data.resolution,
-                img_channels=self.data.channels,
-                label_dim=self.data.num_classes if self.config.network.class_conditional else 0,
-                logvar_channels=LOGVAR_CHANNELS if learns_variance else 0,
-                dropout=config.dropout,
-                **self.config.network.architecture(),
-            )
+            net = build_student(
+                self.config, name, resolution=self.data.resolution, channels=self.data.channels,
+                classes=self.data.num_classes,
+            )  # fmt: skip
         if device is not None:
             return net
         on_gpu = self.device.type == "cuda"
@@ -234,8 +208,8 @@ class Assembly:
         return net.to(self.device, memory_format=layout)  # type: ignore[call-overload]
 
     def check_phase(self, name: str) -> None:
-        """The batch of a phase must be cut evenly, tcm's must hold a boundary sample, and its averages
-        must have a rule."""
+        """The batch of a phase must be cut evenly and suffice for its plan, and its averages must have a
+        rule."""
         config = self.config
         rules = [EmaRule.parse(rule) for rule in config.phase(name).ema]
         if config.snapshot_every and all(rule.kind != "power" for rule in rules):
@@ -255,4 +229,4 @@ class Assembly:
                 f"{name}.batch_size: must be divisible by ranks x micro-batches = "
                 f"{self.workers.world} x {config.micro_batches}, got {size}"
             )
-        plan_times(config.phase(name), seed=0, images_seen=0)
+        OBJECTIVES[name].plan(config.phase(name), seed=0, images_seen=0)

@@ -16,7 +16,7 @@ from tcm_fast.runtime.distributed import Workers
 from tcm_fast.sampling.image_io import save_grid
 from tcm_fast.sampling.sampler import sample
 from tcm_fast.training.logger import RunLog, timed
-from tcm_fast.training.phase import CONSISTENCY, Phase
+from tcm_fast.training.phase import Phase
 
 COLLAPSED = 0.25  # share of their widest spread below which one-step samples are nearly alike
 INFLATED = 1.1  # multiple of the data's spread above which they have left the data
@@ -63,7 +63,7 @@ class Gallery:
                 )
 
     def _draw(self, phase: Phase, net: Precond) -> None:
-        steps = 1 if phase.name in CONSISTENCY else None
+        steps = phase.inner.sampling_steps[0]
         classes = phase.student.label_dim
         columns = classes if 0 < classes <= 16 else 8  # a column for each of few classes
         images = sample(net, GRID // columns * columns, steps=steps)
@@ -73,7 +73,7 @@ class Gallery:
                 save_grid(images, self.out / "grids" / name, columns, overwrite=True)
             except OSError as error:
                 self.log.warn("grid_failed", f"{error}; training goes on")
-        if phase.name in CONSISTENCY:
+        if phase.inner.is_consistency:
             self.watch_spread(phase, metrics.spread(images.numpy()))
             self.watch_denoising(phase, net)
 
@@ -97,7 +97,7 @@ class Gallery:
         """Log how well the first average denoises in one call, at the noise levels it is trained for."""
         if self.space is None:
             return
-        lowest = getattr(phase.config, "t_prime", None) or 0.0
+        lowest = phase.inner.lowest_time(phase.config) or 0.0
         times = [t for t in denoising.TIMES if t >= lowest]
         found = denoising.distances(net, self.data, self.space, times=times)
         distances = {f"{t:g}": distance for t, distance in found.items()}
@@ -112,7 +112,7 @@ class Gallery:
 
     def frechet_distance(self, phase: Phase) -> float:
         """Of the first average's samples, for the choice of the best checkpoint."""
-        steps = 1 if phase.name in CONSISTENCY else None
+        steps = phase.inner.sampling_steps[0]
         with timed(self.spent, "pictures"):
             distance = self.evaluate(phase.average(), steps).frechet
         self.log.write(
@@ -124,8 +124,7 @@ class Gallery:
         """Quality by number of steps at the end of a phase; nothing without a feature space."""
         if self.space is None:
             return {}
-        steps: tuple[int | None, ...] = (1, 2) if phase.name in CONSISTENCY else (None,)
-        reports = {k: self.evaluate(net, k) for k in steps}
+        reports = {k: self.evaluate(net, k) for k in phase.inner.sampling_steps}
         frechet = {str(k or "heun"): r.frechet for k, r in reports.items()}
         self.log.write("eval", phase=phase.name, images=phase.images, frechet=frechet)
         return reports

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tcm_fast.config import Config
 from tcm_fast.kernels._triton import compiling_together, runs_triton
 from tcm_fast.networks import force_rows
-from tcm_fast.objectives.objective import Batch
+from tcm_fast.objectives.batch import Batch
 from tcm_fast.optim.fused import FusedOptimizer, learning_rate, set_rate
 from tcm_fast.runtime.cuda_graphs import CaptureError
 from tcm_fast.runtime.distributed import Workers

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 
 from tcm_fast.config import Config, phase_name, require, save_config
+from tcm_fast.objectives import OBJECTIVES
 from tcm_fast.planning.cards import Card
 from tcm_fast.planning.memory_estimate import ImageShape
 from tcm_fast.planning.memory_planner import Plan, choose_levers, mean_work, plan_run
 from tcm_fast.planning.recipes import images_for, leaves_signal_to_tf32, scale_recipe, scale_width
+from tcm_fast.sampling.sampler import HEUN_STEPS
 from tcm_fast.training.phase import PhaseResult
 from tcm_fast.training.trainer import Trainer
 
@@ -24,9 +26,6 @@ ROUNDS = 6  # of speed and length until one fits the other
 RESERVE = 0.02  # of the time: loading, pictures, checkpoints
 JUDGED = 0.03  # of the time at most: samples drawn and compared at the phases' ends
 FEWEST_JUDGED = 256  # samples; a distance of fewer says nothing
-CALLS = {
-    "edm": 35
-}  # of the network for a sample that is judged: 18 Heun steps; else one step and two
 CPU_ROWS = 32  # images of a step that is measured on a CPU
 
 
@@ -123,12 +122,17 @@ def calibrate(config: Config, name: str, *, seconds: float = 3.0) -> float:
     return rate / mean_work(config, name)
 
 
+def _calls(name: str) -> int:
+    """Calls of the network for a sample that is evaluated in all the phase's numbers of steps."""
+    return sum(steps or 2 * HEUN_STEPS - 1 for steps in OBJECTIVES[name].sampling_steps)
+
+
 def judge_within(config: Config, rates: Mapping[str, float], seconds: float) -> tuple[Config, str]:
     """The configuration with as many samples judged as JUDGED of the time holds, and what to say of it. A
     training image counts as three calls of the network."""
     if not config.eval.features:
         return config, ""
-    each = sum(CALLS.get(name, 3) / (3 * rates[name]) for name in config.phases)
+    each = sum(_calls(name) / (3 * rates[name]) for name in config.phases)
     num = int(JUDGED * seconds / each)
     if num < FEWEST_JUDGED:
         text = "eval: no time for distances; tcm-fast eval measures them afterwards"
@@ -184,11 +188,10 @@ def train_within(
             fewest=1 if done else FEWEST_STEPS, precision=precision,
         )  # fmt: skip
         phase = plan.config.phase(name)
-        if name == "tcm" and "ect" in done:  # one schedule over both
-            before = done["ect"].ect
-            phase = replace(phase, double=before.double, limit=before.limit, q=before.q)  # type: ignore[call-arg]
+        before = {earlier: done[earlier].phase(earlier) for earlier in done}
+        phase = OBJECTIVES[name].continued(phase, before)
         # The phases before are as they were: what they left is read by their own settings.
-        own = {before: done[before].phase(before) for before in done} | {name: phase}
+        own = before | {name: phase}
         settings = replace(plan.config, phases=(name,), **own)  # type: ignore[arg-type]
         planned = next(p.seconds for p in plan.phases if p.name == name)
         say(

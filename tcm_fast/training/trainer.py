@@ -20,13 +20,12 @@ import torch
 
 from tcm_fast.checkpoint import run_folder
 from tcm_fast.checkpoint.format import load_network
-from tcm_fast.config import Config, RatioConfig, changes, to_dict
+from tcm_fast.config import Config, changes, to_dict
 from tcm_fast.data.dataset import class_mapping, load_images
 from tcm_fast.evaluation import metrics
 from tcm_fast.evaluation.features import feature_space
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.networks import Precond
-from tcm_fast.objectives.noise_levels import ratio
 from tcm_fast.planning.cards import this_device, with_memory
 from tcm_fast.planning.memory_estimate import ImageShape
 from tcm_fast.planning.memory_planner import choose_levers
@@ -330,12 +329,7 @@ class Trainer:
         seconds = time.monotonic() - window.begun
         with timed(self.spent, "logging"):
             means = summarise(np.concatenate(window.rows))
-            consistency, boundary = means.losses.tolist()
-            values = {"loss": phase.loss(means.losses)}
-            if phase.name == "tcm":
-                values |= {"consistency": consistency, "boundary": boundary}
-            if isinstance(phase.config, RatioConfig):
-                values["ratio"] = ratio(phase.config, phase.iteration - 1)
+            values = phase.inner.report(means.losses, phase.iteration - 1)
             values["lr"] = float(phase.optimizer.param_groups[0]["lr"])
             values |= {"grad_norm": means.norm, "grad_norm_max": means.largest}
             images = (phase.step - window.first) * phase.config.batch_size
@@ -367,7 +361,7 @@ class Trainer:
     def measure(self, name: str, *, seconds: float = 3.0) -> float:
         """Images per second at the end of a phase's schedule, by steps on weights that are thrown away."""
         with self.settings():
-            phase = self.begin(name, self.builder.build(self.config.phase(name)))
+            phase = self.begin(name, self.builder.build(name))
             assert self.loader is not None
             phase.step = max(phase.steps - 1, 0)
             self.runner.warm_up(phase, self.loader)

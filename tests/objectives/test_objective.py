@@ -9,18 +9,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tcm_fast.config import CdConfig, EctConfig, EdmConfig, IctConfig, TcmConfig
+from tcm_fast.config import Config, EctConfig, TcmConfig
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.noise_pair import NOISE_LAYER
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import make_copies
 from tcm_fast.networks.precond import Precond
-from tcm_fast.objectives.noise_levels import IMAGE, STAGE1, plan_times
-from tcm_fast.objectives.objective import Objective, make_batch, row_granule
+from tcm_fast.objectives import OBJECTIVES
+from tcm_fast.objectives.batch import make_batch, row_granule
+from tcm_fast.objectives.ect import Ect
+from tcm_fast.objectives.edm import Edm
+from tcm_fast.objectives.noise_levels import IMAGE, STAGE1
+from tcm_fast.objectives.tcm import Tcm
 
 SIZE, SEED, STEP = 16, 5, 7
-CONFIGS = {"edm": EdmConfig, "ect": EctConfig, "tcm": TcmConfig, "ict": IctConfig, "cd": CdConfig}
+CONFIGS = {name: type(Config().phase(name)) for name in OBJECTIVES}
 
 
 def network(seed, dropout=0.0):
@@ -36,9 +40,11 @@ def network(seed, dropout=0.0):
 
 def problem(name, dropout=0.0, iteration=100_000, **fields):
     config = CONFIGS[name](batch_size=SIZE, **fields)
-    plan = plan_times(config, seed=SEED, images_seen=0, iteration=iteration, iterations=200_000)
+    plan = OBJECTIVES[name].plan(
+        config, seed=SEED, images_seen=0, iteration=iteration, iterations=200_000
+    )
     frozen = network(2, dropout) if name in ("tcm", "cd") else None
-    objective = Objective(name, config, network(1, dropout).train(), frozen)
+    objective = OBJECTIVES[name](config, network(1, dropout).train(), frozen)
     images = torch.randint(0, 256, (SIZE, 2, 8, 8), generator=torch.Generator().manual_seed(3))
     return config, plan, objective, images.to(torch.uint8)
 
@@ -48,10 +54,7 @@ def run(objective, plan, images, parts=1, granule=1):
     objective.zero_grad()
     loss, stats = 0.0, torch.zeros(2)
     for part in plan.parts(parts):
-        batch = make_batch(
-            plan, part, images[part], None, seed=SEED, step=STEP, granule=granule,
-            boundary_weight=getattr(objective.config, "boundary_weight", 0.0),
-        )  # fmt: skip
+        batch = make_batch(plan, part, images[part], None, seed=SEED, step=STEP, granule=granule)
         share, numbers = objective(batch)
         share.backward()
         loss, stats = loss + share.item(), stats + numbers
@@ -136,10 +139,7 @@ def test_splitting_targets_changes_nothing(iteration, c):
     objective.student.train()
     loss, _, grad = run(objective, plan, images)
     (part,) = plan.parts(1)
-    batch = make_batch(
-        plan, part, images[part], None, seed=SEED, step=STEP,
-        boundary_weight=objective.config.boundary_weight,
-    )  # fmt: skip
+    batch = make_batch(plan, part, images[part], None, seed=SEED, step=STEP)
     whole = unsplit_loss(objective, batch)
     objective.zero_grad()
     whole.backward()
@@ -202,9 +202,9 @@ def test_the_frozen_network_is_no_parameter_of_the_objective():
 
 def test_a_missing_or_needless_frozen_network_is_refused():
     with pytest.raises(ValueError, match="tcm needs a frozen network"):
-        Objective("tcm", TcmConfig(), network(1))
+        Tcm(TcmConfig(), network(1))
     with pytest.raises(ValueError, match="ect has no frozen network"):
-        Objective("ect", EctConfig(), network(1), network(2))
+        Ect(EctConfig(), network(1), network(2))
 
 
 def test_ict_takes_its_constant_from_the_image_size():
@@ -215,7 +215,7 @@ def test_ict_takes_its_constant_from_the_image_size():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_losses_are_near_and_fp32(dtype):
     config, plan, objective, images = problem("ect", iteration=0, c=0.06)
-    low = Objective("ect", config, objective.student, dtype=dtype)
+    low = Ect(config, objective.student, dtype=dtype)
     loss, _, grad = run(objective, plan, images)
     low_loss, stats, low_grad = run(low, plan, images)
     assert stats.dtype == torch.float32
@@ -272,7 +272,7 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_never_waits_for_the_device(name, iteration, dtype):
     config, plan, objective, images = problem(name, dropout=0.3, iteration=iteration)
-    objective = Objective(name, config, objective.student, objective.frozen, dtype=dtype)
+    objective = OBJECTIVES[name](config, objective.student, objective.frozen, dtype=dtype)
     (part,) = plan.parts(1)
     with NoWaiting():
         batch = make_batch(plan, part, images[part], None, seed=SEED, step=STEP, granule=8)
@@ -318,12 +318,12 @@ class Linear(torch.nn.Module):
 @pytest.mark.parametrize("iteration", [30_000, 10**6])
 def test_a_step_launches_at_most_ten_times_outside_the_networks(iteration, triton_device):
     config = TcmConfig(batch_size=SIZE, c=0.06)
-    plan = plan_times(config, seed=SEED, images_seen=0, iteration=iteration)
+    plan = Tcm.plan(config, seed=SEED, images_seen=0, iteration=iteration)
     student, frozen = (
         Precond(Linear(), img_resolution=8, img_channels=2, spec={}).to(triton_device)
         for _ in range(2)
     )
-    objective = Objective("tcm", config, student, frozen)
+    objective = Tcm(config, student, frozen)
     (part,) = plan.parts(1)
     images = torch.randint(0, 256, (SIZE, 2, 8, 8), dtype=torch.uint8, device=triton_device)
     with Launches() as counted:
@@ -351,8 +351,8 @@ def test_a_step_costs_four_passes_in_operations(batch_size, allowed):
     a little less than 2 for the backward pass. At batch 16 rounding up costs most of what the split
     saves."""
     config = TcmConfig(batch_size=batch_size, c=0.06)
-    plan = plan_times(config, seed=SEED, images_seen=0, iteration=10**6)
-    objective = Objective("tcm", config, network(1).train(), network(2))
+    plan = Tcm.plan(config, seed=SEED, images_seen=0, iteration=10**6)
+    objective = Tcm(config, network(1).train(), network(2))
     images = torch.randint(0, 256, (batch_size, 2, 8, 8)).to(torch.uint8)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         objective.student.raw(torch.zeros(batch_size, 2, 8, 8), torch.ones(batch_size))
@@ -378,7 +378,7 @@ def test_networks_compile_without_a_graph_break():
 
 def test_frozen_weights_are_cast_once_and_the_students_once_a_step():
     config, plan, objective, images = problem("tcm", c=0.06)
-    low = Objective("tcm", config, objective.student, objective.frozen, dtype=torch.bfloat16)
+    low = Tcm(config, objective.student, objective.frozen, dtype=torch.bfloat16)
     kinds = {p.dtype for p in low.frozen.parameters()}
     assert kinds == {torch.bfloat16, torch.float32}
     assert {p.dtype for p in objective.frozen.parameters()} == {torch.float32}
@@ -395,8 +395,8 @@ def test_frozen_weights_are_cast_once_and_the_students_once_a_step():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_copies_that_an_optimizer_keeps_are_used_instead_of_casts(dtype):
     config, plan, objective, images = problem("tcm", c=0.06)
-    cast = Objective("tcm", config, objective.student, objective.frozen, dtype=dtype)
-    kept = Objective("tcm", config, objective.student, objective.frozen, dtype=dtype)
+    cast = Tcm(config, objective.student, objective.frozen, dtype=dtype)
+    kept = Tcm(config, objective.student, objective.frozen, dtype=dtype)
     kept.copies = make_copies(kept.student, dtype)
     for (name, _), copied in zip(kept.student.named_parameters(), kept.copies, strict=True):
         assert (copied is None) == ("norm" in name or "map_" in name), name
@@ -427,10 +427,7 @@ def edm2_step(objective, plan, images, parts=1):
     objective.zero_grad()
     loss = 0.0
     for part in plan.parts(parts):
-        batch = make_batch(
-            plan, part, images[part], labels[part], seed=SEED, step=STEP,
-            boundary_weight=getattr(objective.config, "boundary_weight", 0.0),
-        )  # fmt: skip
+        batch = make_batch(plan, part, images[part], labels[part], seed=SEED, step=STEP)
         share, _ = objective(batch)
         share.backward()
         loss += share.item()
@@ -440,7 +437,9 @@ def edm2_step(objective, plan, images, parts=1):
 
 def edm2_problem(name, **fields):
     config = CONFIGS[name](batch_size=SIZE, **fields)
-    plan = plan_times(config, seed=SEED, images_seen=0, iteration=100_000, iterations=200_000)
+    plan = OBJECTIVES[name].plan(
+        config, seed=SEED, images_seen=0, iteration=100_000, iterations=200_000
+    )
     images = torch.randint(0, 256, (SIZE, 2, 8, 8), generator=torch.Generator().manual_seed(3))
     return config, plan, images.to(torch.uint8)
 
@@ -450,8 +449,8 @@ def test_normalising_once_a_step_does_not_change_it(name, monkeypatch):
     """Against a network that normalises in every forward, in the graph."""
     config, plan, images = edm2_problem(name, **({} if name == "edm" else {"c": 0.06}))
     frozen = edm2(2, 0.2) if name == "tcm" else None
-    once = Objective(name, config, edm2(1, 0.2).train(), frozen)
-    each = Objective(name, config, edm2(1, 0.2).train(), frozen)
+    once = OBJECTIVES[name](config, edm2(1, 0.2).train(), frozen)
+    each = OBJECTIVES[name](config, edm2(1, 0.2).train(), frozen)
     monkeypatch.setattr(each, "_derives", False)
     each._frozen = (frozen,)
     loss, grad = edm2_step(once, plan, images, parts=2)
@@ -464,7 +463,7 @@ def test_a_step_normalises_each_weight_once_and_writes_none(monkeypatch):
     from tcm_fast.networks import precision
 
     config, plan, images = edm2_problem("tcm", c=0.06)
-    objective = Objective("tcm", config, edm2(1).train(), edm2(2))
+    objective = Tcm(config, edm2(1).train(), edm2(2))
     before = {name: p.clone() for name, p in objective.student.named_parameters()}
     seen = []
     scaled = precision.normalized_copy
@@ -481,16 +480,16 @@ def test_a_step_normalises_each_weight_once_and_writes_none(monkeypatch):
 def test_learned_variance_is_the_formula():
     config, plan, images = edm2_problem("edm")
     net = edm2(1, logvar_channels=8).train()
-    plain = Objective("edm", config, edm2(1).train())
+    plain = Edm(config, edm2(1).train())
     labels = torch.eye(3)[torch.arange(SIZE) % 3]
     (part,) = plan.parts(1)
     batch = make_batch(plan, part, images, labels, seed=SEED, step=STEP)
     net.model.load_state_dict(plain.student.model.state_dict())
-    learned = Objective("edm", config, net)
-    squared = plain._denoising(batch).detach()
+    learned = Edm(config, net)
+    squared = plain.losses(batch).detach()
     u = net.log_variance(batch.t)
     expected = squared * (-u).exp() + u * (2 * 8 * 8)
-    torch.testing.assert_close(learned._denoising(batch), expected)
+    torch.testing.assert_close(learned.losses(batch), expected)
     learned(batch)[0].backward()
     assert net.logvar_linear.weight.grad.any()
 
@@ -503,14 +502,14 @@ def test_augmented_images_and_their_labels_reach_the_network():
         num_blocks=1, attn_resolutions=[], dropout=0.0, augment_dim=9,
     ).train()  # fmt: skip
     torch.nn.init.normal_(net.model.dec["8x8_aux_conv"].weight)
-    objective = Objective("edm", config, net)
+    objective = Edm(config, net)
     (part,) = plan.parts(1)
     batch = make_batch(plan, part, images, None, seed=SEED, step=STEP)
     objective(batch)[0].backward()
     assert net.model.map_augment.weight.grad.any()
-    whole = objective._denoising(batch)
+    whole = objective.losses(batch)
     pieces = [
-        objective._denoising(make_batch(plan, rows, images[rows], None, seed=SEED, step=STEP))
+        objective.losses(make_batch(plan, rows, images[rows], None, seed=SEED, step=STEP))
         for rows in plan.parts(4)
     ]
     found = torch.empty_like(whole)
@@ -519,4 +518,4 @@ def test_augmented_images_and_their_labels_reach_the_network():
     order = torch.from_numpy(part)
     torch.testing.assert_close(found[order], whole, rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match=r"edm.augment: needs .* got 0"):
-        Objective("edm", config, network(1))
+        Edm(config, network(1))

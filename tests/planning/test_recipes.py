@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from tcm_fast.config import load_preset
+from tcm_fast.objectives.edm import Edm
 from tcm_fast.planning.recipes import (
-    SHARES,
     images_for,
     leaves_signal_to_tf32,
     scale_recipe,
@@ -88,5 +88,5 @@ def test_images_of_a_span_of_time():
     rates = {"edm": 100.0, "ect": 50.0, "tcm": 40.0}
     found = images_for(1000.0, rates, ("edm", "ect", "tcm"))
     assert sum(found[n] / rates[n] for n in found) == pytest.approx(1000, rel=1e-3)
-    assert found["edm"] / rates["edm"] == pytest.approx(1000 * SHARES["edm"], rel=1e-3)
+    assert found["edm"] / rates["edm"] == pytest.approx(1000 * Edm.time_share, rel=1e-3)
     assert images_for(1000.0, rates, ("tcm",)) == {"tcm": 40_000}

@@ -6,14 +6,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import assert_equal, assert_same_run, events, tiny, train, weights, write_images
+from tiny_runs import (
+    assert_equal,
+    assert_same_run,
+    change_losses,
+    events,
+    tiny,
+    train,
+    weights,
+    write_images,
+)
 
 from tcm_fast.checkpoint.format import load_checkpoint
 from tcm_fast.checkpoint.run_folder import newest_checkpoint
 from tcm_fast.config import GuardConfig
 from tcm_fast.data.dataset import ImageStream
 from tcm_fast.kernels._backend import extension
-from tcm_fast.objectives.objective import Objective
 from tcm_fast.training import phase_builder
 from tcm_fast.training import trainer as trainer_module
 from tcm_fast.training.phase import Phase, TrainingError
@@ -121,9 +129,8 @@ def test_an_image_that_is_not_finite_is_named(images, tmp_path, monkeypatch):
 def test_a_module_that_overflows_is_named(images, tmp_path, monkeypatch):
     """Its path, its type, the samples and their noise levels."""
     name = "dec.8x8_block0.conv1"
-    losses = Objective.losses
 
-    def spoilt(self, batch):
+    def spoilt(self, batch, losses):
         module = self.student.model.get_submodule(name)
         forward = module.forward
 
@@ -134,11 +141,11 @@ def test_a_module_that_overflows_is_named(images, tmp_path, monkeypatch):
         if int(batch.key.step) == 1:
             module.forward = overflowing
         try:
-            return losses(self, batch)
+            return losses()
         finally:
             module.__dict__.pop("forward", None)
 
-    monkeypatch.setattr(Objective, "losses", spoilt)
+    change_losses(spoilt, monkeypatch.setattr)
     train(tiny(images, phases=["edm"]), tmp_path / "run")
     (event,) = logged(tmp_path / "run", "bad_numbers")
     assert (
@@ -151,15 +158,13 @@ def test_a_module_that_overflows_is_named(images, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_skips_the_step_even_with_a_finite_gradient(
     images, tmp_path, monkeypatch
 ):
-    losses = Objective.losses
-
-    def spoilt(self, batch):
-        values = losses(self, batch)
+    def spoilt(self, batch, losses):
+        values = losses()
         if int(batch.key.step) == 1:
             values = values + torch.full_like(values, np.inf).detach()
         return values
 
-    monkeypatch.setattr(Objective, "losses", spoilt)
+    change_losses(spoilt, monkeypatch.setattr)
     train(tiny(images, phases=["edm"]), tmp_path / "run")
     (event,) = logged(tmp_path / "run", "bad_numbers")
     assert event["steps"] == [1]
@@ -288,16 +293,16 @@ def test_guard_settings_are_checked():
 @pytest.fixture
 def small_memory(monkeypatch):
     """Memory in which 4 images can be differentiated at a time. Counts the attempts that failed."""
-    losses, failures = Objective.losses, []
+    failures = []
 
-    def limited(self, batch):
+    def limited(self, batch, losses):
         if len(batch.t) > 4 and torch.is_grad_enabled():
             failures.append(len(batch.t))
-            losses(self, batch).sum().backward()  # gradients of a failed attempt lie about
+            losses().sum().backward()  # gradients of a failed attempt lie about
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-        return losses(self, batch)
+        return losses()
 
-    monkeypatch.setattr(Objective, "losses", limited)
+    change_losses(limited, monkeypatch.setattr)
     return failures
 
 
@@ -319,9 +324,9 @@ def test_out_of_memory_halves_the_micro_batch(images, tmp_path, small_memory, mo
 
 
 def test_memory_for_not_even_one_image_is_an_error(images, tmp_path, monkeypatch):
-    def never(self, batch):
+    def never(self, batch, losses):
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr(Objective, "losses", never)
+    change_losses(never, monkeypatch.setattr)
     with pytest.raises(TrainingError, match="out of memory with a single image"):
         train(tiny(images, phases=["edm"]), tmp_path / "run")
