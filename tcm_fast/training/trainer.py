@@ -31,7 +31,7 @@ from tcm_fast.kernels._triton import compiling_together, runs_triton
 from tcm_fast.networks import Precond, force_rows
 from tcm_fast.objectives.noise_levels import TimePlan, plan_times, ratio
 from tcm_fast.objectives.objective import Batch, make_batch, row_granule
-from tcm_fast.optim.fused import FusedOptimizer, learning_rate, set_rate
+from tcm_fast.optim.schedules import learning_rate
 from tcm_fast.planning.cards import this_device, with_memory
 from tcm_fast.planning.memory_estimate import ImageShape
 from tcm_fast.planning.memory_planner import choose_levers
@@ -331,13 +331,9 @@ class Trainer:
     def _step(self, phase: Phase, batches: list[Batch]) -> None:
         """One optimizer step; its numbers go to the phase's gauge."""
         rate = phase.rate_factor * learning_rate(phase.config, phase.images, phase.iteration)
-        for group in phase.optimizer.param_groups:
-            set_rate(group, rate)
-        if isinstance(phase.optimizer, FusedOptimizer):
-            size = phase.config.batch_size
-            after = (phase.iteration + 1, phase.images + size, size)
-            phase.optimizer.average_betas = [ema.rule.beta(*after) for ema in phase.emas]
-            phase.optimizer.store_options()
+        size = phase.config.batch_size
+        after = (phase.iteration + 1, phase.images + size, size)
+        phase.optimizer.prepare(rate, [ema.rule.beta(*after) for ema in phase.emas])
         if phase.graphs is None:
             self._work(phase, batches)
             return
@@ -351,8 +347,7 @@ class Trainer:
             return self._work(phase, [batch.at(packed, images, labels)])
 
         phase.graphs(batch.kind, work, *tensors)
-        if not isinstance(phase.optimizer, FusedOptimizer):
-            phase.move_averages()
+        phase.optimizer.after_replay()
 
     def _compile_kernels(self, phase: Phase, batches: list[Batch]) -> None:
         """Compile the Triton kernels of a step in parallel, by one that only notes them."""
@@ -397,7 +392,8 @@ class Trainer:
                 with module.no_sync() if waits else nullcontext():  # type: ignore[operator]
                     loss, share = module(batch)
                     # Gradients are means over the processes; the loss is a sum over them.
-                    phase.scaler.scale(loss * (self.workers.world * poison(loss))).backward()
+                    factor = self.workers.world * poison(loss)
+                    phase.optimizer.loss_scale.scale(loss * factor).backward()
                 losses += share
             phase.inner.forget_weights()
             del loss, share
@@ -559,7 +555,7 @@ class Trainer:
     def _report_bad(self, phase: Phase, stream: ImageStream, reading: Reading) -> None:
         """Log steps that were skipped, and where the first one's numbers went bad."""
         first = reading.bad[0]
-        scale = phase.scaler.get_scale() if phase.scaler.is_enabled() else 1.0
+        scale = phase.optimizer.loss_scale.get_scale()
         found: list[str] = []
         try:
             batches = self._prepare(phase, stream, first)
@@ -570,7 +566,8 @@ class Trainer:
             phase.inner.forget_weights()
         told = [text for texts in self.workers.gather(found[:1]) for text in texts]
         again = "finite when run again with the weights of now"
-        again += f" and a loss scale of {scale:g}" if phase.scaler.is_enabled() else ""
+        if phase.optimizer.loss_scale.is_enabled():
+            again += f" and a loss scale of {scale:g}"
         size = phase.config.batch_size
         self.log.warn(
             "bad_numbers",
