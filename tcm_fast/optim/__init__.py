@@ -1,9 +1,4 @@
-"""Optimizers, EMA and learning-rate schedules.
-
-Every optimizer has the same methods, so that no caller asks which one it is:
-
-    prepare -> backward pass of loss_scale.scale(loss) -> step (or the replay of a graph, and after_replay)
-"""
+"""Optimizers, EMA and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -14,12 +9,11 @@ import torch
 
 from tcm_fast.config import PhaseConfig
 from tcm_fast.kernels._backend import extension_for
+from tcm_fast.optim.base import TrainingOptimizer
 from tcm_fast.optim.ema import Ema
 from tcm_fast.optim.fused import FusedOptimizer
 from tcm_fast.optim.offload import PiecewiseOptimizer
-from tcm_fast.optim.torch_optimizer import TORCH_OPTIMIZERS, TorchOptimizer
-
-Optimizer = FusedOptimizer | TorchOptimizer
+from tcm_fast.optim.torch_optimizer import TORCH_OPTIMIZERS
 
 
 def build_optimizer(
@@ -33,7 +27,7 @@ def build_optimizer(
     growth_interval: int = 2000,
     capturable: bool = False,
     offload: bool = False,
-) -> Optimizer:
+) -> TrainingOptimizer:
     """The phase's optimizer with its constants: fused, or offloaded, where the extension supports the
     parameters' device, else torch's.
 

@@ -26,6 +26,8 @@ from tcm_fast.kernels.fused_step import (
     in_layout,
     store_step_options,
 )
+from tcm_fast.optim.base import TrainingOptimizer
+from tcm_fast.optim.loss_scale import LossScale
 
 TORCH_KINDS: dict[str, Any] = {
     "radam": torch.optim.RAdam,
@@ -38,52 +40,7 @@ SMALL = 4096
 """Elements below which a tensor's moments stay fp32 where others' are 8-bit."""
 
 
-class LossScale:
-    """The loss scale of a `FusedOptimizer`, which updates it in its step: torch.amp.GradScaler's methods
-    and state dict."""
-
-    def __init__(self, control: StepControl) -> None:
-        self.control = control
-
-    def is_enabled(self) -> bool:
-        return self.control.scale is not None
-
-    def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss whose gradients the optimizer divides by the scale again."""
-        return loss if self.control.scale is None else loss * self.control.scale
-
-    def get_scale(self) -> float:
-        """The scale now; waits for the device."""
-        return 1.0 if self.control.scale is None else self.control.scale.item()
-
-    def state_dict(self) -> dict[str, Any]:
-        control = self.control
-        if control.scale is None or control.tracker is None:
-            return {}
-        return {
-            "scale": control.scale.item(),
-            "growth_factor": control.growth,
-            "backoff_factor": control.backoff,
-            "growth_interval": control.interval,
-            "_growth_tracker": control.tracker.item(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` of this or of a GradScaler gave. ValueError where one has a
-        scale and the other none."""
-        control = self.control
-        if bool(state) != self.is_enabled() or control.scale is None or control.tracker is None:
-            if state or self.is_enabled():
-                raise ValueError(f"loss scale: must be saved and in use alike, got {state}")
-            return
-        control.scale.fill_(state["scale"])
-        control.tracker.fill_(state["_growth_tracker"])
-        control.growth = state["growth_factor"]
-        control.backoff = state["backoff_factor"]
-        control.interval = state["growth_interval"]
-
-
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(TrainingOptimizer):
     """torch.optim's RAdam, Adam or AdamW together with what else happens to weights in a step:
     unscaling, skipping NaN/Inf gradients, clipping, EMAs, 16-bit copies. All of it in one pass over
     memory where the extension supports the parameters' device.
@@ -110,10 +67,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         moments: "bf16" keeps both in half the memory, "8bit" those of tensors of 4096 elements and more in
             a quarter (`kernels.eight_bit`), stochastically rounded by `seed` (below 2**32), the step and
             the element's place, so that they stay unbiased.
-
-    Attributes:
-        ema_betas: the decay of each EMA in the next step.
-        loss_scale: what a GradScaler would be.
 
     Raises:
         ValueError: an option is out of range, EMAs or copies do not fit the parameters.
@@ -164,7 +117,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.control = StepControl.on(first.device, scale, interval=growth_interval, seed=seed)
         self._moments = moments
         self.loss_scale = LossScale(self.control)
-        self.ema_betas: Sequence[float] = ()
+        self.grad_norm = self.control.norm
         self._table, self._tensors = StepTable(), list[StepTensors]()
         super().__init__(params, model.defaults)
         own = [p for group in self.param_groups for p in group["params"]]
@@ -186,11 +139,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     def skips(self) -> int:
         """Steps skipped for NaN/Inf gradients; waits for the device."""
         return int(self.control.skips.item())
-
-    @property
-    def grad_norm(self) -> torch.Tensor:
-        """Norm of the last gradient, unscaled and before clipping: fp64 scalar on the device."""
-        return self.control.norm
 
     def _describe(self) -> None:
         """One StepTensors for each parameter, in the order of the groups."""
@@ -227,7 +175,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def write_copies(self) -> None:
-        """Make the copies anew, for weights that somebody else has changed: the bits that a step leaves."""
+        """As the base's: the bits that a step leaves."""
         copied = [
             StepTensors(t.param, copy=t.copy, normalized=t.normalized)
             for t in self._tensors
@@ -305,17 +253,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             t.step = state["step"]
 
     def prepare(self, rate: float | None = None, ema_betas: Sequence[float] | None = None) -> None:
-        """What the host has to do before each step that is captured or replayed in a CUDA graph: bring
-        learning rate and EMA decays to the device. `step` does it too outside of one.
-
-        Args:
-            rate: of all groups from here on.
-            ema_betas: the decay of each EMA from here on.
-        """
-        if ema_betas is not None:
-            self.ema_betas = ema_betas
-        for group in self.param_groups:
-            group["lr"] = group["lr"] if rate is None else rate
+        super().prepare(rate, ema_betas)
         self._store_options()
 
     def _store_options(self) -> None:
@@ -328,18 +266,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             table=self._table,
         )
 
-    def after_replay(self) -> None:
-        """For what a replayed CUDA graph leaves to the host after a step: nothing."""
-
-    def wait(self) -> None:
-        """Wait until moments and EMAs in host memory are those of the last step: here there are none."""
-
     def capturing(self) -> AbstractContextManager[None]:
-        """Enter this around the capture of a CUDA graph that contains one `step`.
-
-        Raises:
-            ValueError: no step has been taken yet.
-        """
+        """As the base's. ValueError where no step has been taken yet."""
         first = self._tensors[0].param
         fused = first.device.type == "cuda" and extension_for("fused_step", first.device)
         return self._table.capturing() if fused else nullcontext()

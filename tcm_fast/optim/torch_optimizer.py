@@ -1,13 +1,13 @@
-"""torch's optimizers with the methods of a `FusedOptimizer`, for where the extension is missing."""
+"""torch's optimizers as a `TrainingOptimizer`, for where the extension is missing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
+from tcm_fast.optim.base import TrainingOptimizer
 from tcm_fast.optim.ema import update_ema
 from tcm_fast.optim.fused import TORCH_KINDS
 
@@ -16,15 +16,15 @@ class UnfinishedStepError(RuntimeError):
     """A step failed half-way: some of the weights may have changed, so it must not be repeated."""
 
 
-class TorchOptimizer(torch.optim.Optimizer):
-    """What a step does besides torch's update: unscaling, skipping NaN/Inf gradients, clipping, EMAs.
-
-    Each class of `TORCH_OPTIMIZERS` is this one before one of torch's, whose name and state it has.
-    Arguments and methods are as `FusedOptimizer`'s.
+class TorchOptimizer(TrainingOptimizer):
+    """One of torch's optimizers, which comes after this class among the bases (`TORCH_OPTIMIZERS`) and
+    gives name and state. Arguments are as `FusedOptimizer`'s.
 
     Args:
         capturable: keep step counts and learning rate on the device, for CUDA graphs.
     """
+
+    loss_scale: torch.amp.GradScaler
 
     def __init__(
         self,
@@ -39,7 +39,6 @@ class TorchOptimizer(torch.optim.Optimizer):
         **constants: Any,
     ) -> None:
         self.max_norm, self.emas = max_norm, emas
-        self.ema_betas: Sequence[float] = ()
         self._weights, self._owes_emas = list(params), False
         first = self._weights[0]
         constants["lr"] = torch.tensor(lr, device=first.device) if capturable else lr
@@ -53,14 +52,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         )
 
     def prepare(self, rate: float | None = None, ema_betas: Sequence[float] | None = None) -> None:
-        """What the host has to do before each step: set learning rate and EMA decays."""
-        if ema_betas is not None:
-            self.ema_betas = ema_betas
-        for group in self.param_groups:
-            if rate is not None and isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate)  # in place: a graph reads it there
-            elif rate is not None:
-                group["lr"] = rate
+        super().prepare(rate, ema_betas)
         self._owes_emas = True
 
     @torch.no_grad()
@@ -91,24 +83,13 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.loss_scale.update()
 
     def after_replay(self) -> None:
-        """Call this after a CUDA graph has replayed a step: the EMAs, whose decays change, are updated
-        here, unless `step` has run since `prepare`."""
+        """The EMAs, whose decays change, unless `step` itself has run since `prepare`."""
         if self._owes_emas:
             self._update_emas()
 
     def _update_emas(self) -> None:
         for values, beta in zip(self.emas, self.ema_betas, strict=True):
             update_ema(values, self._weights, beta)
-
-    def capturing(self) -> AbstractContextManager[None]:
-        """Enter this around the capture of a CUDA graph that contains one `step`."""
-        return nullcontext()
-
-    def write_copies(self) -> None:
-        """For weights that somebody else has changed: there are no copies."""
-
-    def wait(self) -> None:
-        """Wait until moments and EMAs in host memory are those of the last step: here there are none."""
 
 
 TORCH_OPTIMIZERS: dict[str, type[TorchOptimizer]] = {

@@ -13,7 +13,7 @@ import torch
 from tcm_fast.config import PhaseConfig
 from tcm_fast.evaluation import metrics
 from tcm_fast.networks import Precond
-from tcm_fast.optim import Optimizer
+from tcm_fast.optim.base import TrainingOptimizer
 from tcm_fast.optim.ema import Ema
 from tcm_fast.optim.torch_optimizer import UnfinishedStepError
 from tcm_fast.runtime.cuda_graphs import GraphCache
@@ -38,7 +38,7 @@ class Phase:
     student: Precond
     frozen: Precond | None
     objective: torch.nn.Module
-    optimizer: Optimizer
+    optimizer: TrainingOptimizer
     emas: list[Ema]
     gauge: Gauge
     watch: Watch

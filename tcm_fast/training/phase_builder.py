@@ -17,7 +17,8 @@ from tcm_fast.networks.precision import is_derived, make_copies, normalized_para
 from tcm_fast.networks.recompute import set_recompute
 from tcm_fast.objectives.noise_levels import plan_times
 from tcm_fast.objectives.objective import Objective, check_augmentation
-from tcm_fast.optim import Optimizer, build_optimizer
+from tcm_fast.optim import build_optimizer
+from tcm_fast.optim.base import TrainingOptimizer
 from tcm_fast.optim.ema import Ema, EmaRule
 from tcm_fast.runtime.arithmetic import PRECISIONS
 from tcm_fast.runtime.cuda_graphs import CudaPlace, GraphCache
@@ -178,7 +179,7 @@ class Assembly:
             watch=Watch(),
         )
 
-    def graphs(self, optimizer: Optimizer) -> GraphCache:
+    def graphs(self, optimizer: TrainingOptimizer) -> GraphCache:
         """Where the steps of an optimizer are captured."""
         return GraphCache(CudaPlace(self.device), optimizer.capturing)
 
