@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from tcm_fast.benchmarks.optimizers import BYTES_PER_PARAMETER
 from tcm_fast.benchmarks.steps import OurStep
 from tcm_fast.kernels import qkv_attention  # noqa: F401  defines the operators
-from tcm_fast.optim.fused import FusedOptimizer
+from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.planning.counter import Counter
 from tcm_fast.planning.throughput import Ceilings
 
@@ -264,7 +264,7 @@ def roofline(
     for part in sorted(set(tallies) | set(times), key=lambda k: -times.get(k, 0)):
         tally = tallies.get(part, Tally())
         num_bytes = tally.bytes
-        if part == "optimizer" and isinstance(step.optimizer, FusedOptimizer):
+        if part == "optimizer" and not extension_gap(torch.device(step.case.device)):
             num_bytes += (
                 BYTES_PER_PARAMETER * parameters
             )  # dispatch does not see it: it gets addresses

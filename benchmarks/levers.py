@@ -22,7 +22,6 @@ import torch
 from tcm_fast.benchmarks.measure import write_record
 from tcm_fast.cli.plan import image_shape
 from tcm_fast.config import Config, from_dict, load_preset
-from tcm_fast.optim.offload import PiecewiseOptimizer
 from tcm_fast.planning.cards import Card, this_device
 from tcm_fast.planning.counter import Counter
 from tcm_fast.planning.memory_estimate import ImageShape, memory, with_levers
@@ -82,9 +81,8 @@ def held(config: Config, name: str, out: str | Path) -> int:
     there += [x for state in phase.optimizer.state.values() for x in state.values()]
     sizes = {k: v for k, v in _storages(there).items() if k not in before}
     host: set[int] = set()
-    if isinstance(phase.optimizer, PiecewiseOptimizer):
-        blocks = [piece.host for piece in phase.optimizer._pieces if piece.host is not None]
-        host |= _storages(blocks).keys()
+    if config.offload:  # EMAs and moments share their blocks of memory
+        host |= _storages([x for ema in phase.emas for x in ema.average]).keys()
     if name == "tcm" and config.precision != "fp32" and phase.frozen is not None:
         host |= _storages([*phase.frozen.parameters(), *phase.frozen.buffers()]).keys()
     with Counter(there) as counter:

@@ -68,9 +68,9 @@ def make_step(kind: str, provider: str, tensors: Tensors) -> Callable[[], object
     weights, average, copies = tensors.weights, tensors.average, tensors.copies
     if provider == OURS:
         ours = FusedOptimizer(
-            weights, kind, lr=LR, max_norm=MAX_NORM, averages=[average], copies=copies, scale=1.0
+            weights, kind, lr=LR, max_norm=MAX_NORM, emas=[average], copies=copies, scale=1.0
         )
-        ours.average_betas = [BETA]
+        ours.ema_betas = [BETA]
         return ours.step
     device = weights[0].device
     optimizer = make_optimizer(kind, provider, weights)

@@ -26,7 +26,9 @@ from tcm_fast.networks import Precond, build_network, force_rows
 from tcm_fast.networks.precision import is_derived, make_copies
 from tcm_fast.objectives import OBJECTIVES
 from tcm_fast.objectives.batch import Batch, make_batch, row_granule
-from tcm_fast.optim.fused import Ema, FusedOptimizer, build_optimizer, learning_rate, set_rate
+from tcm_fast.optim import build_optimizer
+from tcm_fast.optim.ema import Ema
+from tcm_fast.optim.schedules import learning_rate
 from tcm_fast.runtime.arithmetic import PRECISIONS, tf32, training_settings
 from tcm_fast.runtime.cuda_graphs import CudaPlace, GraphCache
 from tcm_fast.sampling.sampler import Sampler, default_times, multistep
@@ -207,7 +209,7 @@ class OurStep:
         self.ema = Ema(config.ema[0] if config.ema else "constant:0.9999", net.parameters())
         if is_derived(net, dtype) and not extension_gap(device):
             self.objective.copies = make_copies(net, dtype, rows_too=False)
-        scale = LOSS_SCALE if case.precision == "fp16" and not extension_gap(device) else None
+        scale = LOSS_SCALE if case.precision == "fp16" else None
         self.optimizer = build_optimizer(
             net.parameters(), config, emas=[self.ema], copies=self.objective.copies, scale=scale,
             capturable=graphs,
@@ -221,9 +223,7 @@ class OurStep:
         self.granule = row_granule(config.batch_size, device) if split else config.batch_size
         self.graphs: GraphCache | None = None
         if graphs:
-            fused = isinstance(self.optimizer, FusedOptimizer)
-            around = self.optimizer.capturing if fused else nullcontext
-            self.graphs = GraphCache(CudaPlace(device), around)
+            self.graphs = GraphCache(CudaPlace(device), self.optimizer.capturing)
         self.count = 0
 
     def prepare(self) -> Batch:
@@ -242,8 +242,7 @@ class OurStep:
         force_rows(self.net)
         with nullcontext() if self.graphs is None else self.graphs.memory():
             loss, stats = self.objective(batch)
-            fused = isinstance(self.optimizer, FusedOptimizer)
-            (self.optimizer.loss_scale.scale(loss) if fused else loss).backward()
+            self.optimizer.loss_scale.scale(loss).backward()
             self.objective.forget_weights()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -256,12 +255,8 @@ class OurStep:
     def step(self) -> torch.Tensor:
         batch, size = self.prepare(), self.config.batch_size
         after = (ITERATION + self.count + 1, (self.count + 1) * size, size)
-        for group in self.optimizer.param_groups:
-            set_rate(group, learning_rate(self.config, self.count * size, self.count))
-        fused = isinstance(self.optimizer, FusedOptimizer)
-        if fused:
-            self.optimizer.average_betas = [self.ema.rule.beta(*after)]
-            self.optimizer.store_options()
+        rate = learning_rate(self.config, self.count * size, self.count)
+        self.optimizer.prepare(rate, [self.ema.rule.beta(*after)])
         if self.graphs is None:
             stats = self.work(batch)
         else:
@@ -270,9 +265,8 @@ class OurStep:
             stats = self.graphs(
                 batch.kind, lambda p, i, y=None: self.work(batch.at(p, i, y)), *tensors
             )
+            self.optimizer.after_replay()
         self.count += 1
-        if not fused:
-            self.ema.update(*after)
         return stats
 
 

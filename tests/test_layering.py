@@ -3,6 +3,7 @@ their objectives alone."""
 
 import ast
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,15 @@ def test_imports_point_one_way(path):
         assert not wrong_imports(path.stem, names, "tcm_fast.kernels.", OPERATIONS)
     if own != "cli":
         assert not {name for name in names if name.startswith("tcm_fast.benchmarks")}
+
+
+def test_outside_its_folder_nobody_asks_which_optimizer_it_is():
+    kinds = {"FusedOptimizer", "PiecewiseOptimizer", "TorchOptimizer", "GradScaler", "LossScale"}
+    for path in sources("tcm_fast", "benchmarks"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if getattr(getattr(node, "func", None), "id", "") == "isinstance":
+                asked = set(re.findall(r"\w+", ast.unparse(node.args[1])))
+                assert not asked & kinds or path.parent.name == "optim", f"{path}:{node.lineno}"
 
 
 def test_nothing_imports_the_tests():

@@ -15,7 +15,7 @@ from tcm_fast.config import load_preset, preset_names
 from tcm_fast.data.dataset import load_images
 from tcm_fast.kernels._backend import extension
 from tcm_fast.networks import build_network
-from tcm_fast.optim.fused import learning_rate
+from tcm_fast.optim.schedules import learning_rate
 from tcm_fast.sampling.sampler import sample
 from tcm_fast.training import phase_builder, sample_monitor
 from tcm_fast.training.trainer import Trainer, TrainingError

@@ -144,7 +144,7 @@ class Keeper:
 
     def snapshot(self, phase: Phase) -> None:
         """Keep the power-function averages for good."""
-        phase.settle()
+        phase.optimizer.wait()
         for index, ema in enumerate(phase.emas):
             if ema.rule.kind != "power":
                 continue
@@ -160,7 +160,7 @@ class Keeper:
 
     def _contents(self, phase: Phase, judged: dict[str, float]) -> Contents:
         """What a checkpoint holds."""
-        phase.settle()
+        phase.optimizer.wait()
         networks: dict[str, Any] = {"model": phase.student}
         for number, ema in enumerate(phase.emas):
             networks[f"ema-{number}"] = phase.student, named_averages(phase, ema.average)

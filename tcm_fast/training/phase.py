@@ -14,8 +14,9 @@ from tcm_fast.config import PhaseConfig
 from tcm_fast.evaluation import metrics
 from tcm_fast.networks import Precond
 from tcm_fast.objectives.base import Objective
-from tcm_fast.optim.fused import Ema, FusedOptimizer, LossScale
-from tcm_fast.optim.offload import PiecewiseOptimizer
+from tcm_fast.optim.base import TrainingOptimizer
+from tcm_fast.optim.ema import Ema
+from tcm_fast.optim.torch_optimizer import UnfinishedStepError
 from tcm_fast.runtime.cuda_graphs import GraphCache
 from tcm_fast.training.step_monitor import Gauge, Watch
 
@@ -35,8 +36,7 @@ class Phase:
     student: Precond
     frozen: Precond | None
     objective: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | LossScale
+    optimizer: TrainingOptimizer
     emas: list[Ema]
     gauge: Gauge
     watch: Watch
@@ -70,14 +70,9 @@ class Phase:
         """The objective without what talks to other processes."""
         return typing.cast("Objective[Any]", getattr(self.objective, "module", self.objective))
 
-    def settle(self) -> None:
-        """Wait until averages and moments that live on the host are there."""
-        if isinstance(self.optimizer, PiecewiseOptimizer):
-            self.optimizer.settle()
-
     def average(self, index: int = 0) -> Precond:
         """A copy of the student with the weights of one of its averages, in eval mode."""
-        self.settle()
+        self.optimizer.wait()
         values = self.emas[index].average
         net = copy.deepcopy(self.student)
         for parameter, value in zip(net.parameters(), values, strict=True):
@@ -105,7 +100,7 @@ class Phase:
             "rate_factor": self.rate_factor,
             "widest_spread": self.widest_spread,
             "streak": self.watch.streak,
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.optimizer.loss_scale.state_dict(),
         }
 
     def restore_counters(self, state: dict[str, Any]) -> None:
@@ -117,55 +112,29 @@ class Phase:
         self.widest_spread = state.get("widest_spread", 0.0)
         self.watch.streak = state.get("streak", 0)
         if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+            self.optimizer.loss_scale.load_state_dict(state["scaler"])
 
     def lower(self, what: str, factor: float) -> str:
         """Lower the learning rate or the loss scale for good; says what it is now."""
-        if what == "scale" and self.scaler.is_enabled():
-            state = self.scaler.state_dict()
+        scale = self.optimizer.loss_scale
+        if what == "scale" and scale.is_enabled():
+            state = scale.state_dict()
             state["scale"] *= factor
-            self.scaler.load_state_dict(state)
+            scale.load_state_dict(state)
             return f"the loss scale at {state['scale']:g}"
         self.rate_factor *= factor
         return f"the learning rate at {self.rate_factor:g} of its schedule"
 
     def take_step(self) -> torch.Tensor:
-        """The optimizer's step from the gradients that are there, or none where they are not finite;
-        returns their norm, on the device."""
-        if isinstance(self.optimizer, FusedOptimizer):
+        """The optimizer's step from the gradients that are there, or none where they are NaN/Inf; returns
+        their norm, on the device. TrainingError where it cannot be repeated."""
+        try:
             self.optimizer.step()
-            return self.optimizer.grad_norm
-        return self._take_torch_step()
-
-    def _take_torch_step(self) -> torch.Tensor:
-        assert not isinstance(self.scaler, LossScale)
-        self.scaler.unscale_(self.optimizer)
-        weights, clip = list(self.student.parameters()), self.config.grad_clip
-        grads = [p.grad for p in weights if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        if clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(weights, clip, norm, foreach=True)
-        # Torch's optimizers cannot skip on the device. In a graph nothing can be asked of it: what a
-        # gradient spoils there, a roll-back mends.
-        if self.graphs is not None or bool(norm.isfinite()):
-            try:
-                self.scaler.step(self.optimizer)
-            except torch.OutOfMemoryError:
-                raise TrainingError(
-                    f"{self.name}: out of memory in the optimizer's step, half of which may be done: go on "
-                    "with --resume auto and more --micro-batches, or --memory auto"
-                ) from None
-            if self.graphs is None:
-                self.move_averages()
-        self.scaler.update()
-        return norm
-
-    def move_averages(self) -> None:
-        """Move the averages towards the weights of a step that is about to be counted, where the
-        optimizer does not."""
-        size = self.config.batch_size
-        for ema in self.emas:
-            ema.update(self.iteration + 1, self.images + size, size)
+        except UnfinishedStepError as error:
+            raise TrainingError(
+                f"{self.name}: {error}: go on with --resume auto and more --micro-batches, or --memory auto"
+            ) from None
+        return self.optimizer.grad_norm
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,9 @@ from tcm_fast.networks import Precond, force_rows
 from tcm_fast.networks.precision import normalized_parameters
 from tcm_fast.objectives import OBJECTIVES
 from tcm_fast.objectives.construct import build_objective, build_student
-from tcm_fast.optim.fused import Ema, EmaRule, FusedOptimizer, build_optimizer
-from tcm_fast.optim.offload import PiecewiseOptimizer
+from tcm_fast.optim import build_optimizer
+from tcm_fast.optim.base import TrainingOptimizer
+from tcm_fast.optim.ema import Ema, EmaRule
 from tcm_fast.runtime.cuda_graphs import CudaPlace, GraphCache
 from tcm_fast.runtime.distributed import Workers
 from tcm_fast.training.data_parallel import replicate
@@ -74,7 +74,6 @@ class Assembly:
             frozen.info = info
         phase = self.assemble(name, student, frozen)
         if phase.inner.folded:
-            assert isinstance(phase.optimizer, FusedOptimizer)
             force_rows(student)
             phase.optimizer.write_copies()
         phase.first_iteration = int(info.get("iterations", 0)) if continues else 0
@@ -134,21 +133,17 @@ class Assembly:
         captures = self.captures()
         weights = list(student.parameters())
         emas = [Ema(rule, weights) for rule in config.ema]
-        scaled = self.config.precision == "fp16"
         optimizer = build_optimizer(
             weights,
             config,
             emas=emas,
             copies=loss.copies,
             normalized=normalized_parameters(student) if loss.folded else None,
-            scale=LOSS_SCALE if scaled else None,
+            scale=LOSS_SCALE if self.config.precision == "fp16" else None,
             growth_interval=SCALE_GROWTH_INTERVAL,
             capturable=captures,
-            fused=PiecewiseOptimizer if self.config.offload else FusedOptimizer,
+            offload=self.config.offload,
         )
-        if isinstance(optimizer, PiecewiseOptimizer):
-            for ema, average in zip(emas, optimizer.averages, strict=True):
-                ema.average = average
         return Phase(
             name=name,
             config=config,
@@ -159,23 +154,14 @@ class Assembly:
             objective=objective,
             optimizer=optimizer,
             graphs=self.graphs(optimizer) if captures else None,
-            scaler=optimizer.loss_scale
-            if isinstance(optimizer, FusedOptimizer)
-            else torch.amp.GradScaler(
-                self.device.type,
-                init_scale=LOSS_SCALE,
-                growth_interval=SCALE_GROWTH_INTERVAL,
-                enabled=scaled,
-            ),
             emas=emas,
             gauge=Gauge(self.device),
             watch=Watch(),
         )
 
-    def graphs(self, optimizer: torch.optim.Optimizer) -> GraphCache:
+    def graphs(self, optimizer: TrainingOptimizer) -> GraphCache:
         """Where the steps of an optimizer are captured."""
-        around = optimizer.capturing if isinstance(optimizer, FusedOptimizer) else nullcontext
-        return GraphCache(CudaPlace(self.device), around)
+        return GraphCache(CudaPlace(self.device), optimizer.capturing)
 
     def captures(self) -> bool:
         """Whether steps are captured. ValueError where they have to be and cannot."""

@@ -43,7 +43,7 @@ class StepReports:
     def _report_skipped(self, phase: Phase, loader: BatchLoader, reading: Reading) -> None:
         """Log steps that were skipped, and where the first one's NaN or Inf comes from."""
         first = reading.bad[0]
-        scale = phase.scaler.get_scale() if phase.scaler.is_enabled() else 1.0
+        scale = phase.optimizer.loss_scale.get_scale()
         found: list[str] = []
         try:
             batches = loader.load(phase, first)
@@ -54,7 +54,8 @@ class StepReports:
             phase.inner.forget_weights()
         causes = [text for texts in self.workers.gather(found[:1]) for text in texts]
         again = "finite when run again with the weights of now"
-        again += f" and a loss scale of {scale:g}" if phase.scaler.is_enabled() else ""
+        if phase.optimizer.loss_scale.is_enabled():
+            again += f" and a loss scale of {scale:g}"
         phase.cause = causes[0] if causes else again
         size = phase.config.batch_size
         self.log.warn(

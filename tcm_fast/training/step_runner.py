@@ -14,7 +14,7 @@ from tcm_fast.config import Config
 from tcm_fast.kernels._triton import compiling_together, runs_triton
 from tcm_fast.networks import force_rows
 from tcm_fast.objectives.batch import Batch
-from tcm_fast.optim.fused import FusedOptimizer, learning_rate, set_rate
+from tcm_fast.optim.schedules import learning_rate
 from tcm_fast.runtime.cuda_graphs import CaptureError
 from tcm_fast.runtime.distributed import Workers
 from tcm_fast.training.batch_loader import BatchLoader
@@ -77,13 +77,9 @@ class StepRunner:
     def step(self, phase: Phase, batches: list[Batch]) -> None:
         """One optimizer step; its losses and gradient norm go to the phase's gauge."""
         rate = phase.rate_factor * learning_rate(phase.config, phase.images, phase.iteration)
-        for group in phase.optimizer.param_groups:
-            set_rate(group, rate)
-        if isinstance(phase.optimizer, FusedOptimizer):
-            size = phase.config.batch_size
-            after = (phase.iteration + 1, phase.images + size, size)
-            phase.optimizer.average_betas = [ema.rule.beta(*after) for ema in phase.emas]
-            phase.optimizer.store_options()
+        size = phase.config.batch_size
+        after = (phase.iteration + 1, phase.images + size, size)
+        phase.optimizer.prepare(rate, [ema.rule.beta(*after) for ema in phase.emas])
         if phase.graphs is None:
             self._work(phase, batches)
             return
@@ -97,8 +93,7 @@ class StepRunner:
             return self._work(phase, [batch.at(packed, images, labels)])
 
         phase.graphs(batch.kind, work, *tensors)
-        if not isinstance(phase.optimizer, FusedOptimizer):
-            phase.move_averages()
+        phase.optimizer.after_replay()
 
     def _work(self, phase: Phase, batches: list[Batch]) -> torch.Tensor:
         """What a graph captures: losses, gradients, the optimizer. Returns the mean losses off and on the
@@ -118,7 +113,8 @@ class StepRunner:
                 with module.no_sync() if waits else nullcontext():  # type: ignore[operator]
                     loss, share = module(batch)
                     # Gradients are means over the processes; the loss is a sum over them.
-                    phase.scaler.scale(loss * (self.workers.world * poison(loss))).backward()
+                    factor = self.workers.world * poison(loss)
+                    phase.optimizer.loss_scale.scale(loss * factor).backward()
                 losses += share
             phase.inner.forget_weights()
             del loss, share

@@ -141,7 +141,7 @@ def test_without_the_extension_torchs_optimizer_trains_alike(images, tmp_path, m
     train(dataclasses.replace(config, max_steps=3), tmp_path / "both")
     for module in (trainer_module, phase_builder):
         monkeypatch.setattr(module, "extension_gap", lambda device: "not here")
-    monkeypatch.setattr("tcm_fast.optim.fused.extension_for", lambda name, device: None)
+    monkeypatch.setattr("tcm_fast.optim.extension_for", lambda name, device: None)
     train(config, tmp_path / "torch")
     train(config, tmp_path / "both", resume=True)
     assert "optimizer: torch's, in many passes" in capsys.readouterr().err
@@ -663,7 +663,7 @@ def test_exact_resume_of_all_state(precision, backend, images, no_pictures, tmp_
     if backend == "torch":
         for module in (trainer_module, phase_builder):
             monkeypatch.setattr(module, "extension_gap", lambda device: "not here")
-        monkeypatch.setattr("tcm_fast.optim.fused.extension_for", lambda name, device: None)
+        monkeypatch.setattr("tcm_fast.optim.extension_for", lambda name, device: None)
     short = {"fp16": "bf16", "fp32": "8bit"}[precision]
     moments = {"moments": short} if backend == "fused" else {}
     phase = {

@@ -48,7 +48,7 @@ def optimizer(request, monkeypatch):
     if request.param == "torch":
         for module in (trainer_module, phase_builder):
             monkeypatch.setattr(module, "extension_gap", lambda device: "not here")
-        monkeypatch.setattr("tcm_fast.optim.fused.extension_for", lambda name, device: None)
+        monkeypatch.setattr("tcm_fast.optim.extension_for", lambda name, device: None)
     return request.param
 
 
@@ -329,4 +329,19 @@ def test_memory_for_not_even_one_image_is_an_error(images, tmp_path, monkeypatch
 
     change_losses(never, monkeypatch.setattr)
     with pytest.raises(TrainingError, match="out of memory with a single image"):
+        train(tiny(images, phases=["edm"]), tmp_path / "run")
+
+
+def test_an_optimizer_that_runs_out_of_memory_half_way_ends_the_run(images, tmp_path, monkeypatch):
+    """torch's may have changed some of the weights, so no smaller micro-batch repeats the step."""
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+
+    def short(self):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", short)
+    message = (
+        r"edm: out of memory in the optimizer's step, .*: go on with --resume auto and more --mi"
+    )
+    with pytest.raises(TrainingError, match=message):
         train(tiny(images, phases=["edm"]), tmp_path / "run")
