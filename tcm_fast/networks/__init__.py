@@ -4,24 +4,24 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from tcm_fast.config import load_preset, preset_names, require, suggest
 from tcm_fast.networks.adm import DhariwalUNet
 from tcm_fast.networks.ddpmpp import NCSNpp, SongUNet
 from tcm_fast.networks.edm2 import EDM2UNet
 from tcm_fast.networks.mp_layers import force_rows
 from tcm_fast.networks.precond import Precond
+from tcm_fast.networks.raw_network import RawNetwork
 
 __all__ = ["LOGVAR_CHANNELS", "NETWORKS", "Precond", "build_network", "force_rows"]
 
 LOGVAR_CHANNELS = 128  # of the log-variance that EDM2 learns in pre-training
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
+NETWORKS: dict[str, Callable[..., RawNetwork]] = {
     "ddpmpp": SongUNet,
     "ncsnpp": NCSNpp,
     "adm": DhariwalUNet,
     "edm2": EDM2UNet,
 }
+"""What `build_network` builds: a family is a class in a file of its own and a line here."""
 _OWN = ("img_resolution", "in_channels", "out_channels", "label_dim")  # what build_network derives
 
 

@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from tcm_fast.config import require
 from tcm_fast.kernels.dropout import DropoutKey
@@ -21,7 +20,7 @@ from tcm_fast.networks.layers import (
     without_autocast,
 )
 from tcm_fast.networks.recompute import run_block
-from tcm_fast.networks.unet import UNet, level_resolutions
+from tcm_fast.networks.unet import EMBEDDING, Place, UNet, level_resolutions
 
 
 class SongUNet(UNet):
@@ -51,6 +50,8 @@ class SongUNet(UNet):
     Raises:
         ValueError: a resolution that cannot be halved often enough, widths that cannot be built.
     """
+
+    fp32_modules = EMBEDDING
 
     def __init__(
         self,
@@ -95,55 +96,33 @@ class SongUNet(UNet):
         self.map_layer0 = Linear(noise_channels, emb_channels)
         self.map_layer1 = Linear(emb_channels, emb_channels)
 
-        layer = 0
         taps = tuple(resample_filter)
 
-        def block(res: int, c_in: int, c_out: int, **options) -> UNetBlock:
-            nonlocal layer
-            layer += 1
+        def block(layer: int, c_in: int, c_out: int, at: Place) -> UNetBlock:
+            is_last = at.side == "dec" and at.index == num_blocks
+            attention = at.attends(attn_resolutions if at.side == "enc" or is_last else ())
             return UNetBlock(
                 c_in, c_out, emb_channels,
-                layer=layer - 1, dropout=self.dropout_at(res), resample_filter=taps, **options,
+                layer=layer, dropout=self.dropout_at(at.resolution), up=at.kind == "up",
+                down=at.kind == "down", attention=attention, resample_filter=taps,
             )  # fmt: skip
 
-        widths = [model_channels * mult for mult in channel_mult]
-        lowest = resolutions[-1]
-
-        self.enc = nn.ModuleDict()
-        self.enc[f"{img_resolution}x{img_resolution}_conv"] = Conv2d(in_channels, model_channels, 3)
-        skips = [width := model_channels]
         width_aux = in_channels
-        for res, c_out in zip(resolutions, widths, strict=True):
-            if res != img_resolution:
-                self.enc[f"{res}x{res}_down"] = block(res, width, width, down=True)
-                if encoder_type == "residual":
-                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(
-                        width_aux, width, 3, down=True, fused=True, resample_filter=taps
-                    )
-                    width_aux = width
-                skips.append(width)
-            for index in range(num_blocks):
-                self.enc[f"{res}x{res}_block{index}"] = block(
-                    res, width, c_out, attention=res in attn_resolutions
-                )
-                skips.append(width := c_out)
 
-        self.dec = nn.ModuleDict()
-        for res, c_out in zip(reversed(resolutions), reversed(widths), strict=True):
-            if res == lowest:
-                self.dec[f"{res}x{res}_in0"] = block(res, width, width, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(res, width, width)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(res, width, width, up=True)
-            for index in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{index}"] = block(
-                    res,
-                    width + skips.pop(),
-                    c_out,
-                    attention=index == num_blocks and res in attn_resolutions,
-                )
-                width = c_out
-        assert not skips
+        def residual(width: int) -> Conv2d:
+            nonlocal width_aux
+            width_aux, before = width, width_aux
+            return Conv2d(before, width, 3, down=True, fused=True, resample_filter=taps)
+
+        width = self.assemble(
+            resolutions,
+            [model_channels * mult for mult in channel_mult],
+            num_blocks,
+            Conv2d(in_channels, model_channels, 3),
+            model_channels,
+            block,
+            residual if encoder_type == "residual" else None,
+        )
         name = f"{img_resolution}x{img_resolution}_aux"
         self.dec[f"{name}_norm"] = GroupNorm(width, eps=1e-6)
         self.dec[f"{name}_conv"] = Conv2d(width, out_channels, 3, gain=1e-5)

@@ -17,22 +17,20 @@ from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.resample import resample
 from tcm_fast.networks.layers import heads, without_autocast
 from tcm_fast.networks.mp_layers import MPConv, MPFourier, mp_silu
+from tcm_fast.networks.raw_network import Block
 from tcm_fast.networks.recompute import after_norm, run_block
-from tcm_fast.networks.unet import UNet, level_resolutions
+from tcm_fast.networks.unet import Place, UNet, level_resolutions
 
 RES_BALANCE = ATTN_BALANCE = 0.3
 CONCAT_BALANCE = LABEL_BALANCE = 0.5
 CLIP = 256.0
 
 
-class Block(nn.Module):
+class EDM2Block(Block):
     """A residual block of the encoder or the decoder, with self-attention after it where asked for.
 
     `resampling` is "up", "down" or None; `layer` keys the block's dropout.
     """
-
-    recompute_norms = recompute_whole = False
-    """What the backward pass computes again, see `tcm_fast.networks.recompute`."""
 
     def __init__(
         self,
@@ -134,6 +132,8 @@ class EDM2UNet(UNet):
         ValueError: a resolution that cannot be halved often enough, widths that cannot be built.
     """
 
+    fp32_modules = ("emb_noise", "emb_label")
+
     def __init__(
         self,
         img_resolution: int,
@@ -162,52 +162,17 @@ class EDM2UNet(UNet):
         self.emb_noise = MPConv(widths[0], emb_channels)
         self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
 
-        layer = 0
-
-        def block(res: int, c_in: int, c_out: int, **options) -> Block:
-            nonlocal layer
-            layer += 1
-            return Block(
+        def block(layer: int, c_in: int, c_out: int, at: Place) -> EDM2Block:
+            return EDM2Block(
                 c_in, c_out, emb_channels,
-                layer=layer - 1, dropout=self.dropout_at(res), channels_per_head=channels_per_head,
-                **options,
+                encoder=at.side == "enc", layer=layer, dropout=self.dropout_at(at.resolution),
+                resampling=at.kind if at.kind in ("up", "down") else None,
+                attention=at.attends(attn_resolutions), channels_per_head=channels_per_head,
             )  # fmt: skip
 
-        self.enc = nn.ModuleDict()
-        width = widths[0]
         # One more channel, of ones, in the place of a bias.
-        self.enc[f"{img_resolution}x{img_resolution}_conv"] = MPConv(in_channels + 1, width, 3)
-        skips = [width]
-        for res, c_out in zip(resolutions, widths, strict=True):
-            if res != img_resolution:
-                self.enc[f"{res}x{res}_down"] = block(
-                    res, width, width, encoder=True, resampling="down"
-                )
-                skips.append(width)
-            for index in range(num_blocks):
-                self.enc[f"{res}x{res}_block{index}"] = block(
-                    res, width, c_out, encoder=True, attention=res in attn_resolutions
-                )
-                skips.append(width := c_out)
-
-        self.dec = nn.ModuleDict()
-        for res, c_out in zip(reversed(resolutions), reversed(widths), strict=True):
-            if res == resolutions[-1]:
-                self.dec[f"{res}x{res}_in0"] = block(
-                    res, width, width, encoder=False, attention=True
-                )
-                self.dec[f"{res}x{res}_in1"] = block(res, width, width, encoder=False)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(
-                    res, width, width, encoder=False, resampling="up"
-                )
-            for index in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{index}"] = block(
-                    res, width + skips.pop(), c_out, encoder=False,
-                    attention=res in attn_resolutions,
-                )  # fmt: skip
-                width = c_out
-        assert not skips
+        stem = MPConv(in_channels + 1, widths[0], 3)
+        width = self.assemble(resolutions, widths, num_blocks, stem, widths[0], block)
         self.out_conv = MPConv(width, out_channels, 3)
 
     def forward(

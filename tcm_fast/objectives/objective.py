@@ -157,7 +157,7 @@ def check_augmentation(config: PhaseConfig, net: Precond) -> None:
     """ValueError where a phase augments its images and the network cannot be told how."""
     if not getattr(config, "augment", 0.0):
         return
-    layer = getattr(net.model, "map_augment", None)
+    layer = net.model.augmentation
     found = 0 if layer is None else layer.in_features
     if found != AUGMENT_DIM:
         raise ValueError(

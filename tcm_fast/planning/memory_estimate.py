@@ -230,7 +230,7 @@ def _what_counts(config: Config, name: str) -> Config:
 def _dry_step(config: Config, name: str, shape: ImageShape, on_gpu: bool, last: bool) -> DryStep:
     phase, dtype = config.phase(name), PRECISIONS[config.precision]
     net = build_on_meta(config, shape, name)
-    augmentation = getattr(net.model, "map_augment", None)
+    augmentation = net.model.augmentation
     if augmentation is not None:
         augmentation.requires_grad_(getattr(phase, "augment", 0.0) > 0)
     if on_gpu:

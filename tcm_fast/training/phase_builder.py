@@ -127,7 +127,7 @@ class Assembly:
     def assemble(self, name: str, student: Precond, frozen: Precond | None) -> Phase:
         config = self.config.phase(name)
         student.train()
-        augmentation = getattr(student.model, "map_augment", None)
+        augmentation = student.model.augmentation
         if augmentation is not None:  # has a gradient only where something is augmented
             augmentation.requires_grad_(getattr(config, "augment", 0.0) > 0)
         set_recompute(
