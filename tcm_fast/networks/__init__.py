@@ -11,8 +11,9 @@ from tcm_fast.networks.edm2 import EDM2UNet
 from tcm_fast.networks.mp_layers import force_rows
 from tcm_fast.networks.precond import Precond
 from tcm_fast.networks.raw_network import RawNetwork
+from tcm_fast.networks.recognition import Weights
 
-__all__ = ["LOGVAR_CHANNELS", "NETWORKS", "Precond", "build_network", "force_rows"]
+__all__ = ["LOGVAR_CHANNELS", "NETWORKS", "Precond", "build_network", "force_rows", "recognise"]
 
 LOGVAR_CHANNELS = 128  # of the log-variance that EDM2 learns in pre-training
 NETWORKS: dict[str, Callable[..., RawNetwork]] = {
@@ -83,3 +84,19 @@ def build_network(
     if logvar_channels:
         sizes["logvar_channels"] = logvar_channels
     return Precond(model, **sizes, spec={"name": name, **sizes, **options})
+
+
+def recognise(weights: Weights) -> dict[str, Any]:
+    """The arguments of `build_network` for a network in somebody's file, whose family it is found out.
+
+    Raises:
+        ValueError: it is none of ours; the message says by what.
+    """
+    for network in NETWORKS.values():
+        family = getattr(network, "func", network)  # one with other defaults is a partial
+        if (spec := family.recognise(weights)) is not None:
+            return spec
+    raise ValueError(
+        "its network is of no family that is known here, or has no first convolution "
+        "model.enc.RxR_conv.weight"
+    )

@@ -1,6 +1,7 @@
 """ADM (Dhariwal & Nichol 2021) as EDM trains it on ImageNet-64 (Karras et al. 2022, table 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,9 @@ from tcm_fast.networks.layers import (
     UNetBlock,
     without_autocast,
 )
+from tcm_fast.networks.recognition import Weights
 from tcm_fast.networks.recompute import run_block
-from tcm_fast.networks.unet import EMBEDDING, Place, UNet, level_resolutions
+from tcm_fast.networks.unet import EMBEDDING, Place, UNet, edm_arguments, level_resolutions
 
 CHANNELS_PER_HEAD = 64
 
@@ -93,6 +95,14 @@ class DhariwalUNet(UNet):
         width = self.assemble(resolutions, widths, num_blocks, stem, widths[0], block)
         self.out_norm = GroupNorm(width, eps=1e-5)
         self.out_conv = Conv2d(width, out_channels, 3, gain=0, init="kaiming")
+
+    @classmethod
+    def owns(cls, names: Collection[str]) -> bool:
+        return "model.out_norm.weight" in names
+
+    @classmethod
+    def own_arguments(cls, weights: Weights, widths: list[int], stem: int) -> dict[str, Any]:
+        return {"name": "adm", **edm_arguments(weights, widths, 0)}
 
     def forward(
         self,

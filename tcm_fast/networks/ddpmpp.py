@@ -1,8 +1,9 @@
 """DDPM++ and NCSN++ as EDM trains them (Song et al. 2021; Karras et al. 2022, table 7)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,9 @@ from tcm_fast.networks.layers import (
     UNetBlock,
     without_autocast,
 )
+from tcm_fast.networks.recognition import Weights, filter_taps, multiples
 from tcm_fast.networks.recompute import run_block
-from tcm_fast.networks.unet import EMBEDDING, Place, UNet, level_resolutions
+from tcm_fast.networks.unet import EMBEDDING, Place, UNet, edm_arguments, level_resolutions
 
 
 class SongUNet(UNet):
@@ -126,6 +128,26 @@ class SongUNet(UNet):
         name = f"{img_resolution}x{img_resolution}_aux"
         self.dec[f"{name}_norm"] = GroupNorm(width, eps=1e-6)
         self.dec[f"{name}_conv"] = Conv2d(width, out_channels, 3, gain=1e-5)
+
+    @classmethod
+    def owns(cls, names: Collection[str]) -> bool:
+        has_block = any(name.endswith(".conv0.weight") for name in names)
+        return has_block and "model.out_norm.weight" not in names
+
+    @classmethod
+    def own_arguments(cls, weights: Weights, widths: list[int], stem: int) -> dict[str, Any]:
+        spec = edm_arguments(weights, widths, stem)
+        is_fourier = "model.map_noise.freqs" in weights.shapes
+        is_residual = any("_aux_residual." in name for name in weights.shapes)
+        filters = [n for n in weights.shapes if n.endswith("_down.conv0.resample_filter")]
+        noise = weights.shapes["model.map_layer0.weight"][1]
+        return spec | {
+            "name": "ncsnpp" if is_fourier or is_residual else "ddpmpp",
+            "embedding_type": "fourier" if is_fourier else "positional",
+            "channel_mult_noise": multiples([noise], stem)[0],
+            "encoder_type": "residual" if is_residual else "standard",
+            "resample_filter": filter_taps(weights, filters[0]) if filters else [1, 1],
+        }
 
     def forward(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from tcm_fast.kernels.resample import resample
 from tcm_fast.networks.layers import heads, without_autocast
 from tcm_fast.networks.mp_layers import MPConv, MPFourier, mp_silu
 from tcm_fast.networks.raw_network import Block
+from tcm_fast.networks.recognition import Weights, multiples
 from tcm_fast.networks.recompute import after_norm, run_block
 from tcm_fast.networks.unet import Place, UNet, level_resolutions
 
@@ -133,6 +136,7 @@ class EDM2UNet(UNet):
     """
 
     fp32_modules = ("emb_noise", "emb_label")
+    block_ends_in, attention_begins_with, constant_channels = "conv_res1", "attn_qkv", 1
 
     def __init__(
         self,
@@ -174,6 +178,33 @@ class EDM2UNet(UNet):
         stem = MPConv(in_channels + 1, widths[0], 3)
         width = self.assemble(resolutions, widths, num_blocks, stem, widths[0], block)
         self.out_conv = MPConv(width, out_channels, 3)
+
+    @classmethod
+    def owns(cls, names: Collection[str]) -> bool:
+        return any(name.endswith(".conv_res0.weight") for name in names)
+
+    @classmethod
+    def own_arguments(cls, weights: Weights, widths: list[int], stem: int) -> dict[str, Any]:
+        options, shapes = weights.options, weights.shapes
+        fixed = {"res_balance": RES_BALANCE, "attn_balance": ATTN_BALANCE,
+                 "concat_balance": CONCAT_BALANCE, "label_balance": LABEL_BALANCE,
+                 "clip_act": CLIP, "resample_filter": [1, 1]}  # fmt: skip
+        for name, value in fixed.items():
+            if options.get(name, value) != value:
+                raise ValueError(f"its {name} is {weights.shown(options[name])}, ours {value}")
+        if "model.emb_fourier.freqs" not in shapes or "model.emb_noise_r.weight" in shapes:
+            raise ValueError("its embedding of the noise level is not EDM2's")
+        model_channels = math.gcd(*widths)
+        recorded = options.get("model_channels", model_channels)
+        if type(recorded) is int and recorded > 0 and all(w % recorded == 0 for w in widths):
+            model_channels = recorded
+        return {
+            "name": "edm2",
+            "label_dim": shapes.get("model.emb_label.weight", (0, 0))[1],
+            "model_channels": model_channels,
+            "channel_mult": multiples(widths, model_channels),
+            "channels_per_head": int(weights.number("channels_per_head", 64)),
+        }
 
     def forward(
         self,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from tcm_fast.networks.mp_layers import MPConv
+from tcm_fast.networks.recognition import Weights
 
 
 class Block(nn.Module):
@@ -29,6 +32,12 @@ class RawNetwork(nn.Module):
 
     fp32_modules: tuple[str, ...] = ()
     """Children that compute in fp32 where the others do in 16 bits: the embeddings."""
+
+    @classmethod
+    def recognise(cls, weights: Weights) -> dict[str, Any] | None:
+        """The arguments of `build_network` for a network of this family in somebody's file; None for
+        others. ValueError where it has what the family lacks."""
+        return None
 
     @property
     def augmentation(self) -> nn.Linear | None:

@@ -3,8 +3,10 @@ of the activations."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from tcm_fast.config import require
 from tcm_fast.kernels.dropout import DropoutKey, dropout_mask
 from tcm_fast.networks.layers import fresh_key
 from tcm_fast.networks.raw_network import Block, RawNetwork
+from tcm_fast.networks.recognition import STEM, Weights, encoder_levels, multiples
 
 # Beyond the numbers of the dropout layers, which count up from 0, and below those that key noise.
 LABEL_LAYER = 0x7FFF_FFFF
@@ -91,6 +94,9 @@ class UNet(RawNetwork):
     `places` and `stem` are the names of the blocks and of the first convolution.
     """
 
+    block_ends_in, attention_begins_with, constant_channels = "conv1", "qkv", 0
+    """Names of a block's last convolution and of its attention's first; channels added to the image."""
+
     enc: nn.ModuleDict
     dec: nn.ModuleDict
     places: dict[str, Place]
@@ -164,6 +170,45 @@ class UNet(RawNetwork):
         assert not skips
         return width
 
+    @classmethod
+    def recognise(cls, weights: Weights) -> dict[str, Any] | None:
+        stems = [(name, m[1]) for name in weights.shapes if (m := STEM.fullmatch(name))]
+        if len(stems) != 1 or len(weights.shapes[stems[0][0]]) != 4 or not cls.owns(weights.shapes):
+            return None
+        stem, resolution = weights.shapes[stems[0][0]], int(stems[0][1])
+        levels = encoder_levels(weights, resolution, cls.block_ends_in)
+        attention = f"_block0.{cls.attention_begins_with}.weight"
+        if len({level.blocks for level in levels}) > 1:
+            raise ValueError("its levels have different numbers of blocks")
+        spec = {
+            "img_resolution": resolution,
+            "img_channels": stem[1] - cls.constant_channels,
+            "num_blocks": levels[0].blocks,
+            "attn_resolutions": [
+                level.resolution
+                for level in levels
+                if f"model.enc.{level.name}{attention}" in weights.shapes
+            ],
+            "dropout": float(weights.number("dropout", 0.0)),
+            **cls.own_arguments(weights, [level.width for level in levels], stem[0]),
+        }
+        rates = weights.resolutions("dropout_resolutions", "dout_resolutions")
+        if rates is not None:
+            known = [level.resolution for level in levels]
+            spec["dropout_resolutions"] = [res for res in rates if res in known]
+        return spec | {"label_dropout": float(weights.number("label_dropout", 0.0))}
+
+    @classmethod
+    def owns(cls, names: Collection[str]) -> bool:
+        """Whether a network with weights of these names is of this family."""
+        raise NotImplementedError
+
+    @classmethod
+    def own_arguments(cls, weights: Weights, widths: list[int], stem: int) -> dict[str, Any]:
+        """`name` and the arguments that the family has beside the common ones, from the widths of the
+        levels and of the first convolution."""
+        raise NotImplementedError
+
     @property
     def augmentation(self) -> nn.Linear | None:
         return getattr(self, "map_augment", None)
@@ -199,3 +244,24 @@ class UNet(RawNetwork):
         weights = (p for p in self.dec.parameters() if p.ndim == 4 and p.shape[-1] > 1)
         is_channels_last = next(weights).is_contiguous(memory_format=torch.channels_last)
         return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+def edm_arguments(weights: Weights, widths: list[int], model_channels: int) -> dict[str, Any]:
+    """The arguments that DDPM++, NCSN++ and ADM share; model_channels 0 is the width of the noise level's
+    embedding, as in ADM."""
+    shapes = weights.shapes
+    foreign = [n for n in shapes if re.search(r"_aux_(up|down|skip)\.|map_noise\.scale|_r\.", n)]
+    if foreign:
+        raise ValueError(f"its network has a part that ours lack, {weights.shown(foreign[0])}")
+    for name in ("map_layer0", "map_layer1"):
+        if len(shapes.get(f"model.{name}.weight", ())) != 2:
+            raise ValueError(f"its network has no model.{name}.weight")
+    embedding, noise = shapes["model.map_layer0.weight"]
+    model_channels = model_channels or noise
+    return {
+        "label_dim": shapes.get("model.map_label.weight", (0, 0))[1],
+        "augment_dim": shapes.get("model.map_augment.weight", (0, 0))[1],
+        "model_channels": model_channels,
+        "channel_mult": multiples(widths, model_channels),
+        "channel_mult_emb": multiples([embedding], model_channels)[0],
+    }
