@@ -147,6 +147,32 @@ def _check_samples(name: str, key: DropoutKey, n: int, device: torch.device) -> 
         raise ValueError(f"{name}: key.sample must be on {device}, got {key.sample.device}")
 
 
+def check_dropout(name: str, p: float, key: DropoutKey | None) -> None:
+    """ValueError for a dropout_p out of range, or without its dropout_key."""
+    if not 0 <= p < 1:
+        raise ValueError(f"{name}: dropout_p must be in [0,1), got {p}")
+    if p > 0 and key is None:
+        raise ValueError(f"{name}: dropout_key is required where dropout_p > 0, got None")
+
+
+def key_arguments(name: str, p: float, key: DropoutKey | None, n: int, device: torch.device):
+    """(sample, seed, step, layer, threshold) as an operator that drops takes them, checked; no key where
+    nothing is dropped."""
+    threshold = _threshold(name, p)
+    if threshold == 0:
+        return None, None, None, 0, 0
+    assert key is not None
+    _check_samples(name, key, n, device)
+    return *counters(name, key.seed, key.step, key.layer, key.sample), threshold
+
+
+def key_of(sample, seed, step, layer: int, threshold: int) -> DropoutKey | None:
+    """The key out of such arguments."""
+    if threshold == 0:
+        return None
+    return DropoutKey(seed=seed, step=step, layer=layer, sample=sample)
+
+
 def dropout_mask(
     key: DropoutKey,
     p: float,

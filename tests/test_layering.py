@@ -18,10 +18,10 @@ _C < kernels < config < runtime < data, networks < optim, objectives < checkpoin
 < evaluation, planning < training < interchange, drop_in < cli < __init__, __main__
 """
 OPERATIONS = """
-_backend < _triton < philox < dropout, precondition, _philox_triton
-< group_norm_silu, qkv_attention, consistency_loss, noise_pair, denoise_to_uint8, eight_bit
-< normalized_copy < fused_step, _pointwise
-< pixel_norm_mp_silu, mp_cat_mp_silu, modulate_mp_silu, mp_sum, resample, residual < __init__
+_backend < _triton < _common < philox < dropout, precondition, _philox_triton
+< group_norm_silu, qkv_attention, consistency_loss, noise_pair, denoise_to_uint8, eight_bit,
+normalized_copy, pixel_norm_mp_silu, mp_cat_mp_silu, modulate_mp_silu, mp_sum, resample, residual
+< fused_step < __init__
 """
 
 

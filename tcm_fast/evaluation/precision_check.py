@@ -19,7 +19,7 @@ from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.noise_pair import network_input, noise_pair
 from tcm_fast.kernels.precondition import denoise
 from tcm_fast.networks import Precond
-from tcm_fast.networks.precision import cast_names, in_precision
+from tcm_fast.networks.precision import in_precision
 from tcm_fast.objectives.noise_levels import inner_level
 from tcm_fast.runtime.arithmetic import PRECISIONS, tf32
 
@@ -139,7 +139,7 @@ def _rounding_to_tf32(net: Precond) -> Precond:
     """A copy whose convolutions and linear layers round their operands as tensor cores do."""
     rounded = copy.deepcopy(net)
     modules = dict(rounded.model.named_modules())
-    for name in cast_names(rounded.model):
+    for name in rounded.model.cast_names():
         path, _, leaf = name.rpartition(".")
         if leaf == "weight":
             modules[path].weight.data = _to_tf32(modules[path].weight.data)

@@ -1,6 +1,7 @@
 """ADM (Dhariwal & Nichol 2021) as EDM trains it on ImageNet-64 (Karras et al. 2022, table 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,9 @@ from tcm_fast.networks.layers import (
     UNetBlock,
     without_autocast,
 )
+from tcm_fast.networks.recognition import Weights
 from tcm_fast.networks.recompute import run_block
-from tcm_fast.networks.unet import UNet, level_resolutions
+from tcm_fast.networks.unet import EMBEDDING, Place, UNet, edm_arguments, level_resolutions
 
 CHANNELS_PER_HEAD = 64
 
@@ -42,6 +44,8 @@ class DhariwalUNet(UNet):
     Raises:
         ValueError: a resolution that cannot be halved often enough, widths that cannot be built.
     """
+
+    fp32_modules = EMBEDDING
 
     def __init__(
         self,
@@ -77,52 +81,28 @@ class DhariwalUNet(UNet):
         if self.map_label is not None:
             nn.init.normal_(self.map_label.weight)
 
-        layer = 0
-
-        def block(res: int, c_in: int, c_out: int, **options) -> UNetBlock:
-            nonlocal layer
-            layer += 1
+        def block(layer: int, c_in: int, c_out: int, at: Place) -> UNetBlock:
             return UNetBlock(
                 c_in, c_out, emb_channels,
-                layer=layer - 1, dropout=self.dropout_at(res), adaptive_scale=True, skip_scale=1.0,
-                channels_per_head=CHANNELS_PER_HEAD, resample_proj=False, eps=1e-5, init="kaiming",
-                init_last=0.0, init_attention=1.0, **options,
+                layer=layer, dropout=self.dropout_at(at.resolution), up=at.kind == "up",
+                down=at.kind == "down", attention=at.attends(attn_resolutions), adaptive_scale=True,
+                skip_scale=1.0, channels_per_head=CHANNELS_PER_HEAD, resample_proj=False, eps=1e-5,
+                init="kaiming", init_last=0.0, init_attention=1.0,
             )  # fmt: skip
 
         widths = [model_channels * mult for mult in channel_mult]
-        lowest = resolutions[-1]
-
-        self.enc = nn.ModuleDict()
-        skips: list[int] = []
-        width = in_channels
-        for res, c_out in zip(resolutions, widths, strict=True):
-            if res == img_resolution:
-                width = model_channels * channel_mult[0]
-                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, width, 3, init="kaiming")
-            else:
-                self.enc[f"{res}x{res}_down"] = block(res, width, width, down=True)
-            skips.append(width)
-            for index in range(num_blocks):
-                self.enc[f"{res}x{res}_block{index}"] = block(
-                    res, width, c_out, attention=res in attn_resolutions
-                )
-                skips.append(width := c_out)
-
-        self.dec = nn.ModuleDict()
-        for res, c_out in zip(reversed(resolutions), reversed(widths), strict=True):
-            if res == lowest:
-                self.dec[f"{res}x{res}_in0"] = block(res, width, width, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(res, width, width)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(res, width, width, up=True)
-            for index in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{index}"] = block(
-                    res, width + skips.pop(), c_out, attention=res in attn_resolutions
-                )
-                width = c_out
-        assert not skips
+        stem = Conv2d(in_channels, widths[0], 3, init="kaiming")
+        width = self.assemble(resolutions, widths, num_blocks, stem, widths[0], block)
         self.out_norm = GroupNorm(width, eps=1e-5)
         self.out_conv = Conv2d(width, out_channels, 3, gain=0, init="kaiming")
+
+    @classmethod
+    def owns(cls, names: Collection[str]) -> bool:
+        return "model.out_norm.weight" in names
+
+    @classmethod
+    def own_arguments(cls, weights: Weights, widths: list[int], stem: int) -> dict[str, Any]:
+        return {"name": "adm", **edm_arguments(weights, widths, 0)}
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.residual import residual
+from tcm_fast.networks.raw_network import Block
 from tcm_fast.networks.recompute import after_norm
 
 BOX_FILTER = (1, 1)
@@ -204,7 +205,7 @@ class FourierEmbedding(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], 1)
 
 
-class UNetBlock(nn.Module):
+class UNetBlock(Block):
     """The residual block of DDPM++, NCSN++ and ADM, with self-attention after it where asked for.
 
     forward(x [N,C,H,W], emb [N,emb_channels], dropout_key) -> [N,out_channels,H',W'] with H' = 2H
@@ -220,9 +221,6 @@ class UNetBlock(nn.Module):
         init: of the layers, "xavier" or "kaiming"; `init_last` is the gain of the layers that end a
             branch, `init_attention` that of the q, k, v layer.
     """
-
-    recompute_norms = recompute_whole = False
-    """What the backward pass computes again, see `tcm_fast.networks.recompute`."""
 
     def __init__(
         self,

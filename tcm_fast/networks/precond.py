@@ -10,6 +10,7 @@ from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.precondition import denoise, preconditioning
 from tcm_fast.networks.layers import without_autocast
 from tcm_fast.networks.mp_layers import MPConv, MPFourier
+from tcm_fast.networks.raw_network import RawNetwork
 
 
 class Precond(nn.Module):
@@ -29,7 +30,7 @@ class Precond(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: RawNetwork,
         *,
         img_resolution: int,
         img_channels: int,
@@ -112,6 +113,19 @@ class Precond(nn.Module):
         with without_autocast(t.device):
             return self.logvar_linear(self.logvar_fourier(t.log() / 4)).squeeze(1)
 
+    def log_variance_names(self) -> set[str]:
+        """The names of what `log_variance` computes with, in the state dict."""
+        return {name for name in self.state_dict() if name.startswith("logvar_")}
+
+    def pretraining_names(self) -> set[str]:
+        """The names of the inputs and outputs of pre-training, without which the network computes the
+        same."""
+        layer, names = self.model.augmentation, self.log_variance_names()
+        for path, module in self.named_modules():
+            if layer is not None and module is layer:
+                names |= {f"{path}.{name}" for name in module.state_dict()}
+        return names
+
     @property
     def _weights_dtype(self) -> torch.dtype:
         """Of the first convolution, which takes the images."""
@@ -140,7 +154,7 @@ class Precond(nn.Module):
             raise ValueError(f"labels: must be {expected}, got {list(labels.shape)}")
 
     def _check_augmentation(self, augment_labels: torch.Tensor, n: int) -> None:
-        layer = getattr(self.model, "map_augment", None)
+        layer = self.model.augmentation
         if layer is None:
             raise ValueError(
                 "augment_labels: the network has no input for them (augment_dim 0), "

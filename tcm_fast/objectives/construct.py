@@ -49,7 +49,7 @@ def build_objective(
     """
     kind, phase = OBJECTIVES[name], config.phase(name)
     student.train()
-    augmentation = getattr(student.model, "map_augment", None)
+    augmentation = student.model.augmentation
     if augmentation is not None:  # has a gradient only where something is augmented
         augmentation.requires_grad_(kind.augments(phase))
     set_recompute(student.model, norms=config.recompute_norms, blocks_from=config.recompute_blocks)

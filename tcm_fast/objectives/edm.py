@@ -38,7 +38,7 @@ class Edm(Objective[EdmConfig]):
     @classmethod
     def check(cls, config: EdmConfig, student: Precond) -> None:
         """ValueError where images are augmented and the network cannot be told how."""
-        layer = getattr(student.model, "map_augment", None)
+        layer = student.model.augmentation
         found = 0 if layer is None else layer.in_features
         if cls.augments(config) and found != AUGMENT_DIM:
             raise ValueError(

@@ -152,10 +152,9 @@ def load_weights(student: Precond, previous: Precond, phase: str) -> None:
     """Start a phase from another network's weights, but for the log-variance that pre-training alone
     learns. ValueError where the networks differ."""
     ours, theirs = student.state_dict(), previous.state_dict()
-    own = {name: value for name, value in ours.items() if name.startswith("logvar_")}
-    # Inputs and outputs of pre-training, without which a network computes the same.
-    unused = ("model.map_augment.", "logvar_")
-    theirs = own | {n: v for n, v in theirs.items() if n in ours or not n.startswith(unused)}
+    own = {name: ours[name] for name in student.log_variance_names()}
+    unused = previous.pretraining_names()
+    theirs = own | {n: v for n, v in theirs.items() if n in ours or n not in unused}
     wrong = [
         f"{name} is {list(theirs[name].shape) if name in theirs else 'missing'}, "
         f"must be {list(value.shape)}"

@@ -7,6 +7,7 @@ import torch
 
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.networks import Precond, build_network
+from tcm_fast.networks.raw_network import RawNetwork
 
 SMALL = {
     "model_channels": 8,
@@ -33,7 +34,7 @@ def batch(n=3):
     return 5 * torch.randn(n, 1, 8, 8, generator=generator), torch.logspace(-2, 1.9, n)
 
 
-class Constant(torch.nn.Module):
+class Constant(RawNetwork):
     """F = the network's input times c_noise: shows both."""
 
     def __init__(self):

@@ -6,6 +6,7 @@ import torch
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import cast_weights, is_derived
+from tcm_fast.networks.raw_network import RawNetwork
 from tcm_fast.networks.recompute import run_block, set_recompute
 
 WAYS = [{"norms": True}, {"blocks_from": 1}, {"blocks_from": 8}, {"norms": True, "blocks_from": 8}]
@@ -101,8 +102,8 @@ def test_without_gradients_nothing_is_kept_or_repeated():
 def test_the_kernels_numbers_stay_too(way, triton_device):
     net = network(model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[]).model
     block = net.dec["8x8_in0"].to(triton_device)
-    wrapper = torch.nn.Module()
-    wrapper.enc, wrapper.dec = torch.nn.ModuleDict(), torch.nn.ModuleDict({"8x8_in0": block})
+    wrapper = RawNetwork()
+    wrapper.block = block
     x = torch.randn(2, 8, 8, 8, device=triton_device).to(memory_format=torch.channels_last)
     emb = torch.randn(2, 32, device=triton_device)
     key = DropoutKey(seed=3, step=5, sample=torch.arange(2, device=triton_device))

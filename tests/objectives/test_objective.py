@@ -16,6 +16,7 @@ from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import make_copies
 from tcm_fast.networks.precond import Precond
+from tcm_fast.networks.raw_network import RawNetwork
 from tcm_fast.objectives import OBJECTIVES
 from tcm_fast.objectives.batch import make_batch, row_granule
 from tcm_fast.objectives.ect import Ect
@@ -304,7 +305,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Linear(torch.nn.Module):
+class Linear(RawNetwork):
     """A network of one operation each way: what is counted is the step's own work."""
 
     def __init__(self):
@@ -469,9 +470,9 @@ def test_a_step_normalises_each_weight_once_and_writes_none(monkeypatch):
     scaled = precision.normalized_copy
     monkeypatch.setattr(precision, "normalized_copy", lambda w: seen.append(w) or scaled(w))
     edm2_step(objective, plan, images, parts=4)
-    rows = precision.normalized_names(objective.student.model)
+    rows = objective.student.model.normalized_names()
     assert len(seen) == len(rows)  # for two networks, three passes and four micro-batches
-    assert not precision.normalized_names(objective.frozen.model)
+    assert not objective.frozen.model.normalized_names()
     edm2_step(objective, plan, images)
     assert len(seen) == len(rows)
     assert all(torch.equal(p, before[name]) for name, p in objective.student.named_parameters())
