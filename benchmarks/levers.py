@@ -22,7 +22,7 @@ import torch
 from tcm_fast.benchmarks.measure import write_record
 from tcm_fast.cli.plan import image_shape
 from tcm_fast.config import Config, from_dict, load_preset
-from tcm_fast.data.dataset import ImageStream
+from tcm_fast.data.stream import ImageStream
 from tcm_fast.optim.offload import PiecewiseOptimizer
 from tcm_fast.planning.cards import Card, this_device
 from tcm_fast.planning.memory_estimate import Counter, ImageShape, memory, with_levers

@@ -20,7 +20,8 @@ from tcm_fast.benchmarks.cases import CIFAR10, DIGITS, NARROW, NetworkShape
 from tcm_fast.benchmarks.official_edm2 import OfficialStyleEdm2
 from tcm_fast.benchmarks.official_style import OfficialStyleStep, OfficialStyleUNet, denoise
 from tcm_fast.config import Config, PhaseConfig
-from tcm_fast.data.dataset import ImageData, ImageStream
+from tcm_fast.data.dataset import ImageData
+from tcm_fast.data.stream import ImageStream
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.networks import Precond, build_network, force_rows
 from tcm_fast.networks.precision import is_derived, make_copies
@@ -29,7 +30,8 @@ from tcm_fast.objectives.objective import Batch, Objective, make_batch, row_gran
 from tcm_fast.optim.fused import Ema, FusedOptimizer, build_optimizer, learning_rate, set_rate
 from tcm_fast.runtime.arithmetic import PRECISIONS, tf32, training_settings
 from tcm_fast.runtime.cuda_graphs import CudaPlace, GraphCache
-from tcm_fast.sampling.sampler import Sampler, default_times, multistep
+from tcm_fast.sampling.sampler import Sampler
+from tcm_fast.sampling.solvers import default_times, multistep
 
 ITERATION = 10**6  # the schedule's end: r/t = 0.999
 LOSS_SCALE = 16.0

@@ -26,7 +26,7 @@ SHAPES = {"cifar10": (32, 3, 10, 50_000), "imagenet64": (64, 3, 1000, 1_281_167)
 
 @dataclass
 class Plan:
-    """Say what fits into a card's memory, how long a recipe takes there, and what fits into some hours."""
+    """What fits into a GPU's memory, how long a recipe takes, the longest schedule for a time budget."""
 
     preset: str | None = None
     """The recipe: see `tcm-fast plan --help` for the names."""
@@ -41,7 +41,7 @@ class Plan:
     gpus: int = 1
     """How many of them."""
     hours: float | None = None
-    """Find the largest schedule that so many hours hold."""
+    """Find the longest schedule that fits in so many hours."""
     price_per_hour: float | None = None
     """Of one GPU, in any currency."""
     calibrate: bool = False
@@ -80,7 +80,7 @@ def run_plan(args: Plan) -> int:
     plan = plan_run(settings, shape, card, gpus=args.gpus, rates=rates)
     title = f"{args.preset or settings.network.name} on {_many(args.gpus)}{card.name}"
     console.print(memory_table(plan, title))
-    console.print(_levers(plan), soft_wrap=True, highlight=False)
+    console.print(_memory_optimizations(plan), soft_wrap=True, highlight=False)
     if card.has_rates:
         console.print(time_table(plan, price))
         basis = "measured here" if rates else card.basis
@@ -98,7 +98,11 @@ def run_plan(args: Plan) -> int:
     if args.hours is not None:
         require(card.has_rates, "hours: need the card's speed, add --gpu NAME")
         fitted = fit_hours(args.settings, shape, card, args.hours, gpus=args.gpus, auto=True)
-        console.print(schedule_table(fitted, f"What {args.hours:g} h hold (computed, not run)"))
+        console.print(
+            schedule_table(
+                fitted, f"Longest schedule that fits in {args.hours:g} h (computed, not run)"
+            )
+        )
         if fitted.seconds > 0 and plan.seconds <= args.hours * 3600:
             console.print("The whole recipe fits.")
         console.print(
@@ -200,7 +204,7 @@ def schedule_table(plan: RunPlan, title: str) -> Table:
     table.add_row("steps", *(f"{p.images // p.batch_size:,}" for p in chosen))
     table.add_row("learning rate", *(f"{p.lr:.2g}" for p in chosen))
     table.add_row("dropout", *(f"{p.dropout:g}" for p in chosen))
-    table.add_row("average", *(p.ema[0] for p in chosen))
+    table.add_row("EMA", *(p.ema[0] for p in chosen))
     for name, label in (
         ("q", "q"), ("double", "doubling interval"), ("limit", "limit of r/t"), ("t_prime", "t'"),
     ):  # fmt: skip
@@ -222,17 +226,17 @@ def warnings_for(plan: RunPlan, shape: ImageShape) -> list[str]:
     return found
 
 
-def _levers(plan: RunPlan) -> str:
+def _memory_optimizations(plan: RunPlan) -> str:
     from tcm_fast.planning.memory_planner import chosen_levers
 
     found = chosen_levers(plan.config)
     if not found:
-        return "Levers: none needed."
+        return "Memory optimizations: none needed."
     flags = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
         for name, value in found.items()
     ]
-    return f"Levers: {' '.join(flags)} (or --memory auto)"
+    return f"Memory optimizations: {' '.join(flags)} (or --memory auto)"
 
 
 def duration(seconds: float) -> str:

@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tcm_fast.checkpoint import run_folder
 from tcm_fast.checkpoint.format import load_network
 from tcm_fast.config import Config, RatioConfig, changes, to_dict
-from tcm_fast.data.dataset import ImageStream, class_mapping, load_images
+from tcm_fast.data.dataset import class_mapping, load_images
+from tcm_fast.data.stream import ImageStream
 from tcm_fast.evaluation import metrics
 from tcm_fast.evaluation.features import feature_space
 from tcm_fast.kernels._backend import extension_gap
