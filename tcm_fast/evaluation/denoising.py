@@ -25,7 +25,7 @@ from tcm_fast.kernels.denoise_to_uint8 import to_uint8
 from tcm_fast.kernels.dropout import DropoutKey
 from tcm_fast.kernels.noise_pair import noise_pair
 from tcm_fast.networks import Precond
-from tcm_fast.sampling.sampler import T
+from tcm_fast.sampling.solvers import T
 
 TIMES = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, T)
 FEW = 256  # images of the readings that training takes
