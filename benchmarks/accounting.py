@@ -34,14 +34,6 @@ from tcm_fast.kernels import qkv_attention  # noqa: F401  defines the operators
 from tcm_fast.optim.fused import FusedOptimizer
 from tcm_fast.planning.throughput import Ceilings
 
-CATEGORIES = (
-    "convolution",
-    "matrix product",
-    "attention",
-    "normalisation and pointwise",
-    "optimizer",
-    "data",
-)
 # By substring of an operation's or kernel's name, first match wins.
 MARKS = {
     "optimizer": (

@@ -77,18 +77,15 @@ def check(
         inputs = inputs if chance else without_chance(small, inputs)
         return make_call(function, inputs, "both", seed)()
 
-    oracle_function = case.site.reference if provider.is_ours else plain(case)
-    chance = provider.is_ours and case.operation != "noise_pair"
-    if case.operation == "noise_pair":
-        oracle_function = plain(case)
+    takes_noise = case.operation == "noise_pair"  # as an argument, where ours draws it from the key
+    oracle_function = case.site.reference if provider.is_ours and not takes_noise else plain(case)
     assert oracle_function is not None
-    wrap = provider.make
-    if case.operation == "noise_pair" and provider.is_ours:
-        wrap = _without_noise(provider.make)
+    chance = provider.is_ours and not takes_noise
+    make = _without_noise(provider.make) if provider.is_ours and takes_noise else provider.make
     try:
         oracle = computed(oracle_function, wide=True, chance=chance)
         reference = computed(oracle_function, chance=chance)
-        found = computed(wrap, chance=chance)
+        found = computed(make, chance=chance)
     except Exception as error:  # a provider that fails is one that is not timed
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return wrong(found, reference, oracle, case.dtype, provider.is_ours)
@@ -115,11 +112,12 @@ def check_ends(case: Case, provider: Provider, device: torch.device | str) -> st
                 found[name] = torch.float64 if wide and x is case.dtype else x
         return found
 
-    reference = plain(case) if case.operation == "noise_pair" else case.site.reference
+    takes_noise = case.operation == "noise_pair"
+    reference = plain(case) if takes_noise else case.site.reference
     assert reference is not None
-    chosen = [without_chance(case, ends(wide)) for wide in (True, False)]
-    if case.operation != "noise_pair":
-        chosen = [ends(wide) for wide in (True, False)]
+    chosen = [ends(wide) for wide in (True, False)]
+    if takes_noise:
+        chosen = [without_chance(case, given) for given in chosen]
     try:
         with torch.no_grad():
             oracle, same = (tensors_of(reference(**given)) for given in chosen)

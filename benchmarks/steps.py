@@ -1,7 +1,7 @@
 """Whole training steps and sampling calls, ours beside the official style: what the step benchmarks time.
 
 Every provider trains the same network on the same images: it draws its noise levels, runs the networks,
-the optimizer and one average. Equality of loss and gradients is tested in
+the optimizer and one EMA. Equality of loss and gradients is tested in
 tests/benchmarks/test_official_style.py, for what a run times here in `check_losses`.
 """
 

@@ -63,7 +63,7 @@ GROUP_FUNCTIONS: dict[str, Callable[[Settings, Results, Say], Iterator[None]]] =
 
 def validate_interpreted() -> str:
     """Run the kernels' cases at tiny sizes in Triton's interpreter, in a process of their own (whether a
-    kernel is interpreted is settled when it is defined). Returns a sentence; a failure raises."""
+    kernel is interpreted is decided when it is defined). Returns a sentence; a failure raises."""
     command = [sys.executable, "-m", "tcm_fast.benchmarks.validate"]
     variables = {"TRITON_INTERPRET": "1", "TCM_FAST_BACKEND": "kernel", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)

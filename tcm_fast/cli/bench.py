@@ -20,7 +20,7 @@ BenchGroup = Literal["ops", "step", "sample", "memory", "all", "profile", "compa
 @dataclass
 class Bench:
     """Measure this machine: operations, training steps, sampling and memory beside plainly written
-    baselines, and a report of it. `compare A.json B.json` tells two results apart and ends with status 1
+    baselines, and a report of it. `compare A.json B.json` compares two results and ends with status 1
     where ours got slower or wrong; `profile` writes a trace of one step."""
 
     what: Positional[BenchGroup] = "all"

@@ -98,20 +98,22 @@ def run_eval(args: Eval) -> int:
     }
     if not workers.is_main:
         return 0
-    table = Table(title=f"{args.source}: {next(iter(reports.values())).num} samples, {space.name}")
+    first = next(iter(reports.values()))
+    table = Table(title=f"{args.source}: {first.num} samples, {space.name}")
     table.add_column("")
     for n in reports:
         table.add_column(
             "Heun" if n is None else f"{n} step{'s' if n > 1 else ''}", justify="right"
         )
     table.add_column("real", justify="right")
-    first = next(iter(reports.values()))
-    for name, real in first.metrics_real.items():
-        values = [r.metrics[name] for r in reports.values()]
-        table.add_row(name, *(f"{v:.3f}" for v in (*values, real)))
+    rows: dict[str, list[float | None]] = {
+        name: [*(r.metrics[name] for r in reports.values()), real]
+        for name, real in first.metrics_real.items()
+    }
     for label, name in EVAL_ROWS.items():
-        values = [getattr(r, name) for r in reports.values()]
-        values.append(getattr(first, f"{name}_real", None))
+        rows[label] = [getattr(r, name) for r in reports.values()]
+        rows[label].append(getattr(first, f"{name}_real", None))
+    for label, values in rows.items():
         table.add_row(label, *("" if v is None else f"{v:.3f}" for v in values))
     Console().print(table)
     return 0

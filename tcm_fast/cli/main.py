@@ -108,8 +108,8 @@ def _spin_briefly() -> None:
 
 
 def is_users_mistake(error: BaseException) -> bool:
-    """Whether our own code raised it, to tell the user something: what a library raises deep inside is
-    a defect of ours, and shows its traceback."""
+    """Whether our own code raised it, as a message for the user: what a library raises deep inside is a
+    defect of ours, and shows its traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -78,7 +78,8 @@ def run_plan(args: Plan) -> int:
         require(bool(args.settings.data.source), "calibrate: needs images, give --data")
         rates = {name: calibrate(settings, name) for name in settings.phases}
     plan = plan_run(settings, shape, card, gpus=args.gpus, rates=rates)
-    title = f"{args.preset or settings.network.name} on {_many(args.gpus)}{card.name}"
+    gpus = f"{args.gpus} x " if args.gpus > 1 else ""
+    title = f"{args.preset or settings.network.name} on {gpus}{card.name}"
     console.print(memory_table(plan, title))
     console.print(_memory_optimizations(plan), soft_wrap=True, highlight=False)
     if card.has_rates:
@@ -245,10 +246,6 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / unit:.0f} {name}" if unit < 3600 else f"{seconds / unit:.1f} {name}"
     return f"{seconds / 86400:.1f} days"
-
-
-def _many(gpus: int) -> str:
-    return f"{gpus} x " if gpus > 1 else ""
 
 
 def _table(title: str) -> Table:

@@ -22,8 +22,8 @@ class ImageStream:
     of ranks or whether the run was resumed.
 
     On CUDA the images are resident when they take less than a quarter of the free memory; otherwise
-    each batch is gathered into pinned host memory and copied without waiting. What `prefetch` was told is
-    gathered by a thread meanwhile: the pages of a mapped file may have to come from a disk.
+    each batch is gathered into pinned host memory and copied without waiting. A thread gathers
+    the positions given to `prefetch` meanwhile: the pages of a mapped file may have to come from a disk.
 
     Args:
         data: the images.

@@ -236,7 +236,7 @@ def random_feature_space(seed: int = 0, *, device: str | torch.device = "cpu") -
 
 
 def _initialise(layers: Iterable[nn.Module], generator: torch.Generator) -> None:
-    """He initialisation from a generator of one's own: the global one is nobody's to draw from."""
+    """He initialisation from a generator, so that torch's global one does not move."""
     for layer in layers:
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)

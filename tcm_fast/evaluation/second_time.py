@@ -39,7 +39,7 @@ def search_second_time(
         space: where distances are measured.
         num: samples of each time.
         lowest: where to begin; by default 0.1, or t' of a truncated network.
-        tried: told of each time and its distance.
+        tried: called with each time and its distance.
 
     Raises:
         ValueError: a pre-trained network, whose second step has no such time; a range without times.

@@ -148,7 +148,7 @@ def training_info(
 
 
 def _phase(found: Found) -> tuple[str | None, float | None]:
-    """The phase that a file tells of, and t' of a truncated network."""
+    """The phase that a file says, and t' of a truncated network."""
     loss = found.loss.get("class")
     if loss in ("EDMLoss", "EDM2Loss"):
         return "edm", None

@@ -1,4 +1,4 @@
-"""The network in somebody else's file, read as data: its tensors by our names, its options."""
+"""The network in another project's file, read as data: its tensors by our names, its options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
 
 @dataclass
 class Found:
-    """A network in somebody's file. `tensors` have our names; `options` are of the constructor."""
+    """A network in another project's file. `tensors` have our names; `options` are of the constructor."""
 
     tensors: dict[str, FileTensor]
     weights: str
@@ -51,7 +51,7 @@ def find_network(content: Any, weights: str | None = None) -> Found:
     if isinstance(network, Record):
         tensors: dict[str, FileTensor] = {}
         _collect(network, "", tensors, [0], 0)
-        # ECT and TCM have a class of one name; what tells them apart is in the source, as text.
+        # ECT and TCM have a class of one name; the difference is in the source, which is text.
         found = Found(
             tensors, chosen, network.kind[:80], _arguments(network), others=others,
             is_shifted=network.kind == CONSISTENCY and "sigma - self.sigma_min" in network.source,
@@ -78,11 +78,11 @@ def _candidates(content: Any) -> list[tuple[str, Any]]:
     inside = content.get("model") if isinstance(content.get("model"), dict) else None
     if inside is not None and not _is_network(inside):  # FastGen's
         content = inside
-    averages = content.get("ema")
-    if isinstance(averages, dict) and isinstance(averages.get("emas"), list):  # EDM2's states
-        stds = averages.get("stds")
+    ema = content.get("ema")
+    if isinstance(ema, dict) and isinstance(ema.get("emas"), list):  # EDM2's states
+        stds = ema.get("stds")
         stds = stds if isinstance(stds, list) else []
-        named = {f"ema-{std:g}": v for std, v in zip(stds, averages["emas"], strict=False)
+        named = {f"ema-{std:g}": v for std, v in zip(stds, ema["emas"], strict=False)
                  if isinstance(std, float)}  # fmt: skip
         content = content | named
     names = [n for n in content if isinstance(n, str) and re.fullmatch(r"[\w.\-]{1,40}", n)]

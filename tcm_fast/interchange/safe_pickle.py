@@ -41,7 +41,7 @@ def shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class Global:
-    """A name that the file refers to; it stands for nothing but itself."""
+    """A name that the file refers to; never looked up."""
 
     module: str
     name: str
@@ -342,7 +342,7 @@ class Machine:
         elif isinstance(target, Record):
             target.state = {**target.state, **_attributes(state)}
         elif isinstance(target, dict):
-            _attributes(state)  # of the dictionary itself: metadata that nobody needs
+            _attributes(state)  # of the dictionary itself: metadata that is not needed
         else:
             raise Refused(f"it gives attributes to something of type {type(target).__name__}")
 
