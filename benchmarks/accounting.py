@@ -33,14 +33,6 @@ from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.planning.counter import Counter
 from tcm_fast.planning.throughput import Ceilings
 
-CATEGORIES = (
-    "convolution",
-    "matrix product",
-    "attention",
-    "normalisation and pointwise",
-    "optimizer",
-    "data",
-)
 # By substring of an operation's or kernel's name, first match wins.
 MARKS = {
     "optimizer": (

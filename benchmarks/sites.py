@@ -31,7 +31,7 @@ from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import cast_weights
 from tcm_fast.objectives.batch import make_batch
 from tcm_fast.objectives.tcm import Tcm
-from tcm_fast.sampling import sampler
+from tcm_fast.sampling import sampler, solvers
 
 BATCH = (
     7  # of the network that is listened to: no width or group count is 7, so dim 0 tells the batch
@@ -236,7 +236,7 @@ def loop_sites(img_resolution: int, img_channels: int) -> tuple[Site, ...]:
     batch = make_batch(plan, part, images, None, seed=0, step=0)
     with listening(f"{img_channels}x{img_resolution}x{img_resolution}") as heard:
         objective(batch)
-        drawing = sampler.Sampler([net], sampler.multistep, [80.0], precision="bf16")
+        drawing = sampler.Sampler([net], solvers.multistep, [80.0], precision="bf16")
         drawing.draw(torch.arange(BATCH))
     sites = [dataclasses.replace(site, count=count) for site, count in heard.items()]
     return tuple(site for site in sites if site.operation not in _of_networks(net))

@@ -55,7 +55,7 @@ def look(pid: int) -> dict[str, float]:
     return found
 
 
-def judge(samples: list[dict[str, float]]) -> dict[str, Any]:
+def evaluate(samples: list[dict[str, float]]) -> dict[str, Any]:
     """Medians of the second and of the last quarter, their ratio, and whether nothing grew.
 
     The first half of the quarters holds imports, the phases' beginnings and the first checkpoint."""
@@ -119,7 +119,7 @@ def soak(minutes: float, every: float, folder: Path) -> dict[str, Any]:
     return {
         "minutes": minutes,
         "samples": len(samples),
-        **judge(measured),
+        **evaluate(measured),
         "time": shares(folder / "run" / "log.jsonl"),
         "track": samples[:: max(1, len(samples) // 60)],
     }
@@ -128,7 +128,7 @@ def soak(minutes: float, every: float, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between two readings")
     parser.add_argument("--out", type=Path, default=Path("soak.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """Whole training steps and sampling calls, ours beside the official style: what the step benchmarks time.
 
 Every provider trains the same network on the same images: it draws its noise levels, runs the networks,
-the optimizer and one average. Equality of loss and gradients is tested in
+the optimizer and one EMA. Equality of loss and gradients is tested in
 tests/benchmarks/test_official_style.py, for what a run times here in `check_losses`.
 """
 
@@ -20,7 +20,8 @@ from tcm_fast.benchmarks.cases import CIFAR10, DIGITS, NARROW, NetworkShape
 from tcm_fast.benchmarks.official_edm2 import OfficialStyleEdm2
 from tcm_fast.benchmarks.official_style import OfficialStyleStep, OfficialStyleUNet, denoise
 from tcm_fast.config import Config, PhaseConfig
-from tcm_fast.data.dataset import ImageData, ImageStream
+from tcm_fast.data.dataset import ImageData
+from tcm_fast.data.stream import ImageStream
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.networks import Precond, build_network, force_rows
 from tcm_fast.networks.precision import is_derived, make_copies
@@ -31,7 +32,8 @@ from tcm_fast.optim.ema import Ema
 from tcm_fast.optim.schedules import learning_rate
 from tcm_fast.runtime.arithmetic import PRECISIONS, tf32, training_settings
 from tcm_fast.runtime.cuda_graphs import CudaPlace, GraphCache
-from tcm_fast.sampling.sampler import Sampler, default_times, multistep
+from tcm_fast.sampling.sampler import Sampler
+from tcm_fast.sampling.solvers import default_times, multistep
 
 ITERATION = 10**6  # the schedule's end: r/t = 0.999
 LOSS_SCALE = 16.0

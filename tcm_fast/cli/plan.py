@@ -26,7 +26,7 @@ SHAPES = {"cifar10": (32, 3, 10, 50_000), "imagenet64": (64, 3, 1000, 1_281_167)
 
 @dataclass
 class Plan:
-    """Say what fits into a card's memory, how long a recipe takes there, and what fits into some hours."""
+    """What fits into a GPU's memory, how long a recipe takes, the longest schedule for a time budget."""
 
     preset: str | None = None
     """The recipe: see `tcm-fast plan --help` for the names."""
@@ -41,7 +41,7 @@ class Plan:
     gpus: int = 1
     """How many of them."""
     hours: float | None = None
-    """Find the largest schedule that so many hours hold."""
+    """Find the longest schedule that fits in so many hours."""
     price_per_hour: float | None = None
     """Of one GPU, in any currency."""
     calibrate: bool = False
@@ -78,9 +78,10 @@ def run_plan(args: Plan) -> int:
         require(bool(args.settings.data.source), "calibrate: needs images, give --data")
         rates = {name: calibrate(settings, name) for name in settings.phases}
     plan = plan_run(settings, shape, card, gpus=args.gpus, rates=rates)
-    title = f"{args.preset or settings.network.name} on {_many(args.gpus)}{card.name}"
+    gpus = f"{args.gpus} x " if args.gpus > 1 else ""
+    title = f"{args.preset or settings.network.name} on {gpus}{card.name}"
     console.print(memory_table(plan, title))
-    console.print(_levers(plan), soft_wrap=True, highlight=False)
+    console.print(_memory_optimizations(plan), soft_wrap=True, highlight=False)
     if card.has_rates:
         console.print(time_table(plan, price))
         basis = "measured here" if rates else card.basis
@@ -98,7 +99,11 @@ def run_plan(args: Plan) -> int:
     if args.hours is not None:
         require(card.has_rates, "hours: need the card's speed, add --gpu NAME")
         fitted = fit_hours(args.settings, shape, card, args.hours, gpus=args.gpus, auto=True)
-        console.print(schedule_table(fitted, f"What {args.hours:g} h hold (computed, not run)"))
+        console.print(
+            schedule_table(
+                fitted, f"Longest schedule that fits in {args.hours:g} h (computed, not run)"
+            )
+        )
         if fitted.seconds > 0 and plan.seconds <= args.hours * 3600:
             console.print("The whole recipe fits.")
         console.print(
@@ -202,7 +207,7 @@ def schedule_table(plan: RunPlan, title: str) -> Table:
     table.add_row("steps", *(f"{p.images // p.batch_size:,}" for p in chosen))
     table.add_row("learning rate", *(f"{p.lr:.2g}" for p in chosen))
     table.add_row("dropout", *(f"{p.dropout:g}" for p in chosen))
-    table.add_row("average", *(p.ema[0] for p in chosen))
+    table.add_row("EMA", *(p.ema[0] for p in chosen))
     schedules = [OBJECTIVES[p.name].schedule(config.phase(p.name)) for p in plan.phases]
     for label in dict.fromkeys(label for schedule in schedules for label in schedule):
         values = [schedule.get(label) for schedule in schedules]
@@ -223,17 +228,17 @@ def warnings_for(plan: RunPlan, shape: ImageShape) -> list[str]:
     return found
 
 
-def _levers(plan: RunPlan) -> str:
+def _memory_optimizations(plan: RunPlan) -> str:
     from tcm_fast.planning.memory_planner import chosen_levers
 
     found = chosen_levers(plan.config)
     if not found:
-        return "Levers: none needed."
+        return "Memory optimizations: none needed."
     flags = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
         for name, value in found.items()
     ]
-    return f"Levers: {' '.join(flags)} (or --memory auto)"
+    return f"Memory optimizations: {' '.join(flags)} (or --memory auto)"
 
 
 def duration(seconds: float) -> str:
@@ -242,10 +247,6 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / unit:.0f} {name}" if unit < 3600 else f"{seconds / unit:.1f} {name}"
     return f"{seconds / 86400:.1f} days"
-
-
-def _many(gpus: int) -> str:
-    return f"{gpus} x " if gpus > 1 else ""
 
 
 def _table(title: str) -> Table:

@@ -1,5 +1,5 @@
 """EDM's augmentation of small sets (Karras et al. 2022, appendix F.2): flips, scaling, rotation,
-anisotropic scaling and translation, with the parameters that the network is told of, so that they do not
+anisotropic scaling and translation, with the parameters as an input of the network, so that they do not
 leak into what it generates.
 
 An image's augmentation is a function of the key alone, (seed, step, sample number): the same whatever the

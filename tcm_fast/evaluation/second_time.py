@@ -15,7 +15,8 @@ from tcm_fast.evaluation.features import FeatureSpace
 from tcm_fast.evaluation.metrics import frechet_distance
 from tcm_fast.networks import Precond
 from tcm_fast.objectives import is_consistency
-from tcm_fast.sampling.sampler import T, sample
+from tcm_fast.sampling.sampler import sample
+from tcm_fast.sampling.solvers import T
 
 LOWEST, COARSE, ROUNDS = 0.1, 7, 3
 

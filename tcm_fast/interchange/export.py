@@ -18,7 +18,7 @@ from torch import nn
 from tcm_fast.checkpoint.format import replacing
 from tcm_fast.networks import Precond
 from tcm_fast.objectives import is_consistency
-from tcm_fast.sampling.sampler import default_times
+from tcm_fast.sampling.solvers import default_times
 
 LOGVAR_CHANNELS = 128  # of EDM2's published networks
 

@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 
 from tcm_fast.config import Config
-from tcm_fast.data.dataset import ImageData, ImageStream
+from tcm_fast.data.dataset import ImageData
+from tcm_fast.data.stream import ImageStream
 from tcm_fast.objectives.batch import Batch, make_batch, row_granule
 from tcm_fast.objectives.noise_levels import TimePlan
 from tcm_fast.runtime.distributed import Workers

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tcm_fast.objectives import is_consistency
-from tcm_fast.sampling.sampler import HEUN_STEPS
+from tcm_fast.sampling.solvers import HEUN_STEPS
 from tcm_fast.training.phase import PhaseResult
 
 NEXT = """Next:

@@ -95,7 +95,8 @@ def test_only_the_command_lines_parsing_needs_tyro(missing):
     code = f"""
 import sys
 sys.modules[{missing!r}] = None
-import tcm_fast.training.trainer, tcm_fast.sampler, tcm_fast.benchmarks.suite, tcm_fast.benchmarks.levers
+import tcm_fast.training.trainer, tcm_fast.sampling.sampler
+import tcm_fast.benchmarks.suite, tcm_fast.benchmarks.levers
 from tcm_fast.cli.main import main
 main(["train", "--preset", "digits"])
 """
@@ -257,7 +258,7 @@ def test_bench_compare_is_a_gate(tmp_path, capsys):
 
 
 def test_bench_writes_a_report_and_profile_a_trace(tmp_path, monkeypatch, capsys):
-    from tcm_fast.benchmarks import suite
+    from tcm_fast.benchmarks import suite, suite_steps
     from tcm_fast.benchmarks.results import Results, Row
     from tcm_fast.benchmarks.steps import StepCase
     from tcm_fast.benchmarks.validate import TINY
@@ -281,7 +282,7 @@ def test_bench_writes_a_report_and_profile_a_trace(tmp_path, monkeypatch, capsys
     assert "ops" in asked[-1].groups
     assert "WRONG: tcm_fast" in capsys.readouterr().out
 
-    monkeypatch.setattr(suite, "roofline_cases", lambda settings: [StepCase(TINY, 8)])
+    monkeypatch.setattr(suite_steps, "roofline_cases", lambda settings: [StepCase(TINY, 8)])
     assert run("bench", "profile", "--device", "cpu", "--out", tmp_path / "trace") == 0
     assert (tmp_path / "trace" / "trace.json").is_file()
     assert "module (forward, children included)" in capsys.readouterr().out
@@ -315,7 +316,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny, folder, tmp_path):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=600)
-    assert process.returncode == cli.STOPPED == 75
+    assert process.returncode == 75
     assert "--resume auto" in error
     resumed = error.strip().splitlines()[-1].partition("to go on: ")[2].split()
     assert resumed[:2] == ["tcm-fast", "train"]
@@ -437,8 +438,8 @@ def profile(settings, out):
         torch.ones(3) + 1
     return out
 
-stub = types.SimpleNamespace(Settings=lambda **_: None, profile=profile)
-sys.modules |= {"tcm_fast.benchmarks.suite": stub, "tcm_fast.benchmarks.report": stub}
+stub = types.SimpleNamespace(profile=profile)
+sys.modules |= {f"tcm_fast.benchmarks.{name}": stub for name in ("suite", "suite_steps", "report")}
 from tcm_fast.cli.main import main
 main(["bench", "profile", "--device", "cpu"])
 """

@@ -35,7 +35,7 @@ def test_a_card_that_nobody_has_here(capsys):
         assert word in out
     needed = re.search(r"needed, with 6 % for the allocator\s+([\d,\s]+)", out)
     assert max(int(n.replace(",", "")) for n in needed[1].split()) <= 7.25 * 1024
-    assert "Levers: --micro-batches" in out
+    assert "Memory optimizations: --micro-batches" in out
     assert "cost" in out
     assert "computed from its data sheet" in out
 
@@ -50,7 +50,7 @@ def test_only_its_memory_is_known(capsys):
 def test_a_schedule_for_the_hours(capsys):
     status, out, _ = ask(capsys, "--preset", "cifar10", "--gpu", "rtx4090", "--hours", "1")
     assert status == 0
-    assert "What 1 h hold (computed, not run)" in out
+    assert "Longest schedule that fits in 1 h (computed, not run)" in out
     assert "doubling interval" in out
     assert "tcm-fast train --preset cifar10 --data IMAGES --hours 1 --memory auto" in out
 

@@ -187,8 +187,11 @@ def test_files_that_are_no_feature_space(tmp_path, monkeypatch):
     torch.save(Payload(), bad)
     with pytest.raises(ValueError, match="must be a TorchScript module"):
         features.feature_space(str(bad))
-    with pytest.raises(ValueError, match="inception needs a file of weights"):
-        features.feature_space("inception")
+    for name in ("inception", "digits:test"):
+        with pytest.raises(
+            FileNotFoundError, match=f"{name} does not exist, expected digits, .* inception:"
+        ):
+            features.feature_space(name)
     with pytest.raises(FileNotFoundError, match="weights of inception are missing"):
         features.feature_space(f"inception:{tmp_path / 'missing.pth'}")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)

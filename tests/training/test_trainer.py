@@ -30,7 +30,8 @@ from tcm_fast.checkpoint import async_writer
 from tcm_fast.checkpoint.format import load_checkpoint, load_network
 from tcm_fast.checkpoint.run_folder import find_checkpoints, newest_checkpoint
 from tcm_fast.config import Config, from_dict, load_config
-from tcm_fast.data.dataset import ImageStream, load_images
+from tcm_fast.data.dataset import load_images
+from tcm_fast.data.stream import ImageStream
 from tcm_fast.evaluation import metrics
 from tcm_fast.kernels._backend import extension
 from tcm_fast.optim import fused

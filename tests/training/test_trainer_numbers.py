@@ -20,7 +20,7 @@ from tiny_runs import (
 from tcm_fast.checkpoint.format import load_checkpoint
 from tcm_fast.checkpoint.run_folder import newest_checkpoint
 from tcm_fast.config import GuardConfig
-from tcm_fast.data.dataset import ImageStream
+from tcm_fast.data.stream import ImageStream
 from tcm_fast.kernels._backend import extension
 from tcm_fast.training import phase_builder
 from tcm_fast.training import trainer as trainer_module
