@@ -441,16 +441,36 @@ def load_preset(name: str) -> Config:
 
 
 def load_config(path: str | Path) -> Config:
-    """Read a configuration from TOML, or from the JSON that a run has saved."""
+    """Read a configuration from TOML, or from the JSON that a run has saved. In TOML, `base = "cifar10"`
+    starts from a preset, and the table `[consistency]` holds what ect, tcm and cd have in common."""
     path = Path(path)
+    values = _read(path)
+    if path.suffix == ".json":
+        return from_dict(Config, from_earlier(values))
+    while (base := values.pop("base", None)) is not None:
+        require(base in preset_names(), f"base: {suggest(str(base), preset_names())}, got {base!r}")
+        values = _over(_read(PRESETS / f"{base}.toml"), values)
+    common = values.pop("consistency", {})
+    for name in ("ect", "tcm", "cd") if common else ():
+        values[name] = _over(common, values.get(name, {}))
+    return from_dict(Config, values)
+
+
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"config: no such file: {path}")
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {path} cannot be read: {error}") from None
-    return from_dict(Config, from_earlier(values) if path.suffix == ".json" else values)
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Two tables as one: what is above counts, table by table."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _over(below.get(key), value) for key, value in above.items()}
 
 
 NO_EFFECT = object()
