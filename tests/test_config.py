@@ -90,6 +90,30 @@ def test_values_out_of_range_are_refused(section, values, word):
         section(**values)
 
 
+def test_a_file_starts_from_a_preset(tmp_path):
+    """What it says itself counts, then what the consistency phases have in common."""
+    file = tmp_path / "own.toml"
+    file.write_text(
+        'base = "imagenet64-xl"\n[consistency]\nc = 0.1\nlr = 0.5\n'
+        "[tcm]\nbatch_size = 64\n[network]\nnum_blocks = 2\n"
+    )
+    own, base = load_config(file), load_preset("imagenet64-xl")
+    assert (own.ect.c, own.tcm.c, own.cd.c, base.tcm.c) == (0.1, 0.1, 0.1, 0.06)
+    assert own.ect.lr == base.ect.lr == 7e-4  # a phase's own value counts more
+    assert own.tcm == dataclasses.replace(base.tcm, c=0.1, batch_size=64)
+    assert own.network == dataclasses.replace(base.network, num_blocks=2)
+    assert own.edm == base.edm
+
+    file.write_text('base = "imagenet64-xs"\n')
+    with pytest.raises(
+        ValueError, match=r"base: unknown, did you mean 'imagenet64-.*', got 'imagenet64-xs'"
+    ):
+        load_config(file)
+    file.write_text("[consistency]\nlrr = 1.0\n")
+    with pytest.raises(ValueError, match=r"ect\.lrr: unknown, did you mean 'lr'"):
+        load_config(file)
+
+
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'cifar10'"):
         load_preset("cifar-10")
