@@ -24,7 +24,7 @@ from tcm_fast.cli.plan import image_shape
 from tcm_fast.config import Config, from_dict, load_preset
 from tcm_fast.planning.cards import Card, this_device
 from tcm_fast.planning.counter import Counter
-from tcm_fast.planning.memory_estimate import ImageShape, memory, with_levers
+from tcm_fast.planning.memory_estimate import ImageShape, memory
 from tcm_fast.planning.memory_planner import choose_levers
 from tcm_fast.training.phase import Phase
 from tcm_fast.training.trainer import Trainer
@@ -126,7 +126,7 @@ def measure(
     rows: list[Row] = []
     reference: list[torch.Tensor] | None = None
     for lever, changes in levers.items():
-        given = with_levers(replace(config, phases=(name,)), **changes)
+        given = replace(config, phases=(name,), **changes)
         with tempfile.TemporaryDirectory() as folder:
             found = held(given, name, f"{folder}/held")
             moments = first_moments(given, name, f"{folder}/moments")
@@ -167,7 +167,7 @@ def narrow(folder: Path, batch: int, channels: int = 64) -> Config:
     np.savez(folder / "images.npz", images=rng.integers(0, 256, (2 * batch, 32, 32, 3), np.uint8))
     network = {"model_channels": channels, "channel_mult": [1, 2], "num_blocks": 1}
     phase = {"batch_size": batch, "images": 16 * batch, "ema": ["power:6.94"]}
-    pairs = {"double": 1, "limit": 0.99}
+    pairs = {"stage_iterations": 1, "max_ratio": 0.99}
     return from_dict(
         Config,
         {

@@ -1,6 +1,6 @@
 """A recipe within a time budget, run and evaluated: python -m tcm_fast.benchmarks.recipe_study --data IMAGES
 
-All phases of a preset within so many minutes, as `tcm-fast train --hours` runs them; then, as its control,
+All phases of a preset within so many minutes, as `tcm-fast train --time-budget` runs them; then, as control,
 stage 1 continued for as many images as stage 2 had. Afterwards each checkpoint is evaluated: Fréchet distance
 of one-step and two-step samples to held-out images over the time that training had taken. Results go to a
 JSON file, curves and grids beside it.
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recipe_cpu.json"))
     args = parser.parse_args()
     config = load_preset(args.preset)
-    config = replace(config, data=replace(config.data, source=args.data), keep=1000)
+    config = replace(config, data=replace(config.data, source=args.data), keep_checkpoints=1000)
     card = this_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory() as scratch:
         out = args.runs or Path(scratch)

@@ -223,7 +223,7 @@ def network_sites(
 @functools.cache
 def loop_sites(img_resolution: int, img_channels: int) -> tuple[Site, ...]:
     """What a stage-2 step and a sampler call around the networks, which here are as small as can be."""
-    config = TcmConfig(batch_size=BATCH, rho=0.3, c=0.06)
+    config = TcmConfig(batch_size=BATCH, boundary_fraction=0.3, huber_c=0.06)
     net = build_network(
         "ddpmpp", img_resolution=img_resolution, img_channels=img_channels, model_channels=4,
         channel_mult=(1,), num_blocks=1, attn_resolutions=(),

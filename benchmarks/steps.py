@@ -162,9 +162,9 @@ def official_style_step(
         net.compile()
         if stage1 is not None:
             stage1.compile()
-    ratio = getattr(config, "limit", 0.999)
+    ratio = getattr(config, "max_ratio", 0.999)
     step = OfficialStyleStep(
-        net.train(), stage1, phase=case.phase, ratio=ratio, c=getattr(config, "c", 0.0),
+        net.train(), stage1, phase=case.phase, ratio=ratio, c=getattr(config, "huber_c", 0.0),
         lr=config.lr, log_normal=(config.t_mean, config.t_std),
     )  # fmt: skip
     images = torch.from_numpy(case.images()[: case.batch_size]).permute(0, 3, 1, 2).contiguous()

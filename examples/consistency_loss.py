@@ -13,7 +13,7 @@ from tcm_fast.objectives.ect import Ect
 
 def train(network, images, steps=60, lr=1e-2):
     """images: uint8 [N,C,H,W], or floating in [-1,1]."""
-    config = EctConfig(batch_size=len(images), c=0.03, q=2.0, double=20)
+    config = EctConfig(batch_size=len(images), c=0.03, q=2.0, stage_iterations=20)
     optimizer, losses = torch.optim.RAdam(network.parameters(), lr=lr), []
     for step in range(steps):
         plan = Ect.plan(config, seed=0, images_seen=step * len(images), iteration=step)
@@ -24,7 +24,7 @@ def train(network, images, steps=60, lr=1e-2):
         output = network(pair.input_t, t.log() / 4)
         with torch.no_grad():  # a network with dropout has to use the same masks here
             target = network(pair.input_r, r.log() / 4)
-        options = {"delta": delta, "c": config.c, "weighting": "inv_dt"}
+        options = {"delta": delta, "c": config.huber_c, "weighting": "inv_dt"}
         loss = consistency_loss(output, pair.x_t, t, target, pair.x_r, r, **options).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -81,13 +81,19 @@ def configured(
     for phase in phases:
         values[phase] |= {"batch_size": batch, "images": batch * steps, **(of_phase or {})}
         if (
-            "double" in values[phase]
-        ):  # ratio stages, and with them kinds of batches, change meanwhile
-            values[phase]["double"] = max(1, steps // 6)
+            "stage_iterations" in values[phase]
+        ):  # ratio stages, and with them kinds of batches, change
+            values[phase]["stage_iterations"] = max(1, steps // 6)
     values["network"] |= network or {}
     values["data"] |= {"source": str(folder / "images.npz"), "resolution": None}
     values["eval"] |= {"features": "", **settings.pop("eval", {})}
-    values |= {"phases": phases, "device": "cuda", "best": "", "max_steps": None, "memory": "given"}
+    values |= {
+        "phases": phases,
+        "device": "cuda",
+        "keep_best": "",
+        "max_steps": None,
+        "memory": "manual",
+    }
     values |= {"log_every": 10, "save_every": 25, "grid_every": 30, **settings}
     return from_dict(Config, values)
 
@@ -261,8 +267,8 @@ def cases() -> dict[str, Callable[[Path], str]]:
     for (preset, (size, network)), precision, (option, changes), graph in itertools.product(
         PRESETS.items(), PRECISIONS, OPTIONS.items(), ("auto", "off")
     ):
-        own = {k: v for k, v in changes.items() if k not in ("moments", "ema")}
-        of_phase = {k: v for k, v in changes.items() if k in ("moments", "ema")}
+        own = {k: v for k, v in changes.items() if k != "ema"}
+        of_phase = {k: v for k, v in changes.items() if k == "ema"}
         found[f"train {preset} {precision} {option} graph={graph}"] = partial(
             train, preset=preset, size=size, network=network, precision=precision,
             cuda_graph=graph, of_phase=of_phase, **own,

@@ -29,7 +29,7 @@ TINY = {
     "log_every": 2, "save_every": 3, "grid_every": 4,
 }  # fmt: skip
 PHASE = {"batch_size": 16, "images": 16 * 6, "dropout": 0.2, "lr": 1e-3, "ema": ["power:6.94"]}
-PAIRS = {"double": 4, "limit": 0.9, "c": 0.06}
+PAIRS = {"stage_iterations": 4, "max_ratio": 0.9, "huber_c": 0.06}
 
 
 def write_images(folder):

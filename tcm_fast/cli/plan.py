@@ -40,7 +40,7 @@ class Plan:
     """A card's memory, such as 8GiB, where the card is another."""
     gpus: int = 1
     """How many of them."""
-    hours: float | None = None
+    time_budget: float | None = None
     """Find the longest schedule that fits in so many hours."""
     price_per_hour: float | None = None
     """Of one GPU, in any currency."""
@@ -58,10 +58,11 @@ def run_plan(args: Plan) -> int:
 
     from tcm_fast.config import require
     from tcm_fast.planning.memory_planner import choose_levers, plan_run
-    from tcm_fast.training.time_budget import calibrate, fit_hours
+    from tcm_fast.training.time_budget import calibrate, fit_time_budget
 
     require(
-        args.hours is None or args.hours > 0, f"hours: must be positive, got {args.hours or 0:g}"
+        args.time_budget is None or args.time_budget > 0,
+        f"time_budget: must be positive, got {args.time_budget or 0:g}",
     )
     require(args.gpus >= 1, f"gpus: must be at least 1, got {args.gpus}")
     price = args.price_per_hour
@@ -96,19 +97,21 @@ def run_plan(args: Plan) -> int:
         )
     for warning in warnings_for(plan, shape):
         console.print(warning, soft_wrap=True, highlight=False)
-    if args.hours is not None:
-        require(card.has_rates, "hours: need the card's speed, add --gpu NAME")
-        fitted = fit_hours(args.settings, shape, card, args.hours, gpus=args.gpus, auto=True)
+    if args.time_budget is not None:
+        require(card.has_rates, "time_budget: need the card's speed, add --gpu NAME")
+        fitted = fit_time_budget(
+            args.settings, shape, card, args.time_budget, gpus=args.gpus, auto=True
+        )
         console.print(
             schedule_table(
-                fitted, f"Longest schedule that fits in {args.hours:g} h (computed, not run)"
+                fitted, f"Longest schedule that fits in {args.time_budget:g} h (computed, not run)"
             )
         )
-        if fitted.seconds > 0 and plan.seconds <= args.hours * 3600:
+        if fitted.seconds > 0 and plan.seconds <= args.time_budget * 3600:
             console.print("The whole recipe fits.")
         console.print(
             f"To run it: tcm-fast train --preset {args.preset or 'NAME'} --data IMAGES "
-            f"--hours {args.hours:g} --memory auto",
+            f"--time-budget {args.time_budget:g} --memory auto",
             soft_wrap=True,
             highlight=False,
         )

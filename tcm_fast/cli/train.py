@@ -37,7 +37,7 @@ class Train:
     """auto: continue the newest complete checkpoint of the run, or begin; or a checkpoint's folder."""
     config: Path | None = None
     """Start from this TOML file, or from the config.json of another run."""
-    hours: float | None = None
+    time_budget: float | None = None
     """Shorten the recipe to so many hours on this device: see `tcm-fast plan`."""
     settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
     """Every field of the configuration."""
@@ -90,7 +90,7 @@ def run_train(args: Train) -> int:
     resume: bool | Path = (
         False if args.resume is None else args.resume == "auto" or Path(args.resume)
     )
-    if args.hours is not None:
+    if args.time_budget is not None:
         return train_within(args, settings)
     from tcm_fast.training.phase import TrainingError
     from tcm_fast.training.summary import summary
@@ -128,12 +128,12 @@ def train_within(args: Train, settings: Config) -> int:
 
     assert args.out is not None
     if args.resume is not None:
-        raise ValueError("hours: a run with a time budget begins anew; leave out --resume")
+        raise ValueError("time_budget: a run with a time budget begins anew; leave out --resume")
     shape = image_shape(settings, args.preset, None)
     card = this_device(pick_device(settings.device))
     try:
         results = time_budget.train_within(
-            settings, args.out, args.hours or 0.0, shape, card, init=args.init,
+            settings, args.out, args.time_budget or 0.0, shape, card, init=args.init,
             say=lambda text: print(text, file=sys.stderr),
         )  # fmt: skip
     except (TrainingError, Interrupted) as stop:

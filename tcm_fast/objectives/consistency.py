@@ -29,7 +29,7 @@ class Consistency(Objective[P]):
     @property
     def c(self) -> float:
         """Constant of the pseudo-Huber distance."""
-        return self.config.c
+        return self.config.huber_c
 
     @classmethod
     def weighting(cls, plan: TimePlan, config: P, sigma_data: float) -> np.ndarray:
@@ -109,15 +109,19 @@ class RatioConsistency(Consistency[R]):
 
     @classmethod
     def schedule(cls, config: R) -> dict[str, float]:
-        return {"q": config.q, "doubling interval": config.double, "limit of r/t": config.limit}
+        return {
+            "q": config.q,
+            "doubling interval": config.stage_iterations,
+            "limit of r/t": config.max_ratio,
+        }
 
     @classmethod
     def smallest_gap(cls, config: R) -> float:
-        return 1 - config.limit
+        return 1 - config.max_ratio
 
     @classmethod
     def with_gap(cls, config: R, gap: float) -> R:
-        return replace(config, limit=min(config.limit, 1 - gap))
+        return replace(config, max_ratio=min(config.max_ratio, 1 - gap))
 
     @classmethod
     def shortened(cls, config: R, rate: float, steps: int, share: float) -> dict[str, Any]:
@@ -125,16 +129,16 @@ class RatioConsistency(Consistency[R]):
         remains to be learnt from pairs so close together drowns in the noise of fewer steps. The schedule
         reaches it after the same share of the phase."""
         before = config.images / config.batch_size
-        gap = min((1 - config.limit) * math.sqrt(before / steps), 0.25)
-        stages = math.log(1 / (1 - config.limit), config.q)
-        part = config.double * stages / before
+        gap = min((1 - config.max_ratio) * math.sqrt(before / steps), 0.25)
+        stages = math.log(1 / (1 - config.max_ratio), config.q)
+        part = config.stage_iterations * stages / before
         stages = max(math.log(1 / gap, config.q), 1.0)
-        schedule = {"limit": 1 - gap, "double": max(round(part * steps / stages), 1)}
+        schedule = {"max_ratio": 1 - gap, "stage_iterations": max(round(part * steps / stages), 1)}
         return super().shortened(config, rate, steps, share) | schedule
 
     @classmethod
     def without_schedule(cls, config: R) -> R:
-        return replace(config, double=1)
+        return replace(config, stage_iterations=1)
 
     def report(self, losses: np.ndarray, iteration: int) -> dict[str, float]:
         return super().report(losses, iteration) | {"ratio": ratio(self.config, iteration)}

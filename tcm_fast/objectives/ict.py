@@ -22,7 +22,7 @@ class Ict(Consistency[IctConfig]):
     @property
     def c(self) -> float:
         size = self.student.img_channels * self.student.img_resolution**2
-        return self.config.c or 0.00054 * math.sqrt(size)
+        return self.config.huber_c or 0.00054 * math.sqrt(size)
 
     @classmethod
     def distribution(cls, config: IctConfig) -> str:

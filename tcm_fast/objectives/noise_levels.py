@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from tcm_fast.config import IctConfig, RatioConfig
+from tcm_fast.config import T_MAX, T_MIN, IctConfig, RatioConfig
 
 # Where a sample's target comes from, in the order in which a batch is sorted: each network has one end
 # of the batch, so that either may take some rows too many and its number of rows stay the same.
@@ -72,7 +72,7 @@ def draw_t(
     return np.clip(t, low, high)  # exp(log(x)) can miss x by an ulp
 
 
-def karras_grid(levels: int, t_min: float = 0.002, t_max: float = 80.0) -> np.ndarray:
+def karras_grid(levels: int, t_min: float = T_MIN, t_max: float = T_MAX) -> np.ndarray:
     """levels + 1 noise levels from t_min to t_max, float64 (Karras et al. 2022, eq. 5, rho = 7)."""
     ramp = np.linspace(0, 1, levels + 1)
     return (t_min ** (1 / 7) + ramp * (t_max ** (1 / 7) - t_min ** (1 / 7))) ** 7
@@ -87,7 +87,7 @@ def ict_levels(config: IctConfig, iteration: int, iterations: int) -> int:
 
 def ict_grid(config: IctConfig, iteration: int, iterations: int) -> np.ndarray:
     """The noise levels of iCT at an iteration, float64, rising."""
-    return karras_grid(ict_levels(config, iteration, iterations), config.t_min, config.t_max)
+    return karras_grid(ict_levels(config, iteration, iterations), T_MIN, T_MAX)
 
 
 Distribution = Callable[[np.ndarray, Any, int, int], np.ndarray]
@@ -101,14 +101,14 @@ def lognormal(u: np.ndarray, config: Any, *_: int) -> np.ndarray:
 
 
 def truncated_lognormal(u: np.ndarray, config: Any, *_: int) -> np.ndarray:
-    """ln t ~ N(t_mean, t_std²) on [t_min, t_max]."""
-    return draw_t(u, mean=config.t_mean, std=config.t_std, low=config.t_min, high=config.t_max)
+    """ln t ~ N(t_mean, t_std²) on [0.002, 80]."""
+    return draw_t(u, mean=config.t_mean, std=config.t_std, low=T_MIN, high=T_MAX)
 
 
 def truncated_student_t(u: np.ndarray, config: Any, *_: int) -> np.ndarray:
-    """ln t ~ Student-t with df degrees of freedom, location t_mean and scale t_std, on [t_prime, t_max]."""
+    """ln t ~ Student-t with df degrees of freedom, location t_mean and scale t_std, on [t_prime, 80]."""
     return draw_t(
-        u, mean=config.t_mean, std=config.t_std, df=config.df, low=config.t_prime, high=config.t_max
+        u, mean=config.t_mean, std=config.t_std, df=config.student_t_df, low=config.t_prime, high=T_MAX
     )  # fmt: skip
 
 
@@ -133,8 +133,8 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 
 def ratio(config: RatioConfig, iteration: int) -> float:
     """r/t far from zero: min(1 - 1/q^(stage+1), limit) with stage = iteration // double (ECT)."""
-    stage = iteration // config.double
-    return min(1 - config.q ** -(stage + 1.0), config.limit)
+    stage = iteration // config.stage_iterations
+    return min(1 - config.q ** -(stage + 1.0), config.max_ratio)
 
 
 def inner_level(t: np.ndarray, ratio: float, r_min: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:

@@ -38,10 +38,10 @@ class Tcm(RatioConsistency[TcmConfig]):
         iterations: int,
     ) -> TimePlan:
         size = config.batch_size
-        quota = math.floor(config.rho * size)
+        quota = math.floor(config.boundary_fraction * size)
         if quota == 0:
             raise ValueError(
-                f"batch_size: must leave at least one boundary sample, rho={config.rho:g} of "
+                f"batch_size: must leave at least one boundary sample, rho={config.boundary_fraction:g} of "
                 f"{size} is less than one"
             )
         boundary = np.zeros(size, bool)
@@ -70,7 +70,9 @@ class Tcm(RatioConsistency[TcmConfig]):
         stage1 = before.get(Ect.name)
         if not isinstance(stage1, EctConfig):
             return config
-        return replace(config, q=stage1.q, double=stage1.double, limit=stage1.limit)
+        return replace(
+            config, q=stage1.q, stage_iterations=stage1.stage_iterations, max_ratio=stage1.max_ratio
+        )
 
     def report(self, losses: np.ndarray, iteration: int) -> dict[str, float]:
         consistency, boundary = losses.tolist()

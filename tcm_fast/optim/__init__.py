@@ -27,6 +27,7 @@ def build_optimizer(
     growth_interval: int = 2000,
     capturable: bool = False,
     offload: bool = False,
+    moments: str = "fp32",
 ) -> TrainingOptimizer:
     """The phase's optimizer with its constants: fused, or offloaded, where the extension supports the
     parameters' device, else torch's.
@@ -38,6 +39,7 @@ def build_optimizer(
         scale, growth_interval: the loss scale, None without one.
         capturable: steps will be captured in CUDA graphs.
         offload: moments and EMAs are in host memory.
+        moments: fp32, bf16 or 8bit.
 
     Raises:
         ValueError: `offload` or the moments' form need the extension.
@@ -46,8 +48,6 @@ def build_optimizer(
     constants: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
         "max_norm": config.grad_clip,
         "emas": [ema.average for ema in emas],
         "scale": scale,
@@ -58,8 +58,8 @@ def build_optimizer(
         assert not any(normalized or ())
         if offload:
             raise ValueError("offload: needs the extension, see tcm-fast doctor")
-        if config.moments != "fp32":
-            raise ValueError(f"moments: {config.moments} needs the extension, see tcm-fast doctor")
+        if moments != "fp32":
+            raise ValueError(f"moments: {moments} needs the extension, see tcm-fast doctor")
         return TORCH_OPTIMIZERS[config.optimizer](weights, capturable=capturable, **constants)
     fused = PiecewiseOptimizer if offload else FusedOptimizer
     return fused(
@@ -67,6 +67,6 @@ def build_optimizer(
         config.optimizer,
         copies=copies,
         normalized=normalized,
-        moments=config.moments,
+        moments=moments,
         **constants,
     )

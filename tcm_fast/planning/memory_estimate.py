@@ -108,8 +108,7 @@ def _what_counts(config: Config, name: str) -> Config:
     that are alike are counted once."""
     phase = OBJECTIVES[name].without_schedule(config.phase(name))
     plain = dataclasses.replace(
-        phase, images=0, lr=1.0, warmup_images=0, decay_start=None, ema=("constant:0",), moments="fp32",
-        dropout=0.1 * (phase.dropout > 0), weight_decay=0.0,
+        phase, images=0, lr=1.0, decay_start=None, ema=("constant:0",), dropout=0.1 * (phase.dropout > 0),
     )  # fmt: skip
     levers = {
         key: getattr(config, key)
@@ -223,11 +222,11 @@ def memory(
     """
     phase = config.phase(name)
     step = step or dry_step(config, name, shape, on_gpu=on_gpu)
-    moments = 2 * sum(moment_size(count, phase.moments) for count in step.elements)
+    moments = 2 * sum(moment_size(count, config.moments) for count in step.elements)
     averages = 4 * step.parameters * len(phase.ema)
     workspace, host = 0, 0
     if config.offload:
-        pieces = piece_sizes(step.elements, len(phase.ema), phase.moments)
+        pieces = piece_sizes(step.elements, len(phase.ema), config.moments)
         workspace = max(grads for _, grads in pieces)  # gradients of a piece, scaled
         workspace += max(state for state, _ in pieces) * min(SLOTS, len(pieces))
         host = moments + averages
@@ -244,12 +243,3 @@ def memory(
         images=2 * batch + (0 if on_gpu else shape.count * shape.bytes),
         host=host,
     )
-
-
-def with_levers(config: Config, **changes: Any) -> Config:
-    """The configuration with other levers; `moments` is that of every phase."""
-    moments = changes.pop("moments", None)
-    if moments is not None:
-        for name in dict.fromkeys(config.phases):
-            changes[name] = dataclasses.replace(config.phase(name), moments=moments)
-    return dataclasses.replace(config, **changes)

@@ -92,16 +92,16 @@ class Keeper:
         self.settle(waits=True)
         every = self.config.milestone_every
         is_milestone = phase.step == phase.steps or bool(every and phase.step % every == 0)
-        judged = {"frechet": self.measure(phase)} if self.config.best == "frechet" else {}
+        judged = {"frechet": self.measure(phase)} if self.config.keep_best == "frechet" else {}
         with timed(self.spent, "saving"):
             contents = self._contents(phase, judged)
             if self._writer is not None and self.workers.is_main:
                 self._keep_folder()
                 self._writer.submit(
                     contents,
-                    keep=self.config.keep,
+                    keep=self.config.keep_checkpoints,
                     milestone=is_milestone,
-                    best=self.config.best,
+                    best=self.config.keep_best,
                 )
         if is_last:
             self.workers.on_main(lambda: self.settle(waits=True, must=True))

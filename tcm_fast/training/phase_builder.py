@@ -143,6 +143,7 @@ class Assembly:
             growth_interval=SCALE_GROWTH_INTERVAL,
             capturable=captures,
             offload=self.config.offload,
+            moments=self.config.moments,
         )
         return Phase(
             name=name,
@@ -200,7 +201,7 @@ class Assembly:
         rules = [EmaRule.parse(rule) for rule in config.phase(name).ema]
         if config.snapshot_every and all(rule.kind != "power" for rule in rules):
             raise ValueError(f"snapshot_every: {name}.ema must have a power:GAMMA, got none")
-        if config.best == "frechet" and not config.eval.features:
+        if config.keep_best == "frechet" and not config.eval.features:
             raise ValueError("best: frechet needs a feature space, give one with --eval.features")
         if config.gradient_dtype == "bf16" and self.device.type == "cpu" and self.workers.world > 1:
             raise ValueError(

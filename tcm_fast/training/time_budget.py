@@ -29,7 +29,7 @@ FEWEST_JUDGED = 256  # samples; a distance of fewer says nothing
 CPU_ROWS = 32  # images of a step that is measured on a CPU
 
 
-def fit_hours(
+def fit_time_budget(
     config: Config,
     shape: ImageShape,
     card: Card,
@@ -59,7 +59,7 @@ def fit_hours(
     Raises:
         ValueError: no time, or too little for the phases' first steps.
     """
-    require(hours > 0, f"hours: must be positive, got {hours:g}")
+    require(hours > 0, f"time_budget: must be positive, got {hours:g}")
     seconds = hours * 3600 * (1 - RESERVE)
     if auto:
         config = replace(config, micro_batches=1)
@@ -100,7 +100,7 @@ def fit_hours(
     name = min(steps, key=lambda n: steps[n])
     require(
         steps[name] >= fewest,
-        f"hours: {hours:g} h hold {steps[name]} steps of phase {name}, at least {fewest} are "
+        f"time_budget: {hours:g} h hold {steps[name]} steps of phase {name}, at least {fewest} are "
         f"needed: {hours * fewest / max(steps[name], 1) * 1.05:.2g} h, or a smaller network",
     )
     return plan
@@ -114,7 +114,7 @@ def calibrate(config: Config, name: str, *, seconds: float = 3.0) -> float:
     if not torch.cuda.is_available() or config.device == "cpu":
         rows = min(rows, CPU_ROWS)
     small = replace(config, **{name: replace(phase, batch_size=rows)}, micro_batches=1)  # type: ignore[arg-type]
-    small = replace(small, phases=(phase_name(name),), snapshot_every=0, memory="given")
+    small = replace(small, phases=(phase_name(name),), snapshot_every=0, memory="manual")
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(small, folder)
         rate = trainer.measure(name, seconds=seconds)
@@ -166,7 +166,7 @@ def train_within(
     begun = time.monotonic()
     end = begun + hours * 3600 * (1 - RESERVE)
     auto = config.memory == "auto"
-    plan = fit_hours(config, shape, card, hours, auto=auto)
+    plan = fit_time_budget(config, shape, card, hours, auto=auto)
     width, precision = plan.config.network.model_channels, plan.config.precision
     whole = plan.config
     rates: dict[str, float] = {name: calibrate(whole, name) for name in config.phases}
@@ -183,7 +183,7 @@ def train_within(
         hours_left = max(end - now, 0.0) / 3600 / (1 - RESERVE)
         rest = replace(config, phases=left)
         effective: dict[str, float] = {n: rates[n] / slower for n in left}
-        plan = fit_hours(
+        plan = fit_time_budget(
             rest, shape, card, hours_left, rates=effective, width=width, auto=auto,
             fewest=1 if done else FEWEST_STEPS, precision=precision,
         )  # fmt: skip

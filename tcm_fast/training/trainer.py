@@ -97,7 +97,7 @@ class Trainer:
         self.config, self.out = config, Path(out)
         self.workers = distributed.join(config.device)
         self.device = self.workers.device
-        self.stop = StopRequest(config.max_hours, has_peers=self.workers.world > 1)
+        self.stop = StopRequest(config.stop_after, has_peers=self.workers.world > 1)
         data = config.data
         with warnings.catch_warnings():
             if not self.workers.is_main:  # one rank says it
@@ -167,7 +167,7 @@ class Trainer:
         chosen = self.workers.on_main(
             lambda: choose_levers(config, self.image_shape, card, gpus=world)
         )
-        return replace(chosen, memory="given")
+        return replace(chosen, memory="manual")
 
     # ---- step by step ---------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ def test_the_parameter_count_is_the_published_one():
 @pytest.mark.parametrize("iteration", [50_000, 100_000])
 def test_loss_and_gradients_are_the_same(weighting, iteration):
     """With dropout on: the baseline gets our counter-based masks, for the whole batch in its own order."""
-    config = TcmConfig(batch_size=SIZE, c=0.06, weighting=weighting)
+    config = TcmConfig(batch_size=SIZE, huber_c=0.06, weighting=weighting)
     (ours, theirs), (our_stage1, their_stage1) = pair(1), pair(2)
     plan = Tcm.plan(config, seed=4, images_seen=0, iteration=iteration)
     part = plan.parts(1)[0]
@@ -94,7 +94,7 @@ def assert_gradients_agree(ours, theirs):
 def test_the_other_phases_are_the_same(phase):
     """Pre-training and stage 1, with dropout on."""
     ours, theirs = pair(5)
-    changes = {"batch_size": SIZE} | ({} if phase == "edm" else {"c": 0.06})
+    changes = {"batch_size": SIZE} | ({} if phase == "edm" else {"huber_c": 0.06})
     config = dataclasses.replace(Config().phase(phase), **changes)
     plan = OBJECTIVES[phase].plan(config, seed=4, images_seen=0, iteration=50_000)
     part = plan.parts(1)[0]

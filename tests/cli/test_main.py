@@ -148,19 +148,20 @@ def test_a_phase_from_a_file(tiny, folder, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert run("train", "--config", tiny, "--data", folder, "--out", first, "--phase", "ect") == 0
     command = ["train", "--config", tiny, "--data", folder, "--out", second, "--phase", "tcm"]
-    assert run(*command, "--init", first, "--tcm.rho", "0.5") == 0
+    assert run(*command, "--init", first, "--tcm.boundary_fraction", "0.5") == 0
     saved = json.loads((second / "config.json").read_text())
-    assert saved["tcm"]["rho"] == 0.5
+    assert saved["tcm"]["boundary_fraction"] == 0.5
     assert saved["phases"] == ["tcm"]
 
 
 def test_flags_override_the_preset():
     argv = (
-        "train --preset digits --tcm.rho 0.5 --max-steps 7 --network.channel-mult 1 1 --data.flip"
+        "train --preset digits --tcm.boundary-fraction 0.5 --max-steps 7 --network.channel-mult 1 1"
     )
+    argv += " --data.flip"
     args = parse(argv.split())
     preset = load_preset("digits")
-    assert args.settings.tcm.rho == 0.5
+    assert args.settings.tcm.boundary_fraction == 0.5
     assert args.settings.tcm.lr == preset.tcm.lr
     assert args.settings.max_steps == 7
     assert args.settings.network.channel_mult == (1, 1)
@@ -177,7 +178,10 @@ def test_flags_override_the_preset():
         (["train", "--preset", "digits", "--config", "x.toml"], "--preset or --config, not both"),
         (["train", "--config", "missing.toml"], "no such file: missing.toml"),
         (["train", "--preset", "digits", "--data", "nowhere"], "nowhere"),
-        (["train", "--preset", "digits", "--tcm.rho", "1.5"], "tcm.rho"),
+        (
+            ["train", "--preset", "digits", "--tcm.boundary_fraction", "1.5"],
+            "tcm.boundary_fraction",
+        ),
         (
             ["train", "--preset", "imagenet64-s", "--data", "digits", "--data.resolution", "8"],
             "attn_resolutions: .* got 16",
@@ -203,7 +207,7 @@ def test_a_mistake_is_one_sentence_and_status_2(argv, message, tmp_path, monkeyp
 def test_a_typo_in_a_flag_suggests_the_right_one(capsys):
     assert run("train", "--preset", "digits", "--tcm.roh", "0.3") == 2
     shown = capsys.readouterr()
-    assert "--tcm.rho" in shown.out + shown.err
+    assert "--tcm.boundary_fraction" in shown.out + shown.err
 
 
 def test_a_typo_in_a_file_suggests_the_right_one(tmp_path, capsys):

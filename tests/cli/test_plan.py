@@ -48,18 +48,18 @@ def test_only_its_memory_is_known(capsys):
 
 
 def test_a_schedule_for_the_hours(capsys):
-    status, out, _ = ask(capsys, "--preset", "cifar10", "--gpu", "rtx4090", "--hours", "1")
+    status, out, _ = ask(capsys, "--preset", "cifar10", "--gpu", "rtx4090", "--time-budget", "1")
     assert status == 0
     assert "Longest schedule that fits in 1 h (computed, not run)" in out
     assert "doubling interval" in out
-    assert "tcm-fast train --preset cifar10 --data IMAGES --hours 1 --memory auto" in out
+    assert "tcm-fast train --preset cifar10 --data IMAGES --time-budget 1 --memory auto" in out
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--hours", "0"], "hours: must be positive, got 0"),
-        (["--hours", "-3"], "hours: must be positive, got -3"),
+        (["--time-budget", "0"], "time_budget: must be positive, got 0"),
+        (["--time-budget", "-3"], "time_budget: must be positive, got -3"),
         (["--gpu", "rtx4096"], "gpu: "),
         (["--gpu-memory", "much"], "gpu-memory: must be an amount of memory"),
         (["--gpus", "0"], "gpus: must be at least 1, got 0"),

@@ -170,9 +170,9 @@ def test_a_batch_without_a_boundary_sample_is_refused():
         Tcm.plan(TcmConfig(batch_size=3), seed=0, images_seen=0)
 
 
-@pytest.mark.parametrize(("limit", "share"), [(0.999, 0.270), (0.9961, 0.323)])
+@pytest.mark.parametrize(("max_ratio", "share"), [(0.999, 0.270), (0.9961, 0.323)])
 def test_share_of_targets_that_need_stage_1(limit, share):
-    config = TcmConfig(batch_size=100_000, limit=limit)
+    config = TcmConfig(batch_size=100_000, max_ratio=limit)
     plan = Tcm.plan(config, seed=0, images_seen=0, iteration=10**6)
     assert (plan.source == STAGE1).mean() == pytest.approx(share, abs=0.005)
 
@@ -184,7 +184,7 @@ def test_share_of_stage_1_targets_that_are_images(iteration, share):
 
 
 def test_the_original_ect_is_an_option():
-    config = EctConfig(batch_size=50_000, r_min=0.0, truncate=False)
+    config = EctConfig(batch_size=50_000, truncate=False)
     plan = Ect.plan(config, seed=0, images_seen=0)
     assert (plan.r[plan.source == IMAGE] == 0).all()
     assert plan.t.max() > 80
@@ -209,4 +209,4 @@ def calls_of_a_plan(size):
 
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        TcmConfig().rho = 0.5
+        TcmConfig().boundary_fraction = 0.5

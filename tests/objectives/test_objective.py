@@ -97,7 +97,7 @@ def naive_loss(name, config, plan, objective, images):
         target = denoised(net, x_r, r).detach()
         distance = torch.sqrt(((denoised(student, x_t, t) - target) ** 2).sum() + objective.c**2)
         loss = (distance - objective.c) / (t - r)
-        quota = int(config.rho * SIZE) if name == "tcm" else 0
+        quota = int(config.boundary_fraction * SIZE) if name == "tcm" else 0
         if name == "tcm" and t == config.t_prime:
             boundary += loss / quota
         else:
@@ -108,7 +108,7 @@ def naive_loss(name, config, plan, objective, images):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("iteration", [0, 100_000])
 def test_a_step_is_the_formula(name, iteration):
-    fields = {} if name in ("edm", "ict") else {"c": 0.06}
+    fields = {} if name in ("edm", "ict") else {"huber_c": 0.06}
     config, plan, objective, images = problem(name, iteration=iteration, **fields)
     loss, _, grad = run(objective, plan, images)
     expected, student = naive_loss(name, config, plan, objective, images)
@@ -122,7 +122,7 @@ def test_a_step_is_the_formula(name, iteration):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("parts", [2, 4, SIZE])
 def test_micro_batches_do_not_change_a_step(name, parts):
-    fields = {} if name in ("edm", "ict") else {"c": 0.06}
+    fields = {} if name in ("edm", "ict") else {"huber_c": 0.06}
     _, plan, objective, images = problem(name, dropout=0.3, **fields)
     loss, stats, grad = run(objective, plan, images)
     cut_loss, cut_stats, cut_grad = run(objective, plan, images, parts)
@@ -318,7 +318,7 @@ class Linear(RawNetwork):
 
 @pytest.mark.parametrize("iteration", [30_000, 10**6])
 def test_a_step_launches_at_most_ten_times_outside_the_networks(iteration, triton_device):
-    config = TcmConfig(batch_size=SIZE, c=0.06)
+    config = TcmConfig(batch_size=SIZE, huber_c=0.06)
     plan = Tcm.plan(config, seed=SEED, images_seen=0, iteration=iteration)
     student, frozen = (
         Precond(Linear(), img_resolution=8, img_channels=2, spec={}).to(triton_device)
@@ -351,7 +351,7 @@ def test_a_step_costs_four_passes_in_operations(batch_size, allowed):
     """Beside one forward pass of the whole batch. The first convolution has no gradient to its input:
     a little less than 2 for the backward pass. At batch 16 rounding up costs most of what the split
     saves."""
-    config = TcmConfig(batch_size=batch_size, c=0.06)
+    config = TcmConfig(batch_size=batch_size, huber_c=0.06)
     plan = Tcm.plan(config, seed=SEED, images_seen=0, iteration=10**6)
     objective = Tcm(config, network(1).train(), network(2))
     images = torch.randint(0, 256, (batch_size, 2, 8, 8)).to(torch.uint8)
@@ -448,7 +448,7 @@ def edm2_problem(name, **fields):
 @pytest.mark.parametrize("name", ["edm", "ect", "tcm"])
 def test_normalising_once_a_step_does_not_change_it(name, monkeypatch):
     """Against a network that normalises in every forward, in the graph."""
-    config, plan, images = edm2_problem(name, **({} if name == "edm" else {"c": 0.06}))
+    config, plan, images = edm2_problem(name, **({} if name == "edm" else {"huber_c": 0.06}))
     frozen = edm2(2, 0.2) if name == "tcm" else None
     once = OBJECTIVES[name](config, edm2(1, 0.2).train(), frozen)
     each = OBJECTIVES[name](config, edm2(1, 0.2).train(), frozen)

@@ -9,7 +9,7 @@ from tiny_runs import PHASE, TINY, events, train, weights, write_images
 
 from tcm_fast.checkpoint.format import load_network
 from tcm_fast.checkpoint.run_folder import newest_checkpoint, read_state
-from tcm_fast.config import Config, ConsistencyConfig, from_dict
+from tcm_fast.config import T_MAX, T_MIN, Config, ConsistencyConfig, from_dict
 from tcm_fast.kernels.consistency_loss import WEIGHTINGS
 from tcm_fast.objectives import OBJECTIVES
 from tcm_fast.objectives.batch import make_batch
@@ -58,7 +58,7 @@ class Toy(Consistency[ToyConfig]):
 
 
 def log_uniform(u, config, iteration, iterations):
-    return config.t_min * (config.t_max / config.t_min) ** u
+    return T_MIN * (T_MAX / T_MIN) ** u
 
 
 def inv_t(t, r, delta, sigma_data):
@@ -73,7 +73,9 @@ def toy(monkeypatch):
     monkeypatch.setitem(WEIGHTINGS, "inv_t", inv_t)
     own = PHASE | {"images": 16 * 4, "ema": tuple(PHASE["ema"])}
     run = from_dict(ToyRun, TINY | {"edm": PHASE | {"images": 16 * 2}, "grid_every": 100})
-    return replace(run, toy=ToyConfig(**own, c=0.06, weighting="inv_t"), phases=("edm", "toy"))
+    return replace(
+        run, toy=ToyConfig(**own, huber_c=0.06, weighting="inv_t"), phases=("edm", "toy")
+    )
 
 
 def test_it_is_planned_by_its_functions(toy):

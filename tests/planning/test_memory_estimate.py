@@ -9,7 +9,7 @@ from tcm_fast.kernels._backend import extension
 from tcm_fast.planning.memory_estimate import ImageShape, memory
 
 PHASE = {"batch_size": 16, "images": 16 * 3, "dropout": 0.2, "lr": 1e-3, "ema": ["power:6.94"]}
-PAIRS = {"double": 1, "limit": 0.9, "c": 0.06}
+PAIRS = {"stage_iterations": 1, "max_ratio": 0.9, "huber_c": 0.06}
 LEVERS = {
     "none": {},
     "norms": {"recompute_norms": True},
@@ -34,7 +34,7 @@ def config(source, channels=32, **changes):
     network = {
         "model_channels": channels, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8],
     }  # fmt: skip
-    phase = PHASE | {k: changes.pop(k) for k in ("moments", "ema", "batch_size") if k in changes}
+    phase = PHASE | {k: changes.pop(k) for k in ("ema", "batch_size") if k in changes}
     values = {"data": {"source": str(source)}, "network": network, "edm": phase}
     values |= {"ect": phase | PAIRS, "tcm": phase | PAIRS, "grid_every": 100} | changes
     return from_dict(Config, values)

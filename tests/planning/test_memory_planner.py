@@ -24,7 +24,7 @@ SHAPE = ImageShape(16, 3, 0, 1000)
 
 
 def small(**changes):
-    pairs = PHASE | {"double": 10, "limit": 0.95}
+    pairs = PHASE | {"stage_iterations": 10, "max_ratio": 0.95}
     values = {"network": SMALL, "edm": PHASE, "ect": pairs, "tcm": pairs} | changes
     return from_dict(Config, values)
 

@@ -78,7 +78,7 @@ def test_three_phases_leave_everything_behind(images, tmp_path):
 
 def test_each_phase_starts_from_the_previous_average(images, tmp_path):
     out = tmp_path / "run"
-    train(tiny(images, keep=9), out)
+    train(tiny(images, keep_checkpoints=9), out)
     folder = out / "checkpoints"
     ect, tcm = (load_checkpoint(folder / f"{name}-000000096") for name in ("ect", "tcm"))
     assert_equal(tcm.network_tensors("stage1"), ect.network_tensors("ema-0"))
@@ -417,8 +417,15 @@ def test_without_the_boundary_loss_stage_2_collapses(tmp_path):
     nothing but the boundary loss ties the student to the data. Small steps (r/t = 0.97) and a high
     learning rate stand in for the length of a real run."""
     phase = {"batch_size": 64, "dropout": 0.0, "ema": ["power:6.94"], "images": 64 * 400}
-    pairs = phase | {"c": 0.03, "double": 50, "limit": 0.95, "lr": 1e-3}
-    loose = {"t_mean": 2.0, "t_std": 1.0, "df": 100.0, "limit": 0.97, "double": 1, "lr": 3e-3}
+    pairs = phase | {"huber_c": 0.03, "stage_iterations": 50, "max_ratio": 0.95, "lr": 1e-3}
+    loose = {
+        "t_mean": 2.0,
+        "t_std": 1.0,
+        "student_t_df": 100.0,
+        "max_ratio": 0.97,
+        "stage_iterations": 1,
+        "lr": 3e-3,
+    }
     values = {
         "data": {"source": "digits", "resolution": 4},
         "network": {
@@ -624,17 +631,26 @@ def test_images_that_vanish_do_not_stop_a_run(images, no_pictures, tmp_path, mon
 
 def test_milestones_are_kept(images, no_pictures, tmp_path):
     config = tiny(
-        images, phases=["edm"], save_every=1, keep=1, milestone_every=4, edm={"images": 16 * 10}
+        images,
+        phases=["edm"],
+        save_every=1,
+        keep_checkpoints=1,
+        milestone_every=4,
+        edm={"images": 16 * 10},
     )
     train(config, tmp_path / "run")
     found = [load_checkpoint(f.path).state for f in find_checkpoints(tmp_path / "run")]
     assert [state["images"] // 16 for state in found] == [4, 8, 9, 10]
     with pytest.raises(ValueError, match="best: frechet needs a feature space"):
-        Trainer(tiny(images, best="frechet"), tmp_path / "other")
+        Trainer(tiny(images, keep_best="frechet"), tmp_path / "other")
 
 
 def test_the_best_is_kept(images, no_pictures, tmp_path):
-    changes = {"best": "frechet", "eval": {"features": "random", "num": 64}, "keep": 1}
+    changes = {
+        "keep_best": "frechet",
+        "eval": {"features": "random", "num": 64},
+        "keep_checkpoints": 1,
+    }
     train(tiny(images, phases=["edm"], save_every=2, **changes), tmp_path / "run")
     kept = {
         state["images"]: state["metrics"]["frechet"]
@@ -669,12 +685,11 @@ def test_exact_resume_of_all_state(precision, backend, images, no_pictures, tmp_
     moments = {"moments": short} if backend == "fused" else {}
     phase = {
         "ema": ["power:16.97", "halflife:1000", "power:6.94"], "grad_clip": 0.5, "decay_start": 2,
-        "warmup_images": 64, **moments,
     }  # fmt: skip
     config = tiny(
         images, ect=phase, tcm=phase, phases=["ect", "tcm"], precision=precision,
         network={"class_conditional": True}, data={"source": str(images), "flip": True},
-        snapshot_every=2, grid_every=1000,
+        snapshot_every=2, grid_every=1000, **moments,
     )  # fmt: skip
     train(config, tmp_path / "whole")
     for steps in (2, 4):

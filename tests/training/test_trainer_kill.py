@@ -210,8 +210,8 @@ def test_a_second_run_in_the_folder_is_refused(config, tmp_path):
 def test_the_time_limit_saves_and_says_so(config, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tcm_fast", "train", "--config", str(config), "--out",
-         str(tmp_path / "run"), "--max-hours", "1e-9"],
+         str(tmp_path / "run"), "--stop-after", "1e-9"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 75, done.stderr
-    assert "edm: stopped after 16 images, saved (--max-hours 1e-09 are over)" in done.stderr
+    assert "edm: stopped after 16 images, saved (--stop-after 1e-09 hours are over)" in done.stderr

@@ -11,7 +11,7 @@ from tcm_fast.kernels._backend import extension
 from tcm_fast.training.trainer import Trainer
 
 PHASE = {"batch_size": 8, "images": 8 * 4, "dropout": 0.2, "lr": 1e-3, "ema": ["power:6.94"]}
-PAIRS = {"double": 4, "limit": 0.9, "c": 0.06}
+PAIRS = {"stage_iterations": 4, "max_ratio": 0.9, "huber_c": 0.06}
 LEVERS = {
     "norms": {"recompute_norms": True},
     "blocks": {"recompute_blocks": 4},

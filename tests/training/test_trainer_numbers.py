@@ -70,7 +70,7 @@ def logged(out, event):
 
 def test_a_gradient_that_is_not_finite_skips_the_step(optimizer, images, tmp_path, monkeypatch):
     """The step changes nothing: neither weights nor moments nor averages; it is counted and logged."""
-    config = tiny(images, phases=["edm"], save_every=1, keep=9)
+    config = tiny(images, phases=["edm"], save_every=1, keep_checkpoints=9)
     spoil_gradient(monkeypatch, {2}, value=np.inf)
     train(config, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
