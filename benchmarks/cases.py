@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from tcm_fast.benchmarks.sites import COMPUTE, KeyLike, Like, Site, loop_sites, network_sites
 from tcm_fast.config import load_preset
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import noise_pair_reference
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -64,7 +64,7 @@ class Case:
                 # On the device, for a graph: all of it is read there.
                 numbers = torch.tensor([3, seed], device=device)
                 sample = torch.arange(self.batch, device=device)
-                found[name] = DropoutKey(
+                found[name] = PhiloxKey(
                     seed=numbers[0], step=numbers[1], layer=like.layer, sample=sample
                 )
                 continue

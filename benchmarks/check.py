@@ -11,7 +11,7 @@ import torch
 
 from tcm_fast.benchmarks.cases import Call, Case, Inputs, plain, tensors_of
 from tcm_fast.benchmarks.sites import Like
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import NOISE_LAYER
 from tcm_fast.kernels.philox import philox_normal
 
@@ -103,7 +103,7 @@ def check_ends(case: Case, provider: Provider, device: torch.device | str) -> st
     def ends(wide: bool) -> Inputs:
         found: Inputs = {}
         for name, x in inputs.items():
-            if isinstance(x, DropoutKey):
+            if isinstance(x, PhiloxKey):
                 found[name] = x.select(torch.tensor(rows, device=device))
             elif isinstance(x, torch.Tensor):
                 x = x.detach()[rows] if name in per_image else x.detach()

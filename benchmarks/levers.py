@@ -132,7 +132,7 @@ def measure(
             moments = first_moments(given, name, f"{folder}/moments")
             trainer = Trainer(given, f"{folder}/speed")
             rate = trainer.measure(name, seconds=seconds)
-            trainer.keeper.close()
+            trainer.checkpoints.close()
         reference = moments if reference is None else reference
         difference = relative_difference(moments, reference)
         predicted = memory(given, name, shape, on_gpu=card.on_gpu).total

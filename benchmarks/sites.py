@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tcm_fast.networks
 import tcm_fast.objectives
 from tcm_fast.config import TcmConfig
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import cast_weights
 from tcm_fast.objectives.batch import make_batch
@@ -60,7 +60,7 @@ class Like:
 
 @dataclass(frozen=True)
 class KeyLike:
-    """A DropoutKey argument."""
+    """A PhiloxKey argument."""
 
     layer: int
 
@@ -147,7 +147,7 @@ def _listened() -> list[ModuleType]:
 def _described(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return Like.of(value)
-    if isinstance(value, DropoutKey):
+    if isinstance(value, PhiloxKey):
         return KeyLike(0)  # the layer's number changes the mask, not the work
     return value
 
@@ -214,7 +214,7 @@ def network_sites(
         size = (BATCH, img_channels, img_resolution, img_resolution)
         x, t = torch.empty(size, dtype=COMPUTE), torch.ones(BATCH)
         labels = torch.zeros(BATCH, label_dim) if label_dim else None
-        key = DropoutKey(seed=0, step=0, sample=torch.arange(BATCH))
+        key = PhiloxKey(seed=0, step=0, sample=torch.arange(BATCH))
         with listening(name) as heard, _kernels_in_their_places():
             net.raw(x, t, labels, dropout_key=key, weights=cast_weights(net, COMPUTE))
     return tuple(dataclasses.replace(site, count=count) for site, count in heard.items())

@@ -26,7 +26,7 @@ from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.networks import Precond, build_network, force_rows
 from tcm_fast.networks.precision import is_derived, make_copies
 from tcm_fast.objectives import OBJECTIVES
-from tcm_fast.objectives.batch import Batch, make_batch, row_granule
+from tcm_fast.objectives.batch import Batch, make_batch, row_multiple_for
 from tcm_fast.optim import build_optimizer
 from tcm_fast.optim.ema import Ema
 from tcm_fast.optim.schedules import learning_rate
@@ -222,7 +222,9 @@ class OurStep:
         names = tuple(map(str, range(classes)))
         data = ImageData(images, labels, "noise", names)
         self.stream = ImageStream(data, seed=0, device=device)
-        self.granule = row_granule(config.batch_size, device) if split else config.batch_size
+        self.row_multiple = (
+            row_multiple_for(config.batch_size, device) if split else config.batch_size
+        )
         self.graphs: GraphCache | None = None
         if graphs:
             self.graphs = GraphCache(CudaPlace(device), self.optimizer.capturing)
@@ -236,7 +238,7 @@ class OurStep:
         (part,) = plan.parts(1)
         return make_batch(
             plan, part, *self.stream.batch(seen + part), seed=0, step=self.count,
-            granule=self.granule,
+            row_multiple=self.row_multiple,
         )  # fmt: skip
 
     def work(self, batch: Batch) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 import tcm_fast
 from tcm_fast.config import EctConfig
-from tcm_fast.kernels import DropoutKey, consistency_loss, noise_pair
+from tcm_fast.kernels import PhiloxKey, consistency_loss, noise_pair
 from tcm_fast.objectives.ect import Ect
 
 
@@ -20,7 +20,7 @@ def train(network, images, steps=60, lr=1e-2):
         levels = (plan.t, plan.r, plan.delta)
         t, r, delta = (torch.from_numpy(v).float().to(images.device) for v in levels)
         sample = torch.arange(len(images), device=images.device)
-        pair = noise_pair(images, t, r, DropoutKey(seed=0, step=step, sample=sample))
+        pair = noise_pair(images, t, r, PhiloxKey(seed=0, step=step, sample=sample))
         output = network(pair.input_t, t.log() / 4)
         with torch.no_grad():  # a network with dropout has to use the same masks here
             target = network(pair.input_r, r.log() / 4)

@@ -31,7 +31,7 @@ from tcm_fast.kernels._triton import (
     tl,
     triton,
 )
-from tcm_fast.kernels.dropout import DropoutKey, check_dropout, dropout, key_arguments, key_of
+from tcm_fast.kernels.dropout import PhiloxKey, check_dropout, dropout, key_arguments, key_of
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -82,7 +82,7 @@ def group_norm_silu_reference(
 
 
 @triton.jit
-def _hold(x, PACKS: tl.constexpr):
+def _reload_barrier(x, PACKS: tl.constexpr):
     """x itself, in a way that no compiler sees through (%ctaid.z is 0, which they do not know): what
     is held are two 16-bit values in a register, not the fp32 values that they were converted to before.
     """
@@ -214,7 +214,9 @@ def _group_norm_silu_fwd_kernel(
         slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            d = tl.where(inside, _hold(held[tile], PACKS).to(tl.float32) - average[None, :], 0.0)
+            d = tl.where(
+                inside, _reload_barrier(held[tile], PACKS).to(tl.float32) - average[None, :], 0.0
+            )
             slot_rest += d
             slot_spread += d * d
     else:
@@ -261,7 +263,7 @@ def _group_norm_silu_fwd_kernel(
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _hold(held[tile], PACKS).to(tl.float32) - origin[None, :]
+            v = _reload_barrier(held[tile], PACKS).to(tl.float32) - origin[None, :]
             out = _finish(v, p, first, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
                           keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
             tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
@@ -379,8 +381,8 @@ def _group_norm_silu_bwd_kernel(
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _hold(held_x[tile], PACKS).to(tl.float32) - origin[None, :]
-            g = _grad_z(v, _hold(held_g[tile], PACKS), slope, offset, SILU, ASM)
+            v = _reload_barrier(held_x[tile], PACKS).to(tl.float32) - origin[None, :]
+            g = _grad_z(v, _reload_barrier(held_g[tile], PACKS), slope, offset, SILU, ASM)
             out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
             if HAS_ADD:
                 slot_add += tl.where(inside, out, 0.0)
@@ -770,7 +772,7 @@ def group_norm_silu(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_key: DropoutKey | None = None,
+    dropout_key: PhiloxKey | None = None,
     with_x: bool = False,
 ) -> Any:
     """dropout(silu((1 + scale) · GN(x + add) + shift)).

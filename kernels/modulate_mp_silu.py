@@ -27,7 +27,7 @@ from tcm_fast.kernels._common import (
 )
 from tcm_fast.kernels._philox_triton import is_kept
 from tcm_fast.kernels._triton import Variant, gradients, launch, runs_triton, tl, triton
-from tcm_fast.kernels.dropout import DropoutKey, check_dropout, dropout, key_arguments, key_of
+from tcm_fast.kernels.dropout import PhiloxKey, check_dropout, dropout, key_arguments, key_of
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ def modulate_mp_silu(
     gain: torch.Tensor,
     *,
     dropout_p: float = 0.0,
-    dropout_key: DropoutKey | None = None,
+    dropout_key: PhiloxKey | None = None,
 ) -> torch.Tensor:
     """dropout(silu(x · (1 + gain · scale)) / 0.596).
 

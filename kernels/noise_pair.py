@@ -7,7 +7,7 @@ import torch
 from tcm_fast.kernels._common import layout_of, register
 from tcm_fast.kernels._philox_triton import box_muller, philox_blocks
 from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.philox import counters, philox_normal
 from tcm_fast.kernels.precondition import preconditioning
 
@@ -214,7 +214,7 @@ def noise_pair(
     y: torch.Tensor,
     t: torch.Tensor,
     r: torch.Tensor | None,
-    key: DropoutKey,
+    key: PhiloxKey,
     *,
     sigma_data: float = 0.5,
     dtype: torch.dtype = torch.float32,

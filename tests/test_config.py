@@ -65,7 +65,10 @@ def test_imagenet64_is_the_published_recipe(size):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tcm": {"roh": 0.1}}, "tcm.roh: unknown, did you mean 'rho'"),
+        (
+            {"tcm": {"boundry_fraction": 0.1}},
+            "tcm.boundry_fraction: unknown, did you mean 'boundary_fraction'",
+        ),
         ({"tmc": {}}, "tmc: unknown, did you mean 'tcm'"),
         ({"seed": "one"}, "seed: must be of type int, got 'one'"),
         ({"data": {"flip": 1}}, "data.flip: must be of type bool, got 1"),
@@ -103,7 +106,7 @@ def test_a_file_starts_from_a_preset(tmp_path):
     """What it says itself counts, then what the consistency phases have in common."""
     file = tmp_path / "own.toml"
     file.write_text(
-        'base = "imagenet64-xl"\n[consistency]\nc = 0.1\nlr = 0.5\n'
+        'base = "imagenet64-xl"\n[consistency]\nhuber_c = 0.1\nlr = 0.5\n'
         "[tcm]\nbatch_size = 64\n[network]\nnum_blocks = 2\n"
     )
     own, base = load_config(file), load_preset("imagenet64-xl")
@@ -114,7 +117,7 @@ def test_a_file_starts_from_a_preset(tmp_path):
         0.06,
     )
     assert own.ect.lr == base.ect.lr == 7e-4  # a phase's own value counts more
-    assert own.tcm == dataclasses.replace(base.tcm, c=0.1, batch_size=64)
+    assert own.tcm == dataclasses.replace(base.tcm, huber_c=0.1, batch_size=64)
     assert own.network == dataclasses.replace(base.network, num_blocks=2)
     assert own.edm == base.edm
 

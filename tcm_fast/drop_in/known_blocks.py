@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.modulate_mp_silu import modulate_mp_silu
 from tcm_fast.kernels.mp_sum import MP_SILU, mp_sum
@@ -112,7 +112,7 @@ def dropped(module: Any, x: torch.Tensor, p: float) -> dict[str, Any]:
         return {}
     bits = torch.randint(2**31, (2,), device=x.device)
     sample = torch.arange(len(x), device=x.device)
-    key = DropoutKey(seed=bits[0], step=bits[1], sample=sample)
+    key = PhiloxKey(seed=bits[0], step=bits[1], sample=sample)
     return {"dropout_p": p, "dropout_key": key}
 
 

@@ -22,7 +22,7 @@ from tcm_fast.data.dataset import ImageData
 from tcm_fast.evaluation.features import FeatureSpace
 from tcm_fast.evaluation.metrics import frechet_distance
 from tcm_fast.kernels.denoise_to_uint8 import to_uint8
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import noise_pair
 from tcm_fast.networks import Precond
 from tcm_fast.sampling.solvers import T
@@ -101,7 +101,7 @@ def _denoised(
         part = images[start : start + batch_size].permute(0, 3, 1, 2).contiguous().to(device)
         sample = torch.arange(start, start + len(part), device=device)
         level = torch.full((len(part),), t, device=device, dtype=torch.float64)
-        key = DropoutKey(seed=seed, step=0, sample=sample)
+        key = PhiloxKey(seed=seed, step=0, sample=sample)
         noised = noise_pair(part, level, None, key, sigma_data=net.sigma_data)
         one_hot = None
         if net.label_dim:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tcm_fast.data.dataset import ImageData
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import network_input, noise_pair
 from tcm_fast.kernels.precondition import denoise
 from tcm_fast.networks import Precond
@@ -120,7 +120,7 @@ def _differences(
     dtype = wide if precision == "float64" else PRECISIONS[precision]
     net = in_precision(net, dtype) if dtype != wide else net
     sample = torch.arange(len(images), device=images.device)
-    key = DropoutKey(seed=seed, step=0, sample=sample)
+    key = PhiloxKey(seed=seed, step=0, sample=sample)
     found = []
     for t in times:
         level = torch.full((len(images),), t, device=images.device, dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks.layers import (
     Conv2d,
     GroupNorm,
@@ -110,7 +110,7 @@ class DhariwalUNet(UNet):
         noise_labels: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
+        dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
         """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the weights' dtype, noise_labels [N]
         (c_noise), class_labels one-hot [N,label_dim] and augment_labels [N,augment_dim]."""
@@ -133,7 +133,7 @@ class DhariwalUNet(UNet):
         noise_labels: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
+        dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
         """The embedding [N,emb_channels] of noise level, class and augmentation."""
         dtype = self.map_layer0.weight.dtype

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.modulate_mp_silu import modulate_mp_silu
 from tcm_fast.kernels.mp_cat_mp_silu import mp_cat_mp_silu
 from tcm_fast.kernels.mp_sum import mp_sum
@@ -68,7 +68,7 @@ class EDM2Block(Block):
         self,
         x: torch.Tensor,
         emb: torch.Tensor,
-        key: DropoutKey | None = None,
+        key: PhiloxKey | None = None,
         *,
         skip: torch.Tensor | None = None,
         activated: torch.Tensor | None = None,
@@ -211,7 +211,7 @@ class EDM2UNet(UNet):
         x: torch.Tensor,
         noise_labels: torch.Tensor,
         class_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
+        dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
         """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the compute dtype, noise_labels [N]
         (c_noise) and class_labels one-hot [N,label_dim]."""
@@ -237,7 +237,7 @@ class EDM2UNet(UNet):
         self,
         noise_labels: torch.Tensor,
         class_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
+        dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
         """The embedding [N,emb_channels] of noise level and class."""
         with without_autocast(noise_labels.device):

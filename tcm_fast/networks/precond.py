@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.precondition import denoise, preconditioning
 from tcm_fast.networks.layers import without_autocast
 from tcm_fast.networks.mp_layers import MPConv, MPFourier
@@ -55,7 +55,7 @@ class Precond(nn.Module):
         labels: torch.Tensor | None = None,
         *,
         augment_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
+        dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
         """The denoised images D [N,C,H,W], fp32 (float64 for a float64 network).
 
@@ -86,7 +86,7 @@ class Precond(nn.Module):
         labels: torch.Tensor | None = None,
         *,
         augment_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
+        dropout_key: PhiloxKey | None = None,
         weights: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The network's own output F(x_in, ln(t)/4), x_in = c_in(t) x, in the dtype that its

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tcm_fast.config import require
-from tcm_fast.kernels.dropout import DropoutKey, dropout_mask
+from tcm_fast.kernels.dropout import PhiloxKey, dropout_mask
 from tcm_fast.networks.layers import fresh_key
 from tcm_fast.networks.raw_network import Block, RawNetwork
 from tcm_fast.networks.recognition import STEM, Weights, encoder_levels, multiples
@@ -218,14 +218,14 @@ class UNet(RawNetwork):
         chosen = self.dropout_resolutions is None or resolution in self.dropout_resolutions
         return self.dropout if chosen else 0.0
 
-    def key_for(self, x: torch.Tensor, key: DropoutKey | None) -> DropoutKey | None:
+    def key_for(self, x: torch.Tensor, key: PhiloxKey | None) -> PhiloxKey | None:
         """The given key; a fresh one where something is dropped and none is given."""
         if key is None and self.training and (self.dropout > 0 or self.label_dropout > 0):
             return fresh_key(len(x), x.device)
         return key
 
     def dropped_labels(
-        self, labels: torch.Tensor | None, key: DropoutKey | None, dtype: torch.dtype
+        self, labels: torch.Tensor | None, key: PhiloxKey | None, dtype: torch.dtype
     ) -> torch.Tensor:
         """One-hot labels [N,K], in train mode with the share `label_dropout` of the rows set to 0."""
         assert labels is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.objectives.noise_levels import IMAGE, STAGE1, STUDENT, TimePlan
 
 
@@ -43,7 +43,7 @@ class Batch:
     student_rows: int
     stage1_rows: int
     has_clean: bool
-    key: DropoutKey
+    key: PhiloxKey
 
     @property
     def kind(self) -> tuple[int, int, bool]:
@@ -59,7 +59,7 @@ class Batch:
             return packed[start : start + field.numel() * size].view(field.dtype).view(field.shape)
 
         seed, step = torch.as_tensor(self.key.seed), torch.as_tensor(self.key.step)
-        key = DropoutKey(seed=moved(seed), step=moved(step), sample=moved(self.key.sample))
+        key = PhiloxKey(seed=moved(seed), step=moved(step), sample=moved(self.key.sample))
         return replace(
             self, packed=packed, images=images, labels=labels, t=moved(self.t), r=moved(self.r),
             delta=moved(self.delta), weighting=moved(self.weighting), weights=moved(self.weights),
@@ -75,16 +75,18 @@ def make_batch(
     *,
     seed: int,
     step: int,
-    granule: int = 1,
+    row_multiple: int = 1,
 ) -> Batch:
     """The samples `part` of a plan with their images [n,C,H,W] (and labels), in one host-to-device copy.
 
-    The numbers of rows that each network computes are rounded up to a multiple of `granule` (at most
+    The numbers of rows that each network computes are rounded up to a multiple of `row_multiple` (at most
     n): so few shapes occur that graphs and tuned convolutions are used again."""
     n, source = len(part), plan.source[part]
     assert (np.diff(source) >= 0).all()
     student, clean, stage1 = ((source == kind).sum() for kind in (STUDENT, IMAGE, STAGE1))
-    front, back = (min(-(-int(count) // granule) * granule, n) for count in (student, stage1))
+    front, back = (
+        min(-(-int(count) // row_multiple) * row_multiple, n) for count in (student, stage1)
+    )
     row = np.arange(n)
     position = np.where(source == STAGE1, row - (n - back) + front, row)
     if clean:  # all images stand between the two networks' rows
@@ -104,7 +106,7 @@ def make_batch(
         part.astype(np.int64),
         np.array([seed, step], np.int64),
     )
-    key = DropoutKey(seed=keys[0], step=keys[1], layer=0, sample=sample)
+    key = PhiloxKey(seed=keys[0], step=keys[1], layer=0, sample=sample)
     return Batch(
         packed=packed, images=images, labels=labels, t=t, r=r, delta=delta, weighting=weighting,
         weights=weights, is_clean=is_clean, position=place, student_rows=front, stage1_rows=back,
@@ -131,9 +133,9 @@ def _to_device(
     ]
 
 
-def row_granule(batch_size: int, device: torch.device) -> int:
+def row_multiple_for(batch_size: int, device: torch.device) -> int:
     """To what multiple each network's rows are rounded up. Rows too many cost a forward pass each, so
-    2 (granule - 1) of them stay below 3 % of a step's 4 batch_size where that is 128 or more."""
+    2 (row_multiple - 1) of them stay below 3 % of a step's 4 batch_size where that is 128 or more."""
     if device.type != "cuda":
         return 1  # nothing there is captured or tuned by shape
     return max(8, int(0.06 * batch_size) // 8 * 8)

@@ -21,7 +21,7 @@ from tcm_fast.config import Config
 from tcm_fast.kernels._triton import assuming_kernels
 from tcm_fast.networks import Precond
 from tcm_fast.objectives import OBJECTIVES
-from tcm_fast.objectives.batch import Batch, make_batch, row_granule
+from tcm_fast.objectives.batch import Batch, make_batch, row_multiple_for
 from tcm_fast.objectives.construct import build_objective, build_student
 from tcm_fast.optim.fused import moment_size
 from tcm_fast.optim.offload import SLOTS, piece_sizes
@@ -185,8 +185,10 @@ def _batches(config: Config, name: str, shape: ImageShape, on_gpu: bool, last: b
         labels = None
         if config.network.class_conditional and shape.classes:
             labels = torch.empty(len(part), shape.classes, device="meta")
-        granule = row_granule(len(part), torch.device("cuda" if on_gpu else "cpu"))
-        batches.append(make_batch(plan, part, images, labels, seed=0, step=0, granule=granule))
+        row_multiple = row_multiple_for(len(part), torch.device("cuda" if on_gpu else "cpu"))
+        batches.append(
+            make_batch(plan, part, images, labels, seed=0, step=0, row_multiple=row_multiple)
+        )
     return batches
 
 

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from tcm_fast.checkpoint.format import load_stage1
 from tcm_fast.kernels.denoise_to_uint8 import denoise_to_uint8, to_uint8
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import noise_pair
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.kernels.precondition import denoise
@@ -390,7 +390,7 @@ class Sampler:
         y = y.contiguous(memory_format=layout)
         for step, (net, level) in enumerate(zip(self.nets, self.levels, strict=True)):
             t = y.new_full((len(y),), level)
-            key = DropoutKey(seed=self.seed, step=step, layer=NOISE_LAYER, sample=numbers)
+            key = PhiloxKey(seed=self.seed, step=step, layer=NOISE_LAYER, sample=numbers)
             noisy = noise_pair(y, t, None, key, sigma_data=net.sigma_data, dtype=self.dtype)
             output = net.raw(noisy.input_t, t, labels)
             if step < len(self.levels) - 1:

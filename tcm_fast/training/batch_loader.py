@@ -9,7 +9,7 @@ import numpy as np
 from tcm_fast.config import Config
 from tcm_fast.data.dataset import ImageData
 from tcm_fast.data.stream import ImageStream
-from tcm_fast.objectives.batch import Batch, make_batch, row_granule
+from tcm_fast.objectives.batch import Batch, make_batch, row_multiple_for
 from tcm_fast.objectives.noise_levels import TimePlan
 from tcm_fast.runtime.distributed import Workers
 from tcm_fast.training.logger import timed
@@ -63,7 +63,7 @@ class BatchLoader:
                 labels = None
             batch = make_batch(
                 plan, part, images, labels, seed=phase.seed, step=iteration,
-                granule=row_granule(len(part), self.workers.device),
+                row_multiple=row_multiple_for(len(part), self.workers.device),
             )  # fmt: skip
             batches.append(batch)
         if not self.stream.resident and step + 1 < phase.steps:

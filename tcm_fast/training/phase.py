@@ -18,7 +18,7 @@ from tcm_fast.optim.base import TrainingOptimizer
 from tcm_fast.optim.ema import Ema
 from tcm_fast.optim.torch_optimizer import UnfinishedStepError
 from tcm_fast.runtime.cuda_graphs import GraphCache
-from tcm_fast.training.step_monitor import Gauge, Watch
+from tcm_fast.training.step_monitor import StepMetrics, StepMonitor
 
 
 class TrainingError(RuntimeError):
@@ -38,8 +38,8 @@ class Phase:
     objective: torch.nn.Module
     optimizer: TrainingOptimizer
     emas: list[Ema]
-    gauge: Gauge
-    watch: Watch
+    metrics: StepMetrics
+    monitor: StepMonitor
     graphs: GraphCache | None = None
     """Captured steps; None where every step is started operation by operation."""
     step: int = 0
@@ -48,9 +48,9 @@ class Phase:
     """Iterations before this phase: stage 2 counts on from stage 1."""
     seconds: float = 0.0
     skips: int = 0
-    """Steps so far that were skipped for numbers that were not finite."""
+    """Steps so far that were skipped for a NaN or Inf loss or gradient."""
     cause: str = "the cause is not known"
-    """Where numbers that were not finite came from the last time."""
+    """Where NaN or Inf came from the last time."""
     rollbacks: int = 0
     rate_factor: float = 1.0
     """Of the learning rate, lowered by roll-backs."""
@@ -67,11 +67,11 @@ class Phase:
 
     @property
     def inner(self) -> Objective[Any]:
-        """The objective without what talks to other processes."""
+        """The objective without its DistributedDataParallel wrapper."""
         return typing.cast("Objective[Any]", getattr(self.objective, "module", self.objective))
 
-    def average(self, index: int = 0) -> Precond:
-        """A copy of the student with the weights of one of its averages, in eval mode."""
+    def ema_network(self, index: int = 0) -> Precond:
+        """A copy of the student with the weights of one of its EMAs, in eval mode."""
         self.optimizer.wait()
         values = self.emas[index].average
         net = copy.deepcopy(self.student)
@@ -99,7 +99,7 @@ class Phase:
             "rollbacks": self.rollbacks,
             "rate_factor": self.rate_factor,
             "widest_spread": self.widest_spread,
-            "streak": self.watch.streak,
+            "streak": self.monitor.streak,
             "scaler": self.optimizer.loss_scale.state_dict(),
         }
 
@@ -110,7 +110,7 @@ class Phase:
         self.rollbacks = state.get("rollbacks", 0)
         self.rate_factor = state.get("rate_factor", 1.0)
         self.widest_spread = state.get("widest_spread", 0.0)
-        self.watch.streak = state.get("streak", 0)
+        self.monitor.streak = state.get("streak", 0)
         if state["scaler"]:
             self.optimizer.loss_scale.load_state_dict(state["scaler"])
 
@@ -167,7 +167,7 @@ def load_weights(student: Precond, previous: Precond, phase: str) -> None:
     student.load_state_dict(theirs)
 
 
-def named_averages(phase: Phase, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An average's tensors by parameter name."""
+def named_ema(phase: Phase, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An EMA's tensors by parameter name."""
     names = [name for name, _ in phase.student.named_parameters()]
     return dict(zip(names, values, strict=True))

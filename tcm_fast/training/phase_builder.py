@@ -1,4 +1,4 @@
-"""Phases put together: networks, objective, optimizer and averages, fresh or as a checkpoint left them."""
+"""Builds phases: networks, objective, optimizer and EMA, fresh or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tcm_fast.runtime.distributed import Workers
 from tcm_fast.training.data_parallel import replicate
 from tcm_fast.training.micro_batches import MicroBatches
 from tcm_fast.training.phase import Phase, load_weights
-from tcm_fast.training.step_monitor import Gauge, Watch
+from tcm_fast.training.step_monitor import StepMetrics, StepMonitor
 
 LOSS_SCALE, SCALE_GROWTH_INTERVAL = 16.0, 20_000  # of fp16, as EDM2 and TCM have it
 
 
-class Assembly:
+class PhaseBuilder:
     """Makes the phases of a run.
 
     Args:
@@ -59,7 +59,7 @@ class Assembly:
             OBJECTIVES[name].check(config.phase(name), self.build(name, device="meta"))
 
     def begin(self, name: str, previous: Precond | None) -> Phase:
-        """A fresh phase: student, average and frozen network all start from `previous`."""
+        """A fresh phase: student, EMA and frozen network all start from `previous`."""
         kind = OBJECTIVES[name]
         student = self.build(name)
         if previous is not None:
@@ -121,7 +121,7 @@ class Assembly:
         fuses = not extension_gap(self.device)
         loss = build_objective(self.config, name, student, frozen, has_copies=fuses)
         if frozen is not None and loss.frozen is not frozen:
-            frozen.to("cpu")  # for checkpoints; the device holds the objective's copy alone
+            frozen.to("cpu")  # for checkpoints; only the objective's copy is on the device
         objective: torch.nn.Module = loss
         if self.workers.world > 1:
             objective = replicate(loss, self.device, self.config.gradient_dtype)
@@ -156,8 +156,8 @@ class Assembly:
             optimizer=optimizer,
             graphs=self.graphs(optimizer) if captures else None,
             emas=emas,
-            gauge=Gauge(self.device),
-            watch=Watch(),
+            metrics=StepMetrics(self.device),
+            monitor=StepMonitor(),
         )
 
     def graphs(self, optimizer: TrainingOptimizer) -> GraphCache:
@@ -169,7 +169,7 @@ class Assembly:
         obstacles = {
             "needs a GPU": self.device.type != "cuda",
             "cannot cut a batch (micro_batches 1)": self.micro.count > 1,
-            "cannot talk to other processes": self.workers.world > 1,
+            "cannot contain the exchange between processes": self.workers.world > 1,
             "cannot reach the host's memory (offload)": self.config.offload,
             "cannot choose a loss scale (fp16) without the extension": (
                 self.config.precision == "fp16" and extension_gap(self.device) != ""
@@ -195,7 +195,7 @@ class Assembly:
         return net.to(self.device, memory_format=layout)  # type: ignore[call-overload]
 
     def check_phase(self, name: str) -> None:
-        """The batch of a phase must be cut evenly and suffice for its plan, and its averages must have a
+        """The batch of a phase must be cut evenly and suffice for its plan, and its EMAs must have a
         rule."""
         config = self.config
         rules = [EmaRule.parse(rule) for rule in config.phase(name).ema]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tcm_fast.config import GuardConfig
 from tcm_fast.networks import Precond
-from tcm_fast.training.checkpoint_manager import Keeper
+from tcm_fast.training.checkpoint_manager import CheckpointManager
 from tcm_fast.training.phase import Phase, TrainingError
-from tcm_fast.training.phase_builder import Assembly
+from tcm_fast.training.phase_builder import PhaseBuilder
 
 LAST_STREAK = 5  # skipped steps in a row at which a phase does not end well
 LOWERED = 0.5  # by which a roll-back multiplies the learning rate or the loss scale
@@ -15,11 +15,11 @@ LOWERED = 0.5  # by which a roll-back multiplies the learning rate or the loss s
 def is_lost(phase: Phase, guard: GuardConfig, *, is_last: bool) -> bool:
     """Whether so many steps in a row were NaN or Inf that they will not be finite again by themselves."""
     limit = min(guard.bad_steps, LAST_STREAK, phase.steps) if is_last else guard.bad_steps
-    return phase.watch.streak >= limit
+    return phase.monitor.streak >= limit
 
 
 def roll_back(
-    phase: Phase, previous: Precond | None, builder: Assembly, checkpoints: Keeper
+    phase: Phase, previous: Precond | None, builder: PhaseBuilder, checkpoints: CheckpointManager
 ) -> Phase:
     """The phase as it was before its steps became NaN or Inf, with a lower rate or loss scale; saved, so that
     a run that is resumed knows of it.
@@ -33,7 +33,7 @@ def roll_back(
         TrainingError: it was tried often enough.
     """
     guard, name = builder.config.guard, phase.name
-    streak = phase.watch.streak
+    streak = phase.monitor.streak
     begun = (phase.step - streak) * phase.config.batch_size
     what = f"{name}: the last {streak} steps, from image {begun:,} on, were not finite"
     checkpoints.settle(waits=True)

@@ -23,15 +23,15 @@ INFLATED = 1.1  # multiple of the data's spread above which they have left the d
 GRID = 64  # images of a sample grid, at most: its rows are full
 
 
-class Gallery:
-    """Draws and judges samples of a run's phases. Every process has one and calls it alike.
+class SampleMonitor:
+    """Draws and evaluates samples of a run's phases. Every process has one and calls it alike.
 
     Args:
         out: the run's folder.
         config: of the run.
         data: its images.
         space: where distances are measured, or None.
-        workers: its processes; the main one's draws and judges, all sample for it.
+        workers: its processes; the main one draws and evaluates, all sample for it.
         log: of the run.
         spent: where the time goes, under "pictures".
     """
@@ -50,13 +50,13 @@ class Gallery:
         self.workers, self.log, self.spent = workers, log, spent
 
     def draw(self, phase: Phase, net: Precond | None = None) -> None:
-        """Samples of the first average as a picture; a warning where they are all alike. Training goes on
+        """Samples of the first EMA as a picture; a warning where they are all alike. Training goes on
         where memory for them is short, or the disk is full."""
         if not self.workers.is_main:
             return
         with timed(self.spent, "pictures"):
             try:
-                self._draw(phase, net or phase.average())
+                self._draw(phase, net or phase.ema_network())
             except torch.OutOfMemoryError:
                 self.log.warn(
                     "grid_failed", "out of memory for a grid of samples; training goes on"
@@ -94,7 +94,7 @@ class Gallery:
         )
 
     def watch_denoising(self, phase: Phase, net: Precond) -> None:
-        """Log how well the first average denoises in one call, at the noise levels it is trained for."""
+        """Log how well the first EMA denoises in one call, at the noise levels it is trained for."""
         if self.space is None:
             return
         lowest = phase.inner.lowest_time(phase.config) or 0.0
@@ -111,16 +111,16 @@ class Gallery:
         )
 
     def frechet_distance(self, phase: Phase) -> float:
-        """Of the first average's samples, for the choice of the best checkpoint."""
+        """Of the first EMA's samples, for the choice of the best checkpoint."""
         steps = phase.inner.sampling_steps[0]
         with timed(self.spent, "pictures"):
-            distance = self.evaluate(phase.average(), steps).frechet
+            distance = self.evaluate(phase.ema_network(), steps).frechet
         self.log.write(
             "eval", phase=phase.name, images=phase.images, frechet={str(steps or "heun"): distance}
         )
         return distance
 
-    def judge(self, phase: Phase, net: Precond) -> dict[int | None, metrics.Report]:
+    def final_report(self, phase: Phase, net: Precond) -> dict[int | None, metrics.Report]:
         """Quality by number of steps at the end of a phase; nothing without a feature space."""
         if self.space is None:
             return {}

@@ -1,4 +1,4 @@
-"""Bad numbers: noticed on the device in the step itself, judged on the host now and then.
+"""NaN, Inf and spikes: noted on the device in the step itself, looked at on the host now and then.
 
 A step writes its losses and its gradient's norm into a row on the device; the host reads the rows of
 many steps at once, so that no step waits for it.
@@ -16,11 +16,11 @@ import torch
 
 ROWS = 100  # steps after which the host reads at the latest
 MEMORY = 200  # gradient norms whose median a spike is measured by
-ENOUGH = 20  # norms before there is talk of spikes
+ENOUGH = 20  # norms before spikes are reported
 SPIKE = 10.0  # times the median: a gradient that is reported
 
 
-class Gauge:
+class StepMetrics:
     """Losses [2] and gradient norm of each step since the last reading, on the device.
 
     Writing keeps its places in memory and can be captured in a graph.
@@ -45,7 +45,7 @@ class Gauge:
         return self.steps == self.size
 
     def set_back(self) -> None:
-        """Forget what a step wrote that was not counted."""
+        """Overwrite what a step wrote that failed."""
         self._next.fill_(self.steps)
 
     def read(self, over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
@@ -71,9 +71,9 @@ class Spike:
 class Reading:
     """What the rows of some steps say.
 
-    rows: as `Gauge.read` gave them.
-    bad: numbers of the steps whose losses or gradient were not finite.
-    streak: how many bad steps in a row the run stands at.
+    rows: as `StepMetrics.read` gave them.
+    bad: the steps whose losses or gradient were NaN or Inf.
+    streak: how many such steps in a row there are by now.
     """
 
     rows: np.ndarray
@@ -94,7 +94,7 @@ class Summary:
 
 
 def summarise(rows: np.ndarray) -> Summary:
-    """Rows as `Gauge.read` gives them."""
+    """Rows as `StepMetrics.read` gives them."""
     is_good = np.isfinite(rows).all(1)
     good = rows[is_good] if is_good.any() else np.full((1, 3), np.nan)
     return Summary(
@@ -105,15 +105,15 @@ def summarise(rows: np.ndarray) -> Summary:
     )
 
 
-class Watch:
-    """Judges the steps of a phase, in their order."""
+class StepMonitor:
+    """Counts NaN/Inf steps in a row, and finds spikes of the gradient's norm."""
 
     def __init__(self) -> None:
         self.streak = 0
         self._norms: deque[float] = deque(maxlen=MEMORY)
 
-    def judge(self, rows: np.ndarray, first: int) -> Reading:
-        """Rows as `Gauge.read` gives them; the first is that of step number `first`."""
+    def update(self, rows: np.ndarray, first: int) -> Reading:
+        """Rows as `StepMetrics.read` gives them; the first is that of step number `first`."""
         is_good = np.isfinite(rows).all(1)
         bad, spikes = [], []
         for number, (row, good) in enumerate(zip(rows, is_good, strict=True), start=first):
@@ -128,7 +128,7 @@ class Watch:
         return Reading(rows, bad, spikes, self.streak)
 
 
-def poison(loss: torch.Tensor) -> torch.Tensor:
-    """1, or NaN for a loss that is not finite: its gradient then is not finite either, whatever the
-    loss lost on its way there, and the optimizer skips it."""
+def nan_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
+    """1, or NaN for a NaN or Inf loss: its gradient then is NaN too, even where the way there would have lost
+    it, and the optimizer skips the step."""
     return 1 + 0 * loss.detach()

@@ -29,10 +29,10 @@ class StepReports:
     def read(self, phase: Phase, loader: BatchLoader) -> Reading:
         """The losses and gradient norms of the steps since the last reading; what is wrong is logged."""
         with timed(self.spent, "checks"):
-            first = phase.step - phase.gauge.steps
-            rows = phase.gauge.read(self.workers.sum)
-            goes_on = phase.watch.streak > 0
-            reading = phase.watch.judge(rows, first)
+            first = phase.step - phase.metrics.steps
+            rows = phase.metrics.read(self.workers.sum)
+            goes_on = phase.monitor.streak > 0
+            reading = phase.monitor.update(rows, first)
             phase.skips += len(reading.bad)
             if reading.bad and not (goes_on and reading.bad[0] == first):
                 self._report_skipped(phase, loader, reading)

@@ -21,7 +21,7 @@ from tcm_fast.training.batch_loader import BatchLoader
 from tcm_fast.training.logger import RunLog
 from tcm_fast.training.micro_batches import MicroBatches
 from tcm_fast.training.phase import Phase, TrainingError
-from tcm_fast.training.step_monitor import poison
+from tcm_fast.training.step_monitor import nan_if_not_finite
 
 OUT_OF_MEMORY = "out of memory"
 
@@ -54,7 +54,7 @@ class StepRunner:
         while True:
             try:
                 self.step(phase, loader.batches(phase))
-                phase.gauge.steps += 1
+                phase.metrics.steps += 1
                 return
             except torch.OutOfMemoryError:
                 failure = OUT_OF_MEMORY  # what the failed attempt holds is free from here on
@@ -71,11 +71,11 @@ class StepRunner:
                     f"{phase.name}: rank {self.workers.rank} ran out of memory after {phase.images:,} "
                     f"images; with --resume auto the run goes on in {self.micro.count} micro-batches"
                 )
-            phase.gauge.set_back()
+            phase.metrics.set_back()
             may_clear = False
 
     def step(self, phase: Phase, batches: list[Batch]) -> None:
-        """One optimizer step; its losses and gradient norm go to the phase's gauge."""
+        """One optimizer step; its losses and gradient norm go to the phase's metrics."""
         rate = phase.rate_factor * learning_rate(phase.config, phase.images, phase.iteration)
         size = phase.config.batch_size
         after = (phase.iteration + 1, phase.images + size, size)
@@ -113,12 +113,12 @@ class StepRunner:
                 with module.no_sync() if waits else nullcontext():  # type: ignore[operator]
                     loss, share = module(batch)
                     # Gradients are means over the processes; the loss is a sum over them.
-                    factor = self.workers.world * poison(loss)
+                    factor = self.workers.world * nan_if_not_finite(loss)
                     phase.optimizer.loss_scale.scale(loss * factor).backward()
                 losses += share
             phase.inner.forget_weights()
             del loss, share
-        phase.gauge.write(losses, phase.take_step())
+        phase.metrics.write(losses, phase.take_step())
         if phase.graphs is not None:  # the next call takes their memory
             phase.optimizer.zero_grad(set_to_none=True)
         return losses

@@ -21,11 +21,11 @@ from tcm_fast.sampling.sampler import HEUN_STEPS
 from tcm_fast.training.phase import PhaseResult
 from tcm_fast.training.trainer import Trainer
 
-FEWEST_STEPS = 100  # of a phase; with fewer nothing is learnt
+FEWEST_STEPS = 100  # of a phase
 ROUNDS = 6  # of speed and length until one fits the other
 RESERVE = 0.02  # of the time: loading, pictures, checkpoints
-JUDGED = 0.03  # of the time at most: samples drawn and compared at the phases' ends
-FEWEST_JUDGED = 256  # samples; a distance of fewer says nothing
+EVALUATED = 0.03  # of the time at most: samples drawn and compared at the phases' ends
+FEWEST_EVALUATED = 256  # samples; a distance of fewer says nothing
 CPU_ROWS = 32  # images of a step that is measured on a CPU
 
 
@@ -42,7 +42,7 @@ def fit_time_budget(
     fewest: int = FEWEST_STEPS,
     precision: str | None = None,
 ) -> Plan:
-    """The largest schedule of a recipe that the hours hold, on the network that suits it.
+    """The longest schedule of a recipe that fits in so many hours, on a network of suitable width.
 
     Args:
         config: the long recipe.
@@ -50,7 +50,7 @@ def fit_time_budget(
         card: where it runs; rates are computed for it where they are not given.
         hours: of time, positive.
         rates: images per second, measured on the network of `width`.
-        width: of the network; None is chosen by the arithmetic that the hours hold.
+        width: of the network; None is chosen by the operations that fit in the time.
         auto: choose the levers, too.
         fewest: steps of a phase.
         precision: decided already: the recipe's, or tf32 in the place of fp32. None takes tf32 where it is
@@ -100,7 +100,7 @@ def fit_time_budget(
     name = min(steps, key=lambda n: steps[n])
     require(
         steps[name] >= fewest,
-        f"time_budget: {hours:g} h hold {steps[name]} steps of phase {name}, at least {fewest} are "
+        f"time_budget: {hours:g} h fit {steps[name]} steps of phase {name}, at least {fewest} are "
         f"needed: {hours * fewest / max(steps[name], 1) * 1.05:.2g} h, or a smaller network",
     )
     return plan
@@ -118,7 +118,7 @@ def calibrate(config: Config, name: str, *, seconds: float = 3.0) -> float:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(small, folder)
         rate = trainer.measure(name, seconds=seconds)
-        trainer.keeper.close()
+        trainer.checkpoints.close()
     return rate / mean_work(config, name)
 
 
@@ -127,14 +127,16 @@ def _calls(name: str) -> int:
     return sum(steps or 2 * HEUN_STEPS - 1 for steps in OBJECTIVES[name].sampling_steps)
 
 
-def judge_within(config: Config, rates: Mapping[str, float], seconds: float) -> tuple[Config, str]:
-    """The configuration with as many samples judged as JUDGED of the time holds, and what to say of it. A
-    training image counts as three calls of the network."""
+def evaluate_within(
+    config: Config, rates: Mapping[str, float], seconds: float
+) -> tuple[Config, str]:
+    """The configuration with as many samples as can be evaluated in EVALUATED of the time, and a sentence on
+    it. A training image counts as three calls of the network."""
     if not config.eval.features:
         return config, ""
     each = sum(_calls(name) / (3 * rates[name]) for name in config.phases)
-    num = int(JUDGED * seconds / each)
-    if num < FEWEST_JUDGED:
+    num = int(EVALUATED * seconds / each)
+    if num < FEWEST_EVALUATED:
         text = "eval: no time for distances; tcm-fast eval measures them afterwards"
         return replace(config, eval=replace(config.eval, features="")), text
     num = min(num, config.eval.num or num)
@@ -170,9 +172,9 @@ def train_within(
     width, precision = plan.config.network.model_channels, plan.config.precision
     whole = plan.config
     rates: dict[str, float] = {name: calibrate(whole, name) for name in config.phases}
-    config, text = judge_within(config, rates, hours * 3600)
+    config, text = evaluate_within(config, rates, hours * 3600)
     if text:
-        end -= JUDGED * hours * 3600
+        end -= EVALUATED * hours * 3600
         say(text)
     slower = 1.0  # how much longer than planned the last phase took
     results: list[PhaseResult] = []

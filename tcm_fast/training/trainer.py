@@ -1,6 +1,6 @@
 """The loop: phases one after another, each a plain sequence of steps, from images to checkpoints.
 
-    plan times -> fetch images -> loss of each micro-batch -> optimizer -> averages
+    plan times -> fetch images -> loss of each micro-batch -> optimizer and EMA
 
 A step depends on (configuration, seed, images seen) and on the state that a checkpoint holds, on
 nothing else; so a resumed run repeats an unbroken one.
@@ -32,13 +32,13 @@ from tcm_fast.planning.memory_planner import choose_levers
 from tcm_fast.runtime import distributed
 from tcm_fast.runtime.arithmetic import training_settings
 from tcm_fast.training.batch_loader import BatchLoader
-from tcm_fast.training.checkpoint_manager import Keeper
+from tcm_fast.training.checkpoint_manager import CheckpointManager
 from tcm_fast.training.logger import timed
 from tcm_fast.training.micro_batches import MicroBatches
 from tcm_fast.training.phase import Phase, PhaseResult, TrainingError
-from tcm_fast.training.phase_builder import Assembly
+from tcm_fast.training.phase_builder import PhaseBuilder
 from tcm_fast.training.roll_back import is_lost, roll_back
-from tcm_fast.training.sample_monitor import Gallery
+from tcm_fast.training.sample_monitor import SampleMonitor
 from tcm_fast.training.signals import StopRequest
 from tcm_fast.training.step_monitor import summarise
 from tcm_fast.training.step_reports import StepReports
@@ -106,7 +106,7 @@ class Trainer:
         if config.memory == "auto":
             self.config = config = self._with_levers(config)
         self.micro = MicroBatches(self.out, config.micro_batches, self.workers)
-        self.builder = Assembly(config, self.workers, self.data, self.micro)
+        self.builder = PhaseBuilder(config, self.workers, self.data, self.micro)
         opened = self.workers.on_main(lambda: run_folder.open_run(self.out, resume))
         self.resumed = opened.path
         self.init = load_network(init, device=self.device) if init else None
@@ -115,19 +115,19 @@ class Trainer:
         if self.space is not None:
             metrics.check_enough(self.data)
 
-        self.keeper = Keeper(
+        self.checkpoints = CheckpointManager(
             self.out,
             config,
             self.workers,
             self.micro,
             self.data.class_names,
-            measure=lambda phase: self.gallery.frechet_distance(phase),
+            measure=lambda phase: self.samples.frechet_distance(phase),
         )
-        self.log, self.spent = self.keeper.log, self.keeper.spent
+        self.log, self.spent = self.checkpoints.log, self.checkpoints.spent
         self.runner = StepRunner(config, self.workers, self.micro, self.log)
         self.reports = StepReports(self.workers, self.log, self.spent)
         self.loader: BatchLoader | None = None
-        self.gallery = Gallery(
+        self.samples = SampleMonitor(
             self.out, config, self.data, self.space, self.workers, self.log, self.spent
         )
         if config.network.class_conditional:
@@ -176,7 +176,7 @@ class Trainer:
 
         Args:
             name: of a phase of the configuration.
-            previous: the network that it starts from: `average()` of the phase before, a loaded file.
+            previous: the network that it starts from: `ema_network()` of the phase before, a loaded file.
 
         Raises:
             ValueError: the phase needs another network than this.
@@ -185,7 +185,7 @@ class Trainer:
 
     def step(self, phase: Phase) -> None:
         """Take the phase's next optimizer step, and fetch the next one's images meanwhile. Nothing waits for
-        the device: the losses are in `phase.gauge` until they are read.
+        the device: the losses are in `phase.metrics` until they are read.
 
         Raises:
             TrainingError: out of memory, where nothing helps.
@@ -226,18 +226,18 @@ class Trainer:
                     phase = self._train(restored or self.begin(name, previous), previous)
                     restored = None
                     results.append(self._finish(phase))
-                    previous = phase.average()
+                    previous = phase.ema_network()
                     del phase  # the next one needs the memory
         finally:
-            self.keeper.close()
+            self.checkpoints.close()
         return results
 
     def _train(self, phase: Phase, previous: Precond | None) -> Phase:
         """One phase, from where it is to its end; `previous` is what it began with."""
         config, log = self.config, self.log
         assert self.loader is not None
-        self.keeper.start_phase(phase)
-        self.gallery.draw(phase)
+        self.checkpoints.start_phase(phase)
+        self.samples.draw(phase)
         log.start_phase(phase.name, phase.steps, phase.step)
         window, saved = self._window(phase), time.monotonic()
         begun, owes_save, stopped = phase.step, False, False
@@ -253,13 +253,13 @@ class Trainer:
             is_last = phase.step == phase.steps or stopped
             owes_save |= is_late or phase.step % config.save_every == 0
             logs = phase.step % config.log_every == 0 or is_last
-            may_save = owes_save and (phase.watch.streak == 0 or logs)
-            if logs or may_save or phase.gauge.is_full:
+            may_save = owes_save and (phase.monitor.streak == 0 or logs)
+            if logs or may_save or phase.metrics.is_full:
                 window.rows.append(self.reports.read(phase, self.loader).rows)
                 has_news = True
                 if is_lost(phase, config.guard, is_last=is_last and not stopped):
                     self.runner.free(phase)
-                    phase = roll_back(phase, previous, self.builder, self.keeper)
+                    phase = roll_back(phase, previous, self.builder, self.checkpoints)
                     window = self._window(phase)
                     begun, owes_save, stopped = phase.step, False, False
                     continue
@@ -269,20 +269,20 @@ class Trainer:
             log.step(phase.step)
             pause = time.monotonic()
             if phase.step % config.grid_every == 0 and not is_last:
-                self.gallery.draw(phase)
-            if may_save and phase.watch.streak == 0 and not is_last:
+                self.samples.draw(phase)
+            if may_save and phase.monitor.streak == 0 and not is_last:
                 self._compare_ranks(phase)
-                self.keeper.save(phase)
+                self.checkpoints.save(phase)
                 saved, owes_save = time.monotonic(), False
-            self.keeper.settle()
+            self.checkpoints.settle()
             every = config.snapshot_every
             if every and (phase.step % every == 0 or phase.step == phase.steps):
-                self.keeper.snapshot(phase)
+                self.checkpoints.snapshot(phase)
             window.begun += time.monotonic() - pause
         log.end_phase()
         if has_news:
             self._compare_ranks(phase)
-            self.keeper.save(phase, is_last=True)
+            self.checkpoints.save(phase, is_last=True)
         log.write("spent", phase=phase.name, training=phase.seconds, **self.spent)
         if stopped:
             raise Interrupted(
@@ -307,14 +307,14 @@ class Trainer:
                 f"phases: {phase.name} in {self.out} has {phase.step} of {phase.steps} steps, finish it "
                 f"first (--phase {phase.name} --resume auto) or give --init FILE"
             )
-        return init or phase.average()
+        return init or phase.ema_network()
 
     def _finish(self, phase: Phase) -> PhaseResult:
         """The grid and the quality at the end of a phase."""
-        net = phase.average()
-        self.gallery.draw(phase, net)
+        net = phase.ema_network()
+        self.samples.draw(phase, net)
         result = PhaseResult(
-            phase.name, phase.images, phase.seconds, self.gallery.judge(phase, net)
+            phase.name, phase.images, phase.seconds, self.samples.final_report(phase, net)
         )
         self.workers.barrier()
         return result
@@ -371,6 +371,6 @@ class Trainer:
                     begun = time.monotonic()
                 self.runner.run(phase, self.loader)
                 self.loader.load(phase, phase.step)  # what the host does in a step
-                phase.gauge.read(self.workers.sum)
+                phase.metrics.read(self.workers.sum)
                 steps += 1
             return steps * phase.config.batch_size / (time.monotonic() - begun)

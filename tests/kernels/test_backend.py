@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tcm_fast.kernels import _backend
-from tcm_fast.kernels.dropout import DropoutKey, dropout
+from tcm_fast.kernels.dropout import PhiloxKey, dropout
 from tcm_fast.kernels.philox import philox_bits
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_without_an_extension_the_reference_serves(no_extension):
     assert _backend.extension() is None
     sample = torch.arange(2)
     assert philox_bits(0, 0, 0, sample, 3).shape == (2, 3, 4)
-    y = dropout(torch.ones(2, 8), 0.5, DropoutKey(seed=0, step=0, sample=sample))
+    y = dropout(torch.ones(2, 8), 0.5, PhiloxKey(seed=0, step=0, sample=sample))
     assert set(y.unique().tolist()) == {0.0, 2.0}
 
 

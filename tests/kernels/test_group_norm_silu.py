@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tcm_fast.kernels import _triton
-from tcm_fast.kernels.dropout import DropoutKey, dropout_mask
+from tcm_fast.kernels.dropout import PhiloxKey, dropout_mask
 from tcm_fast.kernels.group_norm_silu import (
     _group_norm_silu_bwd_kernel,
     _group_norm_silu_fwd_kernel,
@@ -57,7 +57,7 @@ def case(n=3, c=12, height=5, width=7, dtype=torch.float32, layout=torch.channel
 
 
 def key(n, seed=5):
-    return DropoutKey(seed=seed, step=2, layer=1, sample=torch.arange(n))
+    return PhiloxKey(seed=seed, step=2, layer=1, sample=torch.arange(n))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -295,7 +295,7 @@ def on(device, n, c, height, width, dtype, layout):
 
 def key_on(device, n):
     sample = torch.arange(n, device=device) * 7 + 2**32 - 40
-    return DropoutKey(seed=2**32 - 5, step=2**33 + 1, layer=2**31 + 3, sample=sample)
+    return PhiloxKey(seed=2**32 - 5, step=2**33 + 1, layer=2**31 + 3, sample=sample)
 
 
 @pytest.mark.parametrize("size", [4, 64])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from plain_unets import PlainEdm2
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import build_network, force_rows
 from tcm_fast.networks.edm2 import EDM2Block, EDM2UNet
 from tcm_fast.networks.mp_layers import MPConv, MPFourier, mp_silu
@@ -253,7 +253,7 @@ def test_same_key_same_masks_whatever_the_split():
     net = narrow(dropout=0.3).train()
     net.out_gain.data.fill_(1)
     x, c_noise = torch.randn(4, 2, 8, 8), torch.zeros(4)
-    key = DropoutKey(seed=7, step=3, sample=torch.arange(4))
+    key = PhiloxKey(seed=7, step=3, sample=torch.arange(4))
     whole = net(x, c_noise, dropout_key=key)
     rows = torch.tensor([3, 1])
     part = net(x[rows], c_noise[rows], dropout_key=key.select(rows))
@@ -266,7 +266,7 @@ def test_same_key_same_masks_whatever_the_split():
 def test_label_dropout_zeroes_whole_labels():
     net = narrow(label_dim=3, label_dropout=0.5).train()
     labels, c_noise = torch.eye(3)[torch.arange(64) % 3], torch.zeros(64)
-    key = DropoutKey(seed=0, step=0, sample=torch.arange(64))
+    key = PhiloxKey(seed=0, step=0, sample=torch.arange(64))
     emb = net.embed(c_noise, labels, key)
     net.eval()
     kept = torch.isclose(emb, net.embed(c_noise, labels), atol=1e-5).all(1)
@@ -289,7 +289,7 @@ def test_a_network_in_16_bits_is_near():
 def test_compiles_to_one_graph():
     net = narrow(dropout=0.2, label_dim=3).train()
     x, c_noise, labels = torch.randn(3, 2, 8, 8), torch.zeros(3), torch.eye(3)
-    key = DropoutKey(seed=torch.tensor(1), step=torch.tensor(2), sample=torch.arange(3))
+    key = PhiloxKey(seed=torch.tensor(1), step=torch.tensor(2), sample=torch.arange(3))
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     expected = net(x, c_noise, labels, dropout_key=key)
     torch.testing.assert_close(compiled(x, c_noise, labels, dropout_key=key), expected)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import cast_weights, is_derived
 from tcm_fast.networks.raw_network import RawNetwork
@@ -36,7 +36,7 @@ def step(net, dtype=torch.float32, n=3):
     net.zero_grad()
     torch.manual_seed(1)
     x, t = torch.randn(n, 3, 8, 8), torch.rand(n) + 0.5
-    key = DropoutKey(seed=3, step=5, sample=torch.arange(n))
+    key = PhiloxKey(seed=3, step=5, sample=torch.arange(n))
     weights = cast_weights(net, dtype) if is_derived(net, dtype) else None
     own = [*net.parameters(), *(weights or {}).values()]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -106,7 +106,7 @@ def test_the_kernels_numbers_stay_too(way, triton_device):
     wrapper.block = block
     x = torch.randn(2, 8, 8, 8, device=triton_device).to(memory_format=torch.channels_last)
     emb = torch.randn(2, 32, device=triton_device)
-    key = DropoutKey(seed=3, step=5, sample=torch.arange(2, device=triton_device))
+    key = PhiloxKey(seed=3, step=5, sample=torch.arange(2, device=triton_device))
 
     def grads():
         block.zero_grad()

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tcm_fast.config import Config, EctConfig, TcmConfig
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import NOISE_LAYER
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import build_network
@@ -18,7 +18,7 @@ from tcm_fast.networks.precision import make_copies
 from tcm_fast.networks.precond import Precond
 from tcm_fast.networks.raw_network import RawNetwork
 from tcm_fast.objectives import OBJECTIVES
-from tcm_fast.objectives.batch import make_batch, row_granule
+from tcm_fast.objectives.batch import make_batch, row_multiple_for
 from tcm_fast.objectives.ect import Ect
 from tcm_fast.objectives.edm import Edm
 from tcm_fast.objectives.noise_levels import IMAGE, STAGE1
@@ -50,12 +50,14 @@ def problem(name, dropout=0.0, iteration=100_000, **fields):
     return config, plan, objective, images.to(torch.uint8)
 
 
-def run(objective, plan, images, parts=1, granule=1):
+def run(objective, plan, images, parts=1, row_multiple=1):
     """Loss, logged means and gradient of a batch cut into parts."""
     objective.zero_grad()
     loss, stats = 0.0, torch.zeros(2)
     for part in plan.parts(parts):
-        batch = make_batch(plan, part, images[part], None, seed=SEED, step=STEP, granule=granule)
+        batch = make_batch(
+            plan, part, images[part], None, seed=SEED, step=STEP, row_multiple=row_multiple
+        )
         share, numbers = objective(batch)
         share.backward()
         loss, stats = loss + share.item(), stats + numbers
@@ -237,12 +239,14 @@ def test_boundary_weight_zero_leaves_the_boundary_out_of_the_gradient():
 
 @pytest.mark.parametrize("name", ["ect", "tcm"])
 @pytest.mark.parametrize("iteration", [0, 30_000, 100_000, 10**6])
-@pytest.mark.parametrize("granule", [4, 8, SIZE])
-def test_rounding_row_counts_up_changes_nothing(name, iteration, granule):
+@pytest.mark.parametrize("row_multiple", [4, 8, SIZE])
+def test_rounding_row_counts_up_changes_nothing(name, iteration, row_multiple):
     """Networks that compute a few rows too many, and targets picked from among them."""
     _, plan, objective, images = problem(name, dropout=0.3, iteration=iteration, c=0.06)
     loss, stats, grad = run(objective, plan, images)
-    rounded_loss, rounded_stats, rounded_grad = run(objective, plan, images, granule=granule)
+    rounded_loss, rounded_stats, rounded_grad = run(
+        objective, plan, images, row_multiple=row_multiple
+    )
     assert rounded_loss == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(rounded_stats, stats)
     assert cosine(grad, rounded_grad) > 1 - 1e-6
@@ -250,11 +254,11 @@ def test_rounding_row_counts_up_changes_nothing(name, iteration, granule):
 
 @pytest.mark.parametrize("batch_size", [16, 128, 512, 1024, 2048])
 def test_rounding_costs_less_than_3_percent_of_a_step(batch_size):
-    granule = row_granule(batch_size, torch.device("cuda"))
-    assert granule % 8 == 0
+    row_multiple = row_multiple_for(batch_size, torch.device("cuda"))
+    assert row_multiple % 8 == 0
     if batch_size >= 128:
-        assert 2 * (granule - 1) < 0.03 * 4 * batch_size
-    assert row_granule(batch_size, torch.device("cpu")) == 1
+        assert 2 * (row_multiple - 1) < 0.03 * 4 * batch_size
+    assert row_multiple_for(batch_size, torch.device("cpu")) == 1
 
 
 class NoWaiting(TorchDispatchMode):
@@ -276,7 +280,7 @@ def test_a_step_never_waits_for_the_device(name, iteration, dtype):
     objective = OBJECTIVES[name](config, objective.student, objective.frozen, dtype=dtype)
     (part,) = plan.parts(1)
     with NoWaiting():
-        batch = make_batch(plan, part, images[part], None, seed=SEED, step=STEP, granule=8)
+        batch = make_batch(plan, part, images[part], None, seed=SEED, step=STEP, row_multiple=8)
         objective(batch)[0].backward()
 
 
@@ -328,7 +332,7 @@ def test_a_step_launches_at_most_ten_times_outside_the_networks(iteration, trito
     (part,) = plan.parts(1)
     images = torch.randint(0, 256, (SIZE, 2, 8, 8), dtype=torch.uint8, device=triton_device)
     with Launches() as counted:
-        batch = make_batch(plan, part, images, None, seed=SEED, step=STEP, granule=8)
+        batch = make_batch(plan, part, images, None, seed=SEED, step=STEP, row_multiple=8)
         loss, _ = objective(batch)
         loss.backward()
     # Each pass: the logarithm and the quarter of the noise level, and the one product; its gradient
@@ -337,10 +341,12 @@ def test_a_step_launches_at_most_ten_times_outside_the_networks(iteration, trito
     assert len(counted.names) - networks + 1 <= 10, " ".join(counted.names)
 
 
-def flops(objective, plan, images, granule):
+def flops(objective, plan, images, row_multiple):
     """Floating-point operations of a step."""
     (part,) = plan.parts(1)
-    batch = make_batch(plan, part, images[part], None, seed=SEED, step=STEP, granule=granule)
+    batch = make_batch(
+        plan, part, images[part], None, seed=SEED, step=STEP, row_multiple=row_multiple
+    )
     with FlopCounterMode(display=False) as counter:
         objective(batch)[0].backward()
     return counter.get_total_flops()
@@ -358,8 +364,8 @@ def test_a_step_costs_four_passes_in_operations(batch_size, allowed):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         objective.student.raw(torch.zeros(batch_size, 2, 8, 8), torch.ones(batch_size))
     once = counter.get_total_flops()
-    granule = row_granule(batch_size, torch.device("cuda"))
-    passes = flops(objective, plan, images, granule) / once
+    row_multiple = row_multiple_for(batch_size, torch.device("cuda"))
+    passes = flops(objective, plan, images, row_multiple) / once
     assert 3.8 < passes < allowed
     if batch_size >= 128:
         unsplit = flops(objective, plan, images, batch_size) / once
@@ -368,7 +374,7 @@ def test_a_step_costs_four_passes_in_operations(batch_size, allowed):
 
 def test_networks_compile_without_a_graph_break():
     net = network(1, dropout=0.3).train()
-    key = DropoutKey(seed=torch.tensor(3), step=torch.tensor(4), sample=torch.arange(4))
+    key = PhiloxKey(seed=torch.tensor(3), step=torch.tensor(4), sample=torch.arange(4))
     x, t = torch.randn(4, 2, 8, 8), torch.rand(4)
     compiled = torch.compile(net.model, fullgraph=True, backend="eager")
     expected = net.model(x, t, dropout_key=key)

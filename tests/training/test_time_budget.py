@@ -66,7 +66,7 @@ def test_more_hours_than_the_recipe_takes_leave_it_alone():
     [
         (0, "time_budget: must be positive, got 0"),
         (-1, "time_budget: must be positive, got -1"),
-        (1e-3, "time_budget: 0.001 h hold .* steps of phase .*, at least 100 are needed: "),
+        (1e-3, "time_budget: 0.001 h fit .* steps of phase .*, at least 100 are needed: "),
     ],
 )
 def test_too_little_time(hours, message):
@@ -79,16 +79,16 @@ def test_samples_are_judged_within_a_share_of_the_time():
     config = load_preset("digits")
     rates = {"edm": 1000.0, "ect": 500.0, "tcm": 500.0}
     each = 35 / 3000 + 2 * 3 / 1500
-    judged, said = time_budget.judge_within(config, rates, 3600.0)
+    judged, said = time_budget.evaluate_within(config, rates, 3600.0)
     assert judged.eval.num == int(0.03 * 3600 / each)
     assert said == f"eval: {judged.eval.num:,} samples at each phase's end"
     fewer = replace(config, eval=replace(config.eval, num=300))
-    assert time_budget.judge_within(fewer, rates, 3600.0)[0].eval.num == 300
-    none, said = time_budget.judge_within(config, rates, 60.0)
+    assert time_budget.evaluate_within(fewer, rates, 3600.0)[0].eval.num == 300
+    none, said = time_budget.evaluate_within(config, rates, 60.0)
     assert none.eval.features == ""
     assert "tcm-fast eval measures them afterwards" in said
     silent = replace(config, eval=replace(config.eval, features=""))
-    assert time_budget.judge_within(silent, rates, 60.0) == (silent, "")
+    assert time_budget.evaluate_within(silent, rates, 60.0) == (silent, "")
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_run_ends_when_it_was_asked_to(slower, recipe, tmp_path, monkeypatch):
             cost *= (3 + (plan.source != IMAGE).mean()) / 4
         is_measuring = runner.log._path.parent != tmp_path / "run"
         clock.now += cost if is_measuring or phase.name != "ect" else slower * cost
-        phase.gauge.steps += 1
+        phase.metrics.steps += 1
 
     monkeypatch.setattr(StepRunner, "run", run)
     torch.manual_seed(0)

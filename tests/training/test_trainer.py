@@ -40,7 +40,7 @@ from tcm_fast.sampling.sampler import sample
 from tcm_fast.training import batch_loader, logger, phase_builder, sample_monitor, step_runner
 from tcm_fast.training import trainer as trainer_module
 from tcm_fast.training.phase import TrainingError
-from tcm_fast.training.sample_monitor import Gallery
+from tcm_fast.training.sample_monitor import SampleMonitor
 from tcm_fast.training.step_reports import StepReports
 from tcm_fast.training.step_runner import StepRunner
 from tcm_fast.training.summary import summary
@@ -55,7 +55,7 @@ def images(tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They would take most of the time."""
-    monkeypatch.setattr(Gallery, "draw", lambda *_: None)
+    monkeypatch.setattr(SampleMonitor, "draw", lambda *_: None)
 
 
 def test_three_phases_leave_everything_behind(images, tmp_path):
@@ -256,9 +256,11 @@ def capture_on_host(monkeypatch, **options):
         return build(parameters, config, **rest)
 
     monkeypatch.setattr(phase_builder, "build_optimizer", plain)
-    monkeypatch.setattr(phase_builder.Assembly, "captures", lambda self: True)
-    monkeypatch.setattr(phase_builder.Assembly, "graphs", lambda self, optimizer: GraphCache(place))
-    monkeypatch.setattr(batch_loader, "row_granule", lambda *_: 8)
+    monkeypatch.setattr(phase_builder.PhaseBuilder, "captures", lambda self: True)
+    monkeypatch.setattr(
+        phase_builder.PhaseBuilder, "graphs", lambda self, optimizer: GraphCache(place)
+    )
+    monkeypatch.setattr(batch_loader, "row_multiple_for", lambda *_: 8)
     return place
 
 
@@ -403,11 +405,11 @@ def test_collapse_is_noticed(images, tmp_path):
         return sum(json.loads(line)["event"] == "collapse" for line in log.open())
 
     for share in (0.1, 1.0, 0.5):  # samples differ little at first: that is no collapse
-        run.gallery.watch_spread(phase, share * data)
+        run.samples.watch_spread(phase, share * data)
     assert warnings() == 0
-    run.gallery.watch_spread(phase, 0.2 * data)
+    run.samples.watch_spread(phase, 0.2 * data)
     assert warnings() == 1
-    run.gallery.watch_spread(phase, 1.2 * data)
+    run.samples.watch_spread(phase, 1.2 * data)
     assert warnings() == 2
 
 
@@ -601,7 +603,7 @@ def test_a_folder_that_vanishes_is_made_anew(images, no_pictures, tmp_path, monk
 
     def vanishing(self, phase):
         if (phase.name, phase.step) == ("edm", 4):
-            self.keeper.settle(waits=True)
+            self.checkpoints.settle(waits=True)
             shutil.rmtree(tmp_path / "run")
         step(self, phase)
 
@@ -752,7 +754,7 @@ def test_resuming_needs_no_more_memory_than_running(images, no_pictures, tmp_pat
     """Networks that are alive when a phase is put together: those of the phase, and nothing else."""
     config = tiny(images, phases=["ect", "tcm"], max_steps=2)
     counts = []
-    assemble = phase_builder.Assembly.assemble
+    assemble = phase_builder.PhaseBuilder.assemble
 
     def counting(self, *args):
         phase = assemble(self, *args)
@@ -765,7 +767,7 @@ def test_resuming_needs_no_more_memory_than_running(images, no_pictures, tmp_pat
         counts.append((phase.name, sum(storages.values())))
         return phase
 
-    monkeypatch.setattr(phase_builder.Assembly, "assemble", counting)
+    monkeypatch.setattr(phase_builder.PhaseBuilder, "assemble", counting)
     train(dataclasses.replace(config, phases=("ect",)), tmp_path / "run")
     train(dataclasses.replace(config, phases=("tcm",)), tmp_path / "run", resume=True)
     counts.clear()

@@ -25,7 +25,7 @@ from tcm_fast.kernels._backend import extension
 from tcm_fast.training import phase_builder
 from tcm_fast.training import trainer as trainer_module
 from tcm_fast.training.phase import Phase, TrainingError
-from tcm_fast.training.sample_monitor import Gallery
+from tcm_fast.training.sample_monitor import SampleMonitor
 from tcm_fast.training.step_runner import StepRunner
 
 
@@ -37,7 +37,7 @@ def images(tmp_path):
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They would take most of the time."""
-    monkeypatch.setattr(Gallery, "draw", lambda *_: None)
+    monkeypatch.setattr(SampleMonitor, "draw", lambda *_: None)
 
 
 @pytest.fixture(params=["fused", "torch"])
