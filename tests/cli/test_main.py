@@ -205,16 +205,16 @@ def test_a_mistake_is_one_sentence_and_status_2(argv, message, tmp_path, monkeyp
 
 
 def test_a_typo_in_a_flag_suggests_the_right_one(capsys):
-    assert run("train", "--preset", "digits", "--tcm.roh", "0.3") == 2
+    assert run("train", "--preset", "digits", "--tcm.t-prim", "0.3") == 2
     shown = capsys.readouterr()
     assert "--tcm.boundary_fraction" in shown.out + shown.err
 
 
 def test_a_typo_in_a_file_suggests_the_right_one(tmp_path, capsys):
     path = tmp_path / "mine.toml"
-    path.write_text("[tcm]\nroh = 0.3\n")
+    path.write_text("[tcm]\nt_prim = 0.3\n")
     assert run("train", "--config", path) == 2
-    assert "tcm.roh: unknown, did you mean 'rho'" in capsys.readouterr().err
+    assert "tcm.t_prim: unknown, did you mean 't_prime'" in capsys.readouterr().err
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
