@@ -41,8 +41,10 @@ class TorchOptimizer(TrainingOptimizer):
         self.max_norm, self.emas = max_norm, emas
         self._weights, self._owes_emas = list(params), False
         first = self._weights[0]
-        constants["lr"] = torch.tensor(lr, device=first.device) if capturable else lr
-        super().__init__(self._weights, capturable=capturable, foreach=True, **constants)  # type: ignore[call-arg]
+        constants |= {"lr": lr, "capturable": capturable, "foreach": True}
+        super().__init__(self._weights, **constants)
+        if capturable:  # where a graph reads it
+            self.param_groups[0]["lr"] = torch.tensor(lr, device=first.device)
         self.grad_norm = torch.zeros((), dtype=first.dtype, device=first.device)
         self.loss_scale = torch.amp.GradScaler(
             first.device.type,
