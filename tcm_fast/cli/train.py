@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,60 +87,50 @@ def run_train(args: Train) -> int:
             "train: no images, give --data FOLDER (or zip, npz, archive), or --preset digits to try it"
         )
     assert args.out is not None
-    resume: bool | Path = (
-        False if args.resume is None else args.resume == "auto" or Path(args.resume)
-    )
-    if args.time_budget is not None:
-        return train_within(args, settings)
+    if args.time_budget is not None and args.resume is not None:
+        raise ValueError("time_budget: a run with a time budget begins anew; leave out --resume")
     from tcm_fast.training.phase import TrainingError
     from tcm_fast.training.summary import summary
     from tcm_fast.training.trainer import Interrupted, Trainer
 
-    trainer = Trainer(settings, args.out, init=args.init, resume=resume)
-    is_main = trainer.workers.is_main
+    is_main = True
     try:
-        results = recorded(trainer.run)() if trainer.workers.world > 1 else trainer.run()
+        if args.time_budget is not None:
+            results = train_within(args, settings, args.time_budget)
+        else:
+            resume = args.resume is not None and (args.resume == "auto" or Path(args.resume))
+            trainer = Trainer(settings, args.out, init=args.init, resume=resume)
+            is_main, run = trainer.workers.is_main, trainer.run
+            if trainer.workers.world > 1:  # torchrun's error report then has the traceback
+                from torch.distributed.elastic.multiprocessing.errors import record
+
+                run = record(run)  # type: ignore[assignment]
+            results = run()
     except (TrainingError, Interrupted) as stop:
         is_failure = isinstance(stop, TrainingError)
-        advice = "" if is_failure else f"; to go on: {resume_command(args)}"
+        can_resume = not is_failure and args.time_budget is None
+        advice = f"; to go on: {resume_command(args)}" if can_resume else ""
         if is_main:
             print(f"tcm-fast: {stop}{advice}", file=sys.stderr)
         return FAILED if is_failure else STOPPED
     if is_main:
-        summary(trainer.out, results)
+        summary(args.out, results)
     return 0
 
 
-def recorded(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The function; torchrun's error report will hold its traceback."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    return record(run)  # type: ignore[return-value]
-
-
-def train_within(args: Train, settings: Config) -> int:
+def train_within(args: Train, settings: Config, hours: float) -> Any:
+    """Train the recipe shortened to so many hours on this device."""
     from tcm_fast.planning.cards import this_device
     from tcm_fast.runtime.distributed import pick_device
     from tcm_fast.training import time_budget
-    from tcm_fast.training.phase import TrainingError
-    from tcm_fast.training.summary import summary
-    from tcm_fast.training.trainer import Interrupted
 
-    assert args.out is not None
-    if args.resume is not None:
-        raise ValueError("time_budget: a run with a time budget begins anew; leave out --resume")
     shape = image_shape(settings, args.preset, None)
     card = this_device(pick_device(settings.device))
-    try:
-        results = time_budget.train_within(
-            settings, args.out, args.time_budget or 0.0, shape, card, init=args.init,
-            say=lambda text: print(text, file=sys.stderr),
-        )  # fmt: skip
-    except (TrainingError, Interrupted) as stop:
-        print(f"tcm-fast: {stop}", file=sys.stderr)
-        return FAILED if isinstance(stop, TrainingError) else STOPPED
-    summary(args.out, results)
-    return 0
+    assert args.out is not None
+    return time_budget.train_within(
+        settings, args.out, hours, shape, card, init=args.init,
+        say=lambda text: print(text, file=sys.stderr),
+    )  # fmt: skip
 
 
 def resume_command(args: Train) -> str:

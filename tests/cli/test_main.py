@@ -207,7 +207,7 @@ def test_a_mistake_is_one_sentence_and_status_2(argv, message, tmp_path, monkeyp
 def test_a_typo_in_a_flag_suggests_the_right_one(capsys):
     assert run("train", "--preset", "digits", "--tcm.t-prim", "0.3") == 2
     shown = capsys.readouterr()
-    assert "--tcm.boundary_fraction" in shown.out + shown.err
+    assert "--tcm.t-prime" in shown.out + shown.err
 
 
 def test_a_typo_in_a_file_suggests_the_right_one(tmp_path, capsys):

@@ -13,7 +13,6 @@ from scipy.stats import ortho_group
 
 from tcm_fast.checkpoint.format import save_network
 from tcm_fast.cli.main import main
-from tcm_fast.data.dataset import load_images
 from tcm_fast.evaluation import features, metrics
 from tcm_fast.evaluation.features import FeatureSpace
 from tcm_fast.evaluation.metrics import evaluate, frechet_distance, nearest_distances
@@ -24,21 +23,6 @@ SHAPE = (898, 8, 8, 1)
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
     return np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def train():
-    return load_images("digits:train")
-
-
-@pytest.fixture(scope="module")
-def test():
-    return load_images("digits:test")
-
-
-@pytest.fixture(scope="module")
-def space():
-    return features.digits_feature_space()
 
 
 # ---- Fréchet distance ---------------------------------------------------------------------------
