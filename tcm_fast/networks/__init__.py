@@ -93,7 +93,7 @@ def recognise(weights: Weights) -> dict[str, Any]:
         ValueError: it is none of ours; the message says by what.
     """
     for network in NETWORKS.values():
-        family = getattr(network, "func", network)  # one with other defaults is a partial
+        family: Any = getattr(network, "func", network)  # one with other defaults is a partial
         if (spec := family.recognise(weights)) is not None:
             return spec
     raise ValueError(
