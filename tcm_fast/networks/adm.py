@@ -17,13 +17,12 @@ from tcm_fast.networks.layers import (
     without_autocast,
 )
 from tcm_fast.networks.recognition import Weights
-from tcm_fast.networks.recompute import run_block
-from tcm_fast.networks.unet import EMBEDDING, Place, UNet, edm_arguments, level_resolutions
+from tcm_fast.networks.unet import EDMUNet, Place, level_resolutions
 
 CHANNELS_PER_HEAD = 64
 
 
-class DhariwalUNet(UNet):
+class DhariwalUNet(EDMUNet):
     """The raw network F(x, c_noise) of ADM.
 
     Args:
@@ -44,8 +43,6 @@ class DhariwalUNet(UNet):
     Raises:
         ValueError: a resolution that cannot be halved often enough, widths that cannot be built.
     """
-
-    fp32_modules = EMBEDDING
 
     def __init__(
         self,
@@ -102,30 +99,9 @@ class DhariwalUNet(UNet):
 
     @classmethod
     def own_arguments(cls, weights: Weights, widths: list[int], stem: int) -> dict[str, Any]:
-        return {"name": "adm", **edm_arguments(weights, widths, 0)}
+        return {"name": "adm", **cls.edm_arguments(weights, widths, 0)}
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        noise_labels: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-        dropout_key: PhiloxKey | None = None,
-    ) -> torch.Tensor:
-        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the weights' dtype, noise_labels [N]
-        (c_noise), class_labels one-hot [N,label_dim] and augment_labels [N,augment_dim]."""
-        dropout_key = self.key_for(x, dropout_key)
-        emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key).to(x.dtype)
-        skips: list[torch.Tensor] = []
-        for block in self.enc.values():
-            if isinstance(block, UNetBlock):
-                x = run_block(block, [x], emb, dropout_key)
-            else:
-                x = block(x).contiguous(memory_format=self.memory_format)
-            skips.append(x)
-        for block in self.dec.values():
-            merges = block.in_channels != x.shape[1]
-            x = run_block(block, [x, skips.pop()] if merges else [x], emb, dropout_key)
+    def output(self, x: torch.Tensor) -> torch.Tensor:
         return self.out_conv(self.out_norm(x))
 
     def embed(
@@ -135,7 +111,6 @@ class DhariwalUNet(UNet):
         augment_labels: torch.Tensor | None = None,
         dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
-        """The embedding [N,emb_channels] of noise level, class and augmentation."""
         dtype = self.map_layer0.weight.dtype
         with without_autocast(noise_labels.device):
             emb = self.map_noise(noise_labels).to(dtype)

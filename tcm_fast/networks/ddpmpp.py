@@ -21,11 +21,10 @@ from tcm_fast.networks.layers import (
     without_autocast,
 )
 from tcm_fast.networks.recognition import Weights, filter_taps, multiples
-from tcm_fast.networks.recompute import run_block
-from tcm_fast.networks.unet import EMBEDDING, Place, UNet, edm_arguments, level_resolutions
+from tcm_fast.networks.unet import EDMUNet, Place, level_resolutions
 
 
-class SongUNet(UNet):
+class SongUNet(EDMUNet):
     """The raw network F(x, c_noise) of DDPM++, or of NCSN++ (`NCSNpp`).
 
     Args:
@@ -52,8 +51,6 @@ class SongUNet(UNet):
     Raises:
         ValueError: a resolution that cannot be halved often enough, widths that cannot be built.
     """
-
-    fp32_modules = EMBEDDING
 
     def __init__(
         self,
@@ -136,7 +133,7 @@ class SongUNet(UNet):
 
     @classmethod
     def own_arguments(cls, weights: Weights, widths: list[int], stem: int) -> dict[str, Any]:
-        spec = edm_arguments(weights, widths, stem)
+        spec = cls.edm_arguments(weights, widths, stem)
         is_fourier = "model.map_noise.freqs" in weights.shapes
         is_residual = any("_aux_residual." in name for name in weights.shapes)
         filters = [n for n in weights.shapes if n.endswith("_down.conv0.resample_filter")]
@@ -149,34 +146,8 @@ class SongUNet(UNet):
             "resample_filter": filter_taps(weights, filters[0]) if filters else [1, 1],
         }
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        noise_labels: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-        dropout_key: PhiloxKey | None = None,
-    ) -> torch.Tensor:
-        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the weights' dtype, noise_labels [N]
-        (c_noise), class_labels one-hot [N,label_dim] and augment_labels [N,augment_dim]."""
-        dropout_key = self.key_for(x, dropout_key)
-        emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key).to(x.dtype)
-        skips: list[torch.Tensor] = []
-        aux = x
-        for block in self.enc.values():
-            if isinstance(block, UNetBlock):
-                x = run_block(block, [x], emb, dropout_key)
-            elif block.fused:
-                x = aux = (x + block(aux)) * math.sqrt(0.5)
-                skips[-1] = x
-                continue
-            else:
-                x = block(x).contiguous(memory_format=self.memory_format)
-            skips.append(x)
-        *blocks, norm, conv = self.dec.values()
-        for block in blocks:
-            merges = block.in_channels != x.shape[1]
-            x = run_block(block, [x, skips.pop()] if merges else [x], emb, dropout_key)
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        *_, norm, conv = self.dec.values()
         return conv(norm(x))
 
     def embed(
@@ -186,7 +157,6 @@ class SongUNet(UNet):
         augment_labels: torch.Tensor | None = None,
         dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
-        """The embedding [N,emb_channels] of noise level, class and augmentation."""
         dtype = self.map_layer0.weight.dtype
         with without_autocast(noise_labels.device):
             cos, sin = self.map_noise(noise_labels).chunk(2, 1)

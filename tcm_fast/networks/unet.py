@@ -3,6 +3,7 @@ of the activations."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ from torch import nn
 
 from tcm_fast.config import require
 from tcm_fast.kernels.dropout import PhiloxKey, dropout_mask
-from tcm_fast.networks.layers import fresh_key
+from tcm_fast.networks.layers import UNetBlock, fresh_key
 from tcm_fast.networks.raw_network import Block, RawNetwork
 from tcm_fast.networks.recognition import STEM, Weights, encoder_levels, multiples
+from tcm_fast.networks.recompute import run_block
 
 # Beyond the numbers of the dropout layers, which count up from 0, and below those that key noise.
 LABEL_LAYER = 0x7FFF_FFFF
-EMBEDDING = ("map_label", "map_augment", "map_layer0", "map_layer1")  # of EDM's networks
 
 
 def level_resolutions(
@@ -209,10 +210,6 @@ class UNet(RawNetwork):
         levels and of the first convolution."""
         raise NotImplementedError
 
-    @property
-    def augmentation(self) -> nn.Linear | None:
-        return getattr(self, "map_augment", None)
-
     def dropout_at(self, resolution: int) -> float:
         """What a block at this resolution (after resampling) drops."""
         chosen = self.dropout_resolutions is None or resolution in self.dropout_resolutions
@@ -246,22 +243,81 @@ class UNet(RawNetwork):
         return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
-def edm_arguments(weights: Weights, widths: list[int], model_channels: int) -> dict[str, Any]:
-    """The arguments that DDPM++, NCSN++ and ADM share; model_channels 0 is the width of the noise level's
-    embedding, as in ADM."""
-    shapes = weights.shapes
-    foreign = [n for n in shapes if re.search(r"_aux_(up|down|skip)\.|map_noise\.scale|_r\.", n)]
-    if foreign:
-        raise ValueError(f"its network has a part that ours lack, {weights.shown(foreign[0])}")
-    for name in ("map_layer0", "map_layer1"):
-        if len(shapes.get(f"model.{name}.weight", ())) != 2:
-            raise ValueError(f"its network has no model.{name}.weight")
-    embedding, noise = shapes["model.map_layer0.weight"]
-    model_channels = model_channels or noise
-    return {
-        "label_dim": shapes.get("model.map_label.weight", (0, 0))[1],
-        "augment_dim": shapes.get("model.map_augment.weight", (0, 0))[1],
-        "model_channels": model_channels,
-        "channel_mult": multiples(widths, model_channels),
-        "channel_mult_emb": multiples([embedding], model_channels)[0],
-    }
+class EDMUNet(UNet):
+    """What EDM's networks share: DDPM++, NCSN++ and ADM."""
+
+    fp32_modules = ("map_label", "map_augment", "map_layer0", "map_layer1")
+    map_augment: nn.Linear | None
+
+    @property
+    def augmentation(self) -> nn.Linear | None:
+        return self.map_augment
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+        dropout_key: PhiloxKey | None = None,
+    ) -> torch.Tensor:
+        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the weights' dtype, noise_labels [N]
+        (c_noise), class_labels one-hot [N,label_dim] and augment_labels [N,augment_dim]."""
+        dropout_key = self.key_for(x, dropout_key)
+        emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key).to(x.dtype)
+        skips: list[torch.Tensor] = []
+        aux = x
+        for block in self.enc.values():
+            if isinstance(block, UNetBlock):
+                x = run_block(block, [x], emb, dropout_key)
+            elif block.fused:  # NCSN++'s residual encoder
+                x = aux = (x + block(aux)) * math.sqrt(0.5)
+                skips[-1] = x
+                continue
+            else:
+                x = block(x).contiguous(memory_format=self.memory_format)
+            skips.append(x)
+        for block in self.dec.values():
+            if isinstance(block, UNetBlock):
+                merges = block.in_channels != x.shape[1]
+                x = run_block(block, [x, skips.pop()] if merges else [x], emb, dropout_key)
+        return self.output(x)
+
+    def embed(
+        self,
+        noise_labels: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+        dropout_key: PhiloxKey | None = None,
+    ) -> torch.Tensor:
+        """The embedding [N,emb_channels] of noise level, class and augmentation."""
+        raise NotImplementedError
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """The last normalisation and convolution."""
+        raise NotImplementedError
+
+    @classmethod
+    def edm_arguments(
+        cls, weights: Weights, widths: list[int], model_channels: int
+    ) -> dict[str, Any]:
+        """The arguments that these networks share; model_channels 0 is the width of the noise level's
+        embedding, as in ADM."""
+        shapes = weights.shapes
+        foreign = [
+            n for n in shapes if re.search(r"_aux_(up|down|skip)\.|map_noise\.scale|_r\.", n)
+        ]
+        if foreign:
+            raise ValueError(f"its network has a part that ours lack, {weights.shown(foreign[0])}")
+        for name in ("map_layer0", "map_layer1"):
+            if len(shapes.get(f"model.{name}.weight", ())) != 2:
+                raise ValueError(f"its network has no model.{name}.weight")
+        embedding, noise = shapes["model.map_layer0.weight"]
+        model_channels = model_channels or noise
+        return {
+            "label_dim": shapes.get("model.map_label.weight", (0, 0))[1],
+            "augment_dim": shapes.get("model.map_augment.weight", (0, 0))[1],
+            "model_channels": model_channels,
+            "channel_mult": multiples(widths, model_channels),
+            "channel_mult_emb": multiples([embedding], model_channels)[0],
+        }
