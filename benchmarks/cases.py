@@ -85,13 +85,13 @@ class Case:
 def _random(
     name: str, sizes: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, found: Inputs
 ) -> torch.Tensor:
-    """Values of a tensor argument; noise levels are positive, with r < t and delta their difference."""
+    """Values of a tensor argument; noise levels and weights are positive, r < t, delta is t - r."""
     if dtype == torch.uint8:
         return torch.randint(0, 256, sizes, dtype=dtype, generator=generator)
     if dtype == torch.bool:
         return torch.rand(sizes, generator=generator) < 0.5
     x = torch.randn(sizes, generator=generator)
-    if name == "t":
+    if name in ("t", "weighting"):
         x = x.exp()
     elif name == "r":
         x = 0.7 * found["t"].cpu().float()

@@ -110,7 +110,9 @@ class Site:
 
 
 # What every site of its operation has, or what follows from the rest.
-UNSAID = {"weight", "bias", "num_groups", "eps", "x_t", "x_r", "t", "delta", "target_output", "x"}
+UNSAID = {
+    "weight", "bias", "num_groups", "eps", "x_t", "x_r", "t", "delta", "weighting", "target_output", "x",
+}  # fmt: skip
 
 
 def _setting(name: str, value: Any) -> str:

@@ -27,11 +27,18 @@ WEIGHTINGS: dict[str, Weighting] = {
 dtype (Lee et al. 2025, section 4; ECT, table 1)."""
 
 
+def _weight(weighting, t, r, delta, sigma_data):
+    """The weights [N] that are given, or named."""
+    if isinstance(weighting, torch.Tensor):
+        return weighting
+    return WEIGHTINGS[weighting](t, r, delta, sigma_data)
+
+
 def consistency_loss_reference(
-    output, x_t, t, target_output, x_r, r, *, weight, c, sigma_data=0.5, is_clean=None
+    output, x_t, t, target_output, x_r, r, *, delta, c, weighting, sigma_data=0.5, is_clean=None
 ):
     dtype = x_t.dtype
-    t, r = t.to(dtype), r.to(dtype)
+    t, r, delta = t.to(dtype), r.to(dtype), delta.to(dtype)
     target = denoise(target_output, x_r, r, sigma_data)
     if is_clean is not None:
         target = torch.where(is_clean.reshape(-1, 1, 1, 1), target_output.to(dtype), target)
@@ -40,7 +47,7 @@ def consistency_loss_reference(
     # the gradient d/sqrt(|d|² + c²) is 0, not NaN, where d = 0 and c > 0.
     square = difference.square().sum((1, 2, 3))
     distance = square / ((square + c**2).sqrt() + c)
-    return weight.to(dtype) * distance
+    return _weight(weighting, t, r, delta, sigma_data).to(dtype) * distance
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -180,9 +187,8 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 def _fwd_by_reference(output, x_t, t, target, x_r, r, weight, is_clean, c, sigma_data):
-    loss = consistency_loss_reference(
-        output, x_t, t, target, x_r, r, weight=weight, c=c, sigma_data=sigma_data, is_clean=is_clean
-    )
+    settings = dict(delta=t - r, c=c, sigma_data=sigma_data, is_clean=is_clean)
+    loss = consistency_loss_reference(output, x_t, t, target, x_r, r, weighting=weight, **settings)
     d, c_out = _difference_by_reference(output, x_t, t, target, x_r, r, is_clean, sigma_data)
     return loss, weight * c_out.flatten() / (d.square().sum((1, 2, 3)) + c**2).sqrt()
 
@@ -311,18 +317,15 @@ def consistency_loss(
         raise ValueError(
             "consistency_loss: output alone has a gradient, got x_t with requires_grad"
         )
-    by_kernel = x_t.dtype != torch.float64 and runs_triton("consistency_loss", x_t.device.type)
-    dtype = torch.float32 if by_kernel else x_t.dtype
-    t, r = t.to(dtype), r.to(dtype)
-    if isinstance(weighting, str):
-        weighting = WEIGHTINGS[weighting](t, r, delta.to(dtype), sigma_data)
-    if not by_kernel:
+    if x_t.dtype == torch.float64 or not runs_triton("consistency_loss", x_t.device.type):
         return consistency_loss_reference(
             output, x_t, t, target_output, x_r, r,
-            weight=weighting, c=c, sigma_data=sigma_data, is_clean=is_clean,
+            delta=delta, c=c, weighting=weighting, sigma_data=sigma_data, is_clean=is_clean,
         )  # fmt: skip
+    t, r, delta = t.to(torch.float32), r.to(torch.float32), delta.to(torch.float32)
+    weight = _weight(weighting, t, r, delta, sigma_data).to(torch.float32)
     loss, _ = torch.ops.tcm_fast.consistency_loss_fwd(
-        output, x_t.to(dtype), t, target_output, x_r.to(dtype), r, weighting.to(dtype), is_clean, c,
-        sigma_data,
+        output, x_t.to(torch.float32), t, target_output, x_r.to(torch.float32), r, weight, is_clean,
+        c, sigma_data,
     )  # fmt: skip
     return loss
