@@ -119,12 +119,12 @@ def capped(preset: str, gib: int, **changes: Any) -> Measure:
         import numpy as np
         import torch
 
-        from tcm_fast.benchmarks.levers import held
+        from tcm_fast.benchmarks.memory_optimizations import held
         from tcm_fast.benchmarks.results import Row
         from tcm_fast.config import load_preset
         from tcm_fast.planning.cards import this_device, with_memory
         from tcm_fast.planning.memory_estimate import ImageShape, memory
-        from tcm_fast.planning.memory_planner import choose_levers
+        from tcm_fast.planning.memory_planner import choose_optimizations
 
         device = torch.device(settings.device)
         config = replace(load_preset(preset), phases=("tcm",), device=settings.device, **changes)
@@ -142,7 +142,7 @@ def capped(preset: str, gib: int, **changes: Any) -> Measure:
             data = replace(config.data, source=f"{folder}/images.npz")
             config = replace(config, data=data, eval=replace(config.eval, features=""))
             shape = ImageShape(side, 3, classes, count)
-            chosen = choose_levers(config, shape, card)
+            chosen = choose_optimizations(config, shape, card)
             predicted = memory(chosen, "tcm", shape, on_gpu=card.on_gpu).total
             measured = held(chosen, "tcm", f"{folder}/run")
         name = f"{preset} tcm batch {config.tcm.batch_size} {config.precision} within {gib} GiB"

@@ -57,7 +57,7 @@ def run_plan(args: Plan) -> int:
     from rich.console import Console
 
     from tcm_fast.config import require
-    from tcm_fast.planning.memory_planner import choose_levers, plan_run
+    from tcm_fast.planning.memory_planner import choose_optimizations, plan_run
     from tcm_fast.training.time_budget import calibrate, fit_time_budget
 
     require(
@@ -73,7 +73,7 @@ def run_plan(args: Plan) -> int:
     card, console = pick_card(args), Console()
     if card.on_gpu and card.memory and not card.usable:
         raise ValueError(f"gpu-memory: {card.name} leaves nothing for tensors")
-    settings = choose_levers(args.settings, shape, card, gpus=args.gpus)
+    settings = choose_optimizations(args.settings, shape, card, gpus=args.gpus)
     rates: dict[str, float] = {}
     if args.calibrate:
         require(bool(args.settings.data.source), "calibrate: needs images, give --data")
@@ -232,9 +232,9 @@ def warnings_for(plan: RunPlan, shape: ImageShape) -> list[str]:
 
 
 def _memory_optimizations(plan: RunPlan) -> str:
-    from tcm_fast.planning.memory_planner import chosen_levers
+    from tcm_fast.planning.memory_planner import chosen_optimizations
 
-    found = chosen_levers(plan.config)
+    found = chosen_optimizations(plan.config)
     if not found:
         return "Memory optimizations: none needed."
     flags = [

@@ -145,7 +145,7 @@ class FusedOptimizer(TrainingOptimizer):
         owned = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
         columns = list(zip(*self.emas, strict=True)) or [()] * len(owned)
         self._tensors = [
-            StepTensors(p, averages=values, copy=copy, group=i, normalized=normalized)
+            StepTensors(p, emas=values, copy=copy, group=i, normalized=normalized)
             for (i, p), values, copy, normalized in zip(
                 owned, columns, self._copies, self._normalized, strict=True
             )
@@ -156,7 +156,7 @@ class FusedOptimizer(TrainingOptimizer):
         if self._moments == "fp32":
             return t.param.dtype
         if self._moments == "8bit":
-            moved = [x for x in (t.param, t.copy, *t.averages) if x is not None]
+            moved = [x for x in (t.param, t.copy, *t.emas) if x is not None]
             wide = all(x.data_ptr() % 16 == 0 for x in moved)
             if not (wide and _may_pack(t.param.numel(), t.row)):
                 return t.param.dtype
@@ -261,7 +261,7 @@ class FusedOptimizer(TrainingOptimizer):
             self._tensors,
             self._options(),
             self.control,
-            average_betas=self.ema_betas,
+            ema_decays=self.ema_betas,
             max_norm=self.max_norm,
             table=self._table,
         )
@@ -284,7 +284,7 @@ class FusedOptimizer(TrainingOptimizer):
             self._tensors,
             self._options(),
             self.control,
-            average_betas=self.ema_betas,
+            ema_decays=self.ema_betas,
             max_norm=self.max_norm,
             table=self._table,
         )

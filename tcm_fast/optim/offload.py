@@ -86,7 +86,7 @@ class PiecewiseOptimizer(FusedOptimizer):
             elements = [t.param.numel() for t in self._tensors]
             self.piece_bytes = piece_bytes(elements, len(self.emas), self._moments)
         for index, t in enumerate(self._tensors):
-            kinds = {f"emas[{k}]": a.dtype for k, a in enumerate(t.averages)}
+            kinds = {f"emas[{k}]": a.dtype for k, a in enumerate(t.emas)}
             kinds |= dict.fromkeys(("exp_avg", "exp_avg_sq"), self._kind_of_moments(t))
             sizes = [_aligned(_size(t.param.numel(), kind)) for kind in kinds.values()]
             if not self._pieces or self._pieces[-1].size + sum(sizes) > self.piece_bytes:
@@ -125,12 +125,12 @@ class PiecewiseOptimizer(FusedOptimizer):
             for index, places in zip(piece.indices, piece.places, strict=True):
                 t = self._tensors[index]
                 views = tuple(
-                    _view(piece.host, places[f"emas[{k}]"], t.param) for k in range(len(t.averages))
+                    _view(piece.host, places[f"emas[{k}]"], t.param) for k in range(len(t.emas))
                 )
                 for k, view in enumerate(views):
-                    view.copy_(t.averages[k])
+                    view.copy_(t.emas[k])
                     self.emas[k][index] = view
-                t.averages = views
+                t.emas = views
 
     def _gather(self) -> None:
         """State on the host: what is loaded or new moves there."""
@@ -219,17 +219,17 @@ class PiecewiseOptimizer(FusedOptimizer):
             torch._foreach_copy_([scaled for scaled, _ in there], [grad for _, grad in there])
             torch._foreach_mul_([scaled for scaled, _ in there], factor)
         assert piece.control is not None
-        averages = [] if there else [a for t in piece.tensors for a in t.averages]
-        before = [average.clone() for average in averages]
+        emas = [] if there else [a for t in piece.tensors for a in t.emas]
+        before = [average.clone() for average in emas]
         fused_step(
             piece.tensors,
             self._options(),
             piece.control,
-            average_betas=self.ema_betas,
+            ema_decays=self.ema_betas,
             table=piece.table,
         )
         # Without a gradient nothing tells a piece that the others skip.
-        for average, old in zip(averages, before, strict=True):
+        for average, old in zip(emas, before, strict=True):
             average.copy_(torch.where(factor.isfinite(), average, old))
 
     def _on_device(self, piece: Piece, k: int, slot: int) -> StepTensors:
@@ -240,9 +240,7 @@ class PiecewiseOptimizer(FusedOptimizer):
             own,
             exp_avg=_view(block, places["exp_avg"], own.param),
             exp_avg_sq=_view(block, places["exp_avg_sq"], own.param),
-            averages=tuple(
-                _view(block, places[f"emas[{i}]"], own.param) for i in range(len(own.averages))
-            ),
+            emas=tuple(_view(block, places[f"emas[{i}]"], own.param) for i in range(len(own.emas))),
         )
 
     # ---- copies ---------------------------------------------------------------------------------
@@ -286,19 +284,19 @@ class PiecewiseOptimizer(FusedOptimizer):
         return super().state_dict()
 
 
-def piece_bytes(elements: Sequence[int], averages: int, moments: str) -> int:
+def piece_bytes(elements: Sequence[int], emas: int, moments: str) -> int:
     """How much state a piece may have, of fp32 parameters of so many elements."""
-    state = sum(4 * averages * count + 2 * moment_size(count, moments) for count in elements)
+    state = sum(4 * emas * count + 2 * moment_size(count, moments) for count in elements)
     return min(state // PIECES, PIECE_BYTES)
 
 
-def piece_sizes(elements: Sequence[int], averages: int, moments: str) -> list[tuple[int, int]]:
+def piece_sizes(elements: Sequence[int], emas: int, moments: str) -> list[tuple[int, int]]:
     """Bytes of (state, scaled gradients) of each piece that fp32 parameters of so many elements are cut
     into."""
-    limit = piece_bytes(elements, averages, moments)
+    limit = piece_bytes(elements, emas, moments)
     pieces: list[tuple[int, int]] = []
     for count in elements:
-        state = averages * _aligned(4 * count) + 2 * _aligned(moment_size(count, moments))
+        state = emas * _aligned(4 * count) + 2 * _aligned(moment_size(count, moments))
         if not pieces or pieces[-1][0] + state > limit:
             pieces.append((0, 0))
         size, grads = pieces[-1]

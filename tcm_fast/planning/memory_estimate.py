@@ -1,9 +1,9 @@
 """What a step takes, counted without taking it: the step of a phase runs on the meta device, where tensors
 have a size and no memory, and every one of them is followed from its birth to its end.
 
-So levers, precisions and networks need no formulas of their own: what autograd keeps, what a recomputed
-block sets free and what a cast doubles is seen as it happens. What lies on the device the whole time
-(weights, moments, averages, the frozen network) is added from its shapes.
+So memory optimizations, precisions and networks need no formulas of their own: what autograd keeps, what
+activation checkpointing frees and what a cast doubles is counted as it happens. What is on the device the
+whole time (weights, moments, EMA, the frozen network) is added from its shapes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tcm_fast.planning.counter import Counter
 
 END = 1 << 20  # an iteration after every schedule's end
 KINDS = (
-    "weights", "gradients", "moments", "averages", "frozen", "activations", "workspace", "images",
+    "weights", "gradients", "moments", "ema", "frozen", "activations", "workspace", "images",
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def dry_step(
     """Run a phase's step, or two micro-batches of it, on the meta device.
 
     Args:
-        config: the run's, levers included.
+        config: the run's, memory optimizations included.
         name: the phase.
         shape: of the images.
         on_gpu: with the kernels and layouts of a GPU, instead of a CPU's.
@@ -110,11 +110,11 @@ def _what_counts(config: Config, name: str) -> Config:
     plain = dataclasses.replace(
         phase, images=0, lr=1.0, decay_start=None, ema=("constant:0",), dropout=0.1 * (phase.dropout > 0),
     )  # fmt: skip
-    levers = {
+    optimizations = {
         key: getattr(config, key)
         for key in ("micro_batches", "recompute_norms", "recompute_blocks", "offload")
     }
-    kept: dict[str, Any] = {name: plain, "precision": config.precision, **levers}
+    kept: dict[str, Any] = {name: plain, "precision": config.precision, **optimizations}
     return type(config)(network=config.network, phases=(name,), **kept)  # type: ignore[arg-type]
 
 
@@ -202,7 +202,7 @@ class Memory:
     weights: int
     gradients: int
     moments: int
-    averages: int
+    ema: int
     frozen: int
     activations: int
     workspace: int
@@ -225,20 +225,20 @@ def memory(
     phase = config.phase(name)
     step = step or dry_step(config, name, shape, on_gpu=on_gpu)
     moments = 2 * sum(moment_size(count, config.moments) for count in step.elements)
-    averages = 4 * step.parameters * len(phase.ema)
+    ema = 4 * step.parameters * len(phase.ema)
     workspace, host = 0, 0
     if config.offload:
         pieces = piece_sizes(step.elements, len(phase.ema), config.moments)
         workspace = max(grads for _, grads in pieces)  # gradients of a piece, scaled
         workspace += max(state for state, _ in pieces) * min(SLOTS, len(pieces))
-        host = moments + averages
-        moments = averages = 0
+        host = moments + ema
+        moments = ema = 0
     batch = phase.batch_size * (shape.bytes + 4 * shape.classes)
     return Memory(
         weights=step.weights,
         gradients=step.peak_grads,
         moments=moments,
-        averages=averages,
+        ema=ema,
         frozen=step.frozen,
         activations=step.peak - step.peak_grads,
         workspace=workspace,

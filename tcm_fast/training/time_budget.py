@@ -15,7 +15,7 @@ from tcm_fast.config import Config, phase_name, require, save_config
 from tcm_fast.objectives import OBJECTIVES
 from tcm_fast.planning.cards import Card
 from tcm_fast.planning.memory_estimate import ImageShape
-from tcm_fast.planning.memory_planner import Plan, choose_levers, mean_work, plan_run
+from tcm_fast.planning.memory_planner import Plan, choose_optimizations, mean_work, plan_run
 from tcm_fast.planning.recipes import images_for, leaves_signal_to_tf32, scale_recipe, scale_width
 from tcm_fast.sampling.sampler import HEUN_STEPS
 from tcm_fast.training.phase import PhaseResult
@@ -51,7 +51,7 @@ def fit_time_budget(
         hours: of time, positive.
         rates: images per second, measured on the network of `width`.
         width: of the network; None is chosen by the operations that fit in the time.
-        auto: choose the levers, too.
+        auto: choose the optimizations, too.
         fewest: steps of a phase.
         precision: decided already: the recipe's, or tf32 in the place of fp32. None takes tf32 where it is
             faster and the schedule leaves it enough signal.
@@ -66,7 +66,9 @@ def fit_time_budget(
     whole = plan_run(config, shape, card, gpus=gpus)
     if width is None and whole.seconds <= seconds and not rates:
         if auto:  # the recipe as it is
-            return plan_run(choose_levers(config, shape, card, gpus=gpus), shape, card, gpus=gpus)
+            return plan_run(
+                choose_optimizations(config, shape, card, gpus=gpus), shape, card, gpus=gpus
+            )
         return whole
     if width is None and config.network.model_channels is not None:
         width = scale_width(config.network.model_channels, seconds / whole.seconds)
@@ -94,7 +96,7 @@ def fit_time_budget(
     if may_change and faster and precision is None and leaves_signal_to_tf32(plan.config):
         plan = fill(True)
     if auto:
-        chosen = choose_levers(plan.config, shape, card, gpus=gpus)
+        chosen = choose_optimizations(plan.config, shape, card, gpus=gpus)
         plan = plan_run(chosen, shape, card, gpus=gpus, rates=known)
     steps = {p.name: p.images // p.batch_size for p in plan.phases}
     name = min(steps, key=lambda n: steps[n])

@@ -28,7 +28,7 @@ from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.networks import Precond
 from tcm_fast.planning.cards import this_device, with_memory
 from tcm_fast.planning.memory_estimate import ImageShape
-from tcm_fast.planning.memory_planner import choose_levers
+from tcm_fast.planning.memory_planner import choose_optimizations
 from tcm_fast.runtime import distributed
 from tcm_fast.runtime.arithmetic import training_settings
 from tcm_fast.training.batch_loader import BatchLoader
@@ -104,7 +104,7 @@ class Trainer:
                 warnings.simplefilter("ignore")
             self.data = load_images(data.source, **data.reading())
         if config.memory == "auto":
-            self.config = config = self._with_levers(config)
+            self.config = config = self._with_optimizations(config)
         self.micro = MicroBatches(self.out, config.micro_batches, self.workers)
         self.builder = PhaseBuilder(config, self.workers, self.data, self.micro)
         opened = self.workers.on_main(lambda: run_folder.open_run(self.out, resume))
@@ -158,14 +158,14 @@ class Trainer:
         data = self.data
         return ImageShape(data.resolution, data.channels, data.num_classes, len(data))
 
-    def _with_levers(self, config: Config) -> Config:
-        """`memory = "auto"`: the levers with which the run fits the device, for every rank the same."""
+    def _with_optimizations(self, config: Config) -> Config:
+        """`memory = "auto"`: memory optimizations with which the run fits, on every rank the same."""
         card = this_device(self.device, measure=False)
         if config.memory_limit:
             card = with_memory(card, config.memory_limit)
         world = self.workers.world
         chosen = self.workers.on_main(
-            lambda: choose_levers(config, self.image_shape, card, gpus=world)
+            lambda: choose_optimizations(config, self.image_shape, card, gpus=world)
         )
         return replace(chosen, memory="manual")
 

@@ -96,7 +96,7 @@ def test_only_the_command_lines_parsing_needs_tyro(missing):
 import sys
 sys.modules[{missing!r}] = None
 import tcm_fast.training.trainer, tcm_fast.sampling.sampler
-import tcm_fast.benchmarks.suite, tcm_fast.benchmarks.levers
+import tcm_fast.benchmarks.suite, tcm_fast.benchmarks.memory_optimizations
 from tcm_fast.cli.main import main
 main(["train", "--preset", "digits"])
 """

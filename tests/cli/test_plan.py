@@ -31,7 +31,7 @@ def test_a_card_that_nobody_has_here(capsys):
         capsys, "--preset", "cifar10", "--gpu", "rtx4060", "--price-per-hour", "0.5"
     )
     assert status == 0
-    for word in ("weights", "gradients", "moments", "averages", "frozen", "activations", "usable"):
+    for word in ("weights", "gradients", "moments", "ema", "frozen", "activations", "usable"):
         assert word in out
     needed = re.search(r"needed, with 6 % for the allocator\s+([\d,\s]+)", out)
     assert max(int(n.replace(",", "")) for n in needed[1].split()) <= 7.25 * 1024
@@ -78,7 +78,7 @@ def test_a_network_that_cannot_fit(capsys):
         capsys, "--preset", "imagenet64-xl", "--gpu", "rtx3090", "--gpu-memory", "4GiB"
     )
     assert status == 2
-    assert "does not fit: with every lever it takes" in error
+    assert "does not fit: with every memory optimization it takes" in error
     assert "GiB would do" in error
 
 

@@ -271,5 +271,5 @@ def test_options_that_it_does_not_know_are_refused():
     with pytest.raises(ValueError, match="optimizer: a group must be there when emas"):
         ours.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
     weights[0].grad = None
-    with pytest.raises(ValueError, match="fused_step: average_betas must be one for each of 1"):
+    with pytest.raises(ValueError, match="fused_step: ema_decays must be one for each of 1"):
         ours.step()

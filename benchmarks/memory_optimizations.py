@@ -1,5 +1,5 @@
-"""What each memory lever saves and costs, beside the same step without it:
-python -m tcm_fast.benchmarks.levers
+"""What each memory optimization saves and costs, beside the same step without it:
+python -m tcm_fast.benchmarks.memory_optimizations
 
 On a GPU the allocator says what a step holds, on a CPU its tensors are counted. Gradients are compared by
 the first moments after one step from the same start (root mean square of the tensors' relative
@@ -25,11 +25,11 @@ from tcm_fast.config import Config, from_dict, load_preset
 from tcm_fast.planning.cards import Card, this_device
 from tcm_fast.planning.counter import Counter
 from tcm_fast.planning.memory_estimate import ImageShape, memory
-from tcm_fast.planning.memory_planner import choose_levers
+from tcm_fast.planning.memory_planner import choose_optimizations
 from tcm_fast.training.phase import Phase
 from tcm_fast.training.trainer import Trainer
 
-LEVERS: dict[str, dict[str, Any]] = {
+OPTIMIZATIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "recompute_norms": {"recompute_norms": True},
     "recompute_blocks 1": {"recompute_blocks": 1},
@@ -49,10 +49,10 @@ LEVERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One lever's step. Bytes on the device; `difference`: of the gradients, relative to none's."""
+    """The step of one of them. Bytes on the device; `difference`: of the gradients, relative to none's."""
 
     precision: str
-    lever: str
+    optimization: str
     predicted: int
     held: int
     milliseconds: float
@@ -116,16 +116,16 @@ def relative_difference(found: list[torch.Tensor], reference: list[torch.Tensor]
 def measure(
     config: Config,
     name: str,
-    levers: dict[str, dict[str, Any]],
+    optimizations: dict[str, dict[str, Any]],
     shape: ImageShape,
     card: Card,
     *,
     seconds: float = 3.0,
 ) -> list[Row]:
-    """A row for each lever, the first of which is none at all."""
+    """A row for each optimization, the first of which is none at all."""
     rows: list[Row] = []
     reference: list[torch.Tensor] | None = None
-    for lever, changes in levers.items():
+    for optimization, changes in optimizations.items():
         given = replace(config, phases=(name,), **changes)
         with tempfile.TemporaryDirectory() as folder:
             found = held(given, name, f"{folder}/held")
@@ -137,7 +137,7 @@ def measure(
         difference = relative_difference(moments, reference)
         predicted = memory(given, name, shape, on_gpu=card.on_gpu).total
         took = 1e3 * given.phase(name).batch_size / rate
-        rows.append(Row(config.precision, lever, predicted, found, took, difference))
+        rows.append(Row(config.precision, optimization, predicted, found, took, difference))
         _forget()
     return rows
 
@@ -145,16 +145,16 @@ def measure(
 def summarise(rows: list[Row]) -> str:
     """A Markdown table."""
     lines = [
-        "| precision | lever | memory, predicted | measured | of none | time of a step | of none "
+        "| precision | optimization | memory, predicted | measured | of none | time of a step | of none "
         "| gradients differ by |",
         "|---|---|---|---|---|---|---|---|",
     ]
     none = rows[0]
     for row in rows:
-        none = row if row.lever == "none" else none
+        none = row if row.optimization == "none" else none
         difference = f"{row.difference:.0e}" if row.difference else "0"
         lines.append(
-            f"| {row.precision} | {row.lever} | {row.predicted / 2**20:.1f} MiB "
+            f"| {row.precision} | {row.optimization} | {row.predicted / 2**20:.1f} MiB "
             f"| {row.held / 2**20:.1f} MiB | {row.held / none.held:.2f} | {row.milliseconds:.0f} ms "
             f"| {row.milliseconds / none.milliseconds:.2f} | {difference} |"
         )
@@ -202,8 +202,10 @@ def main() -> None:
     parser.add_argument("--data", help="images for the preset")
     parser.add_argument("--phase", default="tcm", choices=["edm", "ect", "tcm"])
     parser.add_argument("--batch", type=int, default=16, help="of the narrow network")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each lever")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/levers.json"))
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each of them")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/memory_optimizations.json")
+    )
     args = parser.parse_args()
     card = this_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory() as folder:
@@ -214,13 +216,13 @@ def main() -> None:
                 config = replace(config, data=replace(config.data, source=args.data))
         shape = image_shape(config, args.preset or "", None)
         rows: list[Row] = []
-        for precision, levers in (("fp32", LEVERS), ("bf16", {"none": {}})):
+        for precision, optimizations in (("fp32", OPTIMIZATIONS), ("bf16", {"none": {}})):
             own = replace(config, precision=precision)
-            rows += measure(own, args.phase, levers, shape, card, seconds=args.seconds)
+            rows += measure(own, args.phase, optimizations, shape, card, seconds=args.seconds)
         if card.on_gpu:
-            chosen = choose_levers(config, shape, card)
+            chosen = choose_optimizations(config, shape, card)
             rows += measure(chosen, args.phase, {"auto": {}}, shape, card, seconds=args.seconds)
-    what = f"memory levers: a step of {args.phase}, {args.preset or 'narrow DDPM++'}"
+    what = f"memory optimizations: a step of {args.phase}, {args.preset or 'narrow DDPM++'}"
     write_record(args.out, what, card.name, rows=[asdict(row) for row in rows])
     print(summarise(rows))
 
