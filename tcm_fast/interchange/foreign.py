@@ -8,6 +8,7 @@ from typing import Any
 
 from tcm_fast.interchange.safe_pickle import Record, Refused, shown
 from tcm_fast.interchange.torch_format import FileTensor
+from tcm_fast.networks.recognition import STEM
 
 MAX_MODULES = 100_000
 MAX_DEPTH = 40
@@ -92,10 +93,7 @@ def _candidates(content: Any) -> list[tuple[str, Any]]:
 def _is_network(value: Any) -> bool:
     if isinstance(value, Record):
         return isinstance(value.state.get("_modules"), dict) and _has_encoder(value, 0)
-    return isinstance(value, dict) and any(
-        isinstance(name, str) and re.search(r"(^|\.)enc\.\d+x\d+_conv\.weight$", name)
-        for name in value
-    )
+    return isinstance(value, dict) and any(isinstance(n, str) and STEM.search(n) for n in value)
 
 
 def _has_encoder(module: Record, depth: int) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-STEM = re.compile(r"model\.enc\.(\d+)x\1_conv\.weight")
-"""The first convolution of EDM's U-Nets."""
+STEM = re.compile(r"(?:^|\.)enc\.(\d+)x\1_conv\.weight$")
+"""The name of the first convolution of EDM's U-Nets ends so."""
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class UNet(RawNetwork):
 
     @classmethod
     def recognise(cls, weights: Weights) -> dict[str, Any] | None:
-        stems = [(name, m[1]) for name in weights.shapes if (m := STEM.fullmatch(name))]
+        stems = [(name, m[1]) for name in weights.shapes if (m := STEM.search(name))]
         if len(stems) != 1 or len(weights.shapes[stems[0][0]]) != 4 or not cls.owns(weights.shapes):
             return None
         stem, resolution = weights.shapes[stems[0][0]], int(stems[0][1])

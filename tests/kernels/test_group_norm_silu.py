@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tcm_fast.kernels import _triton
+from tcm_fast.kernels._common import sigmoid
 from tcm_fast.kernels.dropout import PhiloxKey, dropout_mask
 from tcm_fast.kernels.group_norm_silu import (
     _group_norm_silu_bwd_kernel,
     _group_norm_silu_fwd_kernel,
     _plan,
-    _sigmoid,
     group_norm_silu,
     group_norm_silu_reference,
     specialisations,
@@ -696,7 +696,7 @@ def test_the_assembler_sigmoid_is_the_portable_one(triton_device):
     @triton.jit
     def kernel(x, y, ASM: tl.constexpr):
         at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-        tl.store(y + at, _sigmoid(tl.load(x + at), ASM))
+        tl.store(y + at, sigmoid(tl.load(x + at), ASM))
 
     x = torch.linspace(-120, 120, 2**20, device=triton_device)
     ys = [torch.empty_like(x) for _ in range(2)]
