@@ -12,7 +12,7 @@ import torch
 from tcm_fast.checkpoint.format import load_checkpoint
 from tcm_fast.config import PHASES, Config, EdmConfig, PhaseConfig
 from tcm_fast.data.dataset import ImageData
-from tcm_fast.kernels._backend import extension_gap
+from tcm_fast.kernels._backend import extension_gap, fast_layout
 from tcm_fast.networks import LOGVAR_CHANNELS, Precond, build_network, force_rows
 from tcm_fast.networks.precision import is_derived, make_copies, normalized_parameters
 from tcm_fast.networks.recompute import set_recompute
@@ -229,9 +229,7 @@ class Assembly:
             )
         if device is not None:
             return net
-        on_gpu = self.device.type == "cuda"
-        layout = torch.channels_last if on_gpu else torch.preserve_format
-        return net.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        return net.to(self.device, memory_format=fast_layout(self.device))  # type: ignore[call-overload]
 
     def check_phase(self, name: str) -> None:
         """The batch of a phase must be cut evenly, tcm's must hold a boundary sample, and its averages
