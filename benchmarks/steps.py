@@ -22,7 +22,7 @@ from tcm_fast.benchmarks.official_style import OfficialStyleStep, OfficialStyleU
 from tcm_fast.config import Config, PhaseConfig
 from tcm_fast.data.dataset import ImageData
 from tcm_fast.data.stream import ImageStream
-from tcm_fast.kernels._backend import extension_gap
+from tcm_fast.kernels._backend import extension_gap, fast_layout
 from tcm_fast.networks import Precond, build_network, force_rows
 from tcm_fast.networks.precision import is_derived, make_copies
 from tcm_fast.objectives import OBJECTIVES
@@ -199,8 +199,7 @@ class OurStep:
     ) -> None:
         config, device = case.config, torch.device(case.device)
         self.case, self.config = case, config
-        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
-        self.net = net = case.build().to(device, memory_format=layout)  # type: ignore[call-overload]
+        self.net = net = case.build().to(device, memory_format=fast_layout(device))  # type: ignore[call-overload]
         dtype = PRECISIONS[case.precision]
         stage1 = copy.deepcopy(net) if case.phase == "tcm" else None
         self.objective = OBJECTIVES[case.phase](config, net.train(), stage1, dtype=dtype)

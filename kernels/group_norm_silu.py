@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from tcm_fast.kernels._backend import extension_for, extension_gap
 from tcm_fast.kernels._common import (
     DTYPES,
     check_image,
@@ -27,6 +28,7 @@ from tcm_fast.kernels._triton import (
     calls_directly,
     gradients,
     launch,
+    or_reference,
     runs_triton,
     tl,
     triton,
@@ -536,6 +538,60 @@ def _bwd(
     return [grad_x, by_sample.sum(1), *(v for v in grads if v is not None)]
 
 
+def _on_cpu(x, *operands):
+    """Whether the extension serves these tensors: fp32 on a CPU, x in channels_last."""
+    return (
+        x.device.type == "cpu"
+        and all(v is None or v.dtype == torch.float32 for v in (x, *operands))
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.numel() > 0
+        and calls_directly(x)
+        and not extension_gap(x.device)
+    )
+
+
+def _dense(*tensors):
+    return [None if v is None else v.contiguous() for v in tensors]
+
+
+def _addresses(*tensors):
+    return [0 if v is None else v.data_ptr() for v in tensors]
+
+
+def _fwd_cpu(
+    x, weight, bias, add, scale, shift, sample, seed, step, num_groups, eps, silu, layer, threshold
+):
+    n, c, h, w = x.shape
+    y, (mean, rstd) = torch.empty_like(x), _statistics(x, num_groups)
+    operands, key = _dense(weight, bias, add, scale, shift), _dense(sample, seed, step)
+    extension_for("group_norm_silu", x.device).group_norm_silu_fwd_cpu(
+        *_addresses(y, x, *operands, mean, rstd), n, c, h * w, num_groups, eps, silu,
+        *_addresses(*key), layer, threshold, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _bwd_cpu(
+    grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
+    layer, threshold, wants_affine,
+):  # fmt: skip
+    n, c, h, w = x.shape
+    grad_y, grad_past = (
+        None if v is None else v.contiguous(memory_format=torch.channels_last)
+        for v in (grad_y, grad_past)
+    )
+    grad_x = torch.empty_like(x)
+    by_sample = x.new_empty((2, n, c)) if wants_affine else None
+    grads = [None if v is None else x.new_empty((n, c)) for v in (add, scale, shift)]
+    operands, key = _dense(weight, bias, add, scale, shift), _dense(sample, seed, step)
+    extension_for("group_norm_silu", x.device).group_norm_silu_bwd_cpu(
+        *_addresses(grad_y, grad_past, grad_x, by_sample, *grads, x, *operands, mean, rstd),
+        n, c, h * w, num_groups, silu, *_addresses(*key), layer, threshold, torch.get_num_threads(),
+    )  # fmt: skip
+    affine = x.new_zeros((2, c)) if by_sample is None else by_sample.sum(1)
+    return [grad_x, affine, *(v for v in grads if v is not None)]
+
+
 def _statistics(x, num_groups):
     shape = (x.shape[0], num_groups)
     return tuple(torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -713,11 +769,18 @@ _fwd = register(
     "float eps, bool silu, int layer, int threshold) -> (Tensor, Tensor, Tensor)",
     _fwd, _fwd_by_reference, _fake_fwd, save=_save, backward=_backward,
 )  # fmt: skip
-_bwd = register(
+_bwd = or_reference(_bwd, _bwd_by_reference)
+
+
+def _bwd_anywhere(*args):
+    return (_bwd_cpu if _on_cpu(args[2], *args[5:10]) else _bwd)(*args)
+
+
+register(
     "group_norm_silu_bwd(Tensor grad_y, Tensor? grad_past, Tensor x, Tensor mean, Tensor rstd, "
     f"Tensor weight, Tensor bias, {_OPTIONAL}, int num_groups, bool silu, int layer, int threshold, "
     "bool wants_affine) -> Tensor[]",
-    _bwd, _bwd_by_reference, _fake_bwd,
+    _bwd_anywhere, _bwd_by_reference, _fake_bwd,
 )  # fmt: skip
 
 
@@ -741,23 +804,41 @@ class _WithX(torch.autograd.Function):
 
 
 class _Direct(torch.autograd.Function):
-    """The same without the dispatcher; the last argument says whether x is returned too."""
+    """The same without the dispatcher; the last arguments say whether x is returned too and which
+    launchers serve."""
 
     @staticmethod
     def forward(ctx, *args):
-        *inputs, with_x = args
-        y, mean, rstd = _fwd(*inputs)
+        *inputs, with_x, (fwd, ctx.bwd) = args
+        y, mean, rstd = fwd(*inputs)
         _save(ctx, inputs, (y, mean, rstd))
         return (y, inputs[0].view_as(inputs[0])) if with_x else y
 
     @staticmethod
     def backward(ctx, grad_y, grad_past=None):
         # With create_graph the operator stands in the graph, to refuse the second derivative.
-        bwd = torch.ops.tcm_fast.group_norm_silu_bwd if torch.is_grad_enabled() else _bwd
-        return *_grads(bwd, ctx, grad_y, grad_past), None
+        bwd = torch.ops.tcm_fast.group_norm_silu_bwd if torch.is_grad_enabled() else ctx.bwd
+        return *_grads(bwd, ctx, grad_y, grad_past), None, None
 
 
 # -- public function ------------------------------------------------------------------------------
+
+
+def _kernels(x, *operands):
+    """What launches the forward and the backward pass on these tensors; None where the reference runs."""
+    on_cpu = _on_cpu(x, *operands)
+    is_wide = x.dtype == torch.float64 or operands[0].dtype == torch.float64
+    try:
+        if (
+            not is_wide
+            and x.shape[1:].numel() > 0
+            and runs_triton("group_norm_silu", x.device.type)
+        ):
+            return _fwd, _bwd
+    except ValueError:  # TCM_FAST_BACKEND=kernel
+        if not on_cpu:
+            raise
+    return (_fwd_cpu, _bwd_cpu) if on_cpu else None
 
 
 def group_norm_silu(
@@ -817,8 +898,8 @@ def group_norm_silu(
         if operand is not None and operand.device != x.device:
             raise ValueError(f"group_norm_silu: {name} must be on {x.device}, got {operand.device}")
     check_dropout("group_norm_silu", dropout_p, dropout_key)
-    is_wide = x.dtype == torch.float64 or weight.dtype == torch.float64
-    if not is_wide and c * height * width > 0 and runs_triton("group_norm_silu", x.device.type):
+    kernels = _kernels(x, *operands.values())
+    if kernels is not None:
         if c * height * width >= 2**31:
             raise ValueError(
                 "group_norm_silu: a sample must have fewer than 2**31 elements, "
@@ -842,7 +923,7 @@ def group_norm_silu(
             threshold,
         )
         if calls_directly(x):
-            return _Direct.apply(*inputs, with_x)
+            return _Direct.apply(*inputs, with_x, kernels)
         if with_x:
             return _WithX.apply(*inputs)[:2]
         return torch.ops.tcm_fast.group_norm_silu_fwd(*inputs)[0]

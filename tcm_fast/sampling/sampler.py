@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tcm_fast.checkpoint.format import load_stage1
+from tcm_fast.kernels._backend import fast_layout
 from tcm_fast.kernels.denoise_to_uint8 import denoise_to_uint8, to_uint8
 from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import noise_pair
@@ -334,8 +335,8 @@ class Sampler:
     def _ready(self, net: Precond) -> Precond:
         """The network on the device, with its weights cast."""
         net.to(self.device)
-        if self.device.type == "cuda" and isinstance(net, Precond):
-            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if isinstance(net, Precond):
+            net.to(memory_format=fast_layout(self.device))  # type: ignore[call-overload]
         return in_precision(net, self.dtype) if isinstance(net, Precond) else net
 
     def draw(self, numbers: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -385,9 +386,8 @@ class Sampler:
     def _multistep(self, numbers: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """`multistep` in as few passes over the images as there are: noise and scaling before the
         network in one, preconditioning and bytes after it in another."""
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         y = torch.zeros((len(numbers), *self.shape), device=self.device)
-        y = y.contiguous(memory_format=layout)
+        y = y.contiguous(memory_format=fast_layout(self.device))
         for step, (net, level) in enumerate(zip(self.nets, self.levels, strict=True)):
             t = y.new_full((len(y),), level)
             key = PhiloxKey(seed=self.seed, step=step, layer=NOISE_LAYER, sample=numbers)

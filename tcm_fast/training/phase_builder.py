@@ -11,7 +11,7 @@ import torch
 from tcm_fast.checkpoint.format import load_checkpoint
 from tcm_fast.config import Config
 from tcm_fast.data.dataset import ImageData
-from tcm_fast.kernels._backend import extension_gap
+from tcm_fast.kernels._backend import extension_gap, fast_layout
 from tcm_fast.networks import Precond, force_rows
 from tcm_fast.networks.precision import normalized_parameters
 from tcm_fast.objectives import OBJECTIVES
@@ -190,9 +190,7 @@ class PhaseBuilder:
             )  # fmt: skip
         if device is not None:
             return net
-        on_gpu = self.device.type == "cuda"
-        layout = torch.channels_last if on_gpu else torch.preserve_format
-        return net.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        return net.to(self.device, memory_format=fast_layout(self.device))  # type: ignore[call-overload]
 
     def check_phase(self, name: str) -> None:
         """The batch of a phase must be cut evenly and suffice for its plan, and its EMAs must have a

@@ -51,6 +51,18 @@ def test_a_kernel_that_cannot_run_is_an_error(no_extension, monkeypatch):
         philox_bits(0, 0, 0, torch.arange(2), 3)
 
 
+def test_the_layout_of_networks(monkeypatch):
+    assert _backend.fast_layout(torch.device("cuda")) == torch.channels_last
+    assert _backend.fast_layout(torch.device("meta")) == torch.contiguous_format
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")  # torch's own channels_last loses digits
+    assert _backend.fast_layout(CPU) == torch.contiguous_format
+    monkeypatch.setenv("TCM_FAST_BACKEND", "")
+    monkeypatch.setattr(_backend, "_load", lambda: (object(), ""))
+    assert _backend.fast_layout(CPU) == torch.channels_last
+    monkeypatch.setattr(_backend, "_load", lambda: (None, "not built"))
+    assert _backend.fast_layout(CPU) == torch.contiguous_format
+
+
 def test_no_kernel_for_an_unknown_device(monkeypatch):
     assert _backend.extension_for("dropout", torch.device("meta")) is None
     monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")

@@ -33,7 +33,7 @@ from tcm_fast.config import Config, from_dict, load_config
 from tcm_fast.data.dataset import load_images
 from tcm_fast.data.stream import ImageStream
 from tcm_fast.evaluation import metrics
-from tcm_fast.kernels._backend import extension
+from tcm_fast.kernels._backend import extension, fast_layout
 from tcm_fast.optim import fused
 from tcm_fast.runtime.cuda_graphs import CaptureError, GraphCache
 from tcm_fast.sampling.sampler import sample
@@ -97,6 +97,21 @@ def test_the_baselines_train(phase, images, tmp_path):
     train(tiny(images, phases=["edm", phase]), tmp_path / "run")
     info = load_network(tmp_path / "run").info
     assert (info["phase"], info["images"]) == (phase, 96)
+
+
+def test_networks_train_in_the_layout_that_is_fast(images, tmp_path, no_pictures, monkeypatch):
+    layouts = []
+
+    def noted(self, batch, losses):
+        layouts.extend(net.model.memory_format for net in (self.student, self.frozen) if net)
+        return losses()
+
+    change_losses(noted, monkeypatch.setattr)
+    for backend in ("", "reference"):
+        monkeypatch.setenv("TCM_FAST_BACKEND", backend)
+        train(tiny(images, phases=["edm", "cd"], max_steps=1), tmp_path / f"run{backend}")
+        assert layouts == [fast_layout(torch.device("cpu"))] * 3
+        layouts.clear()
 
 
 def test_the_same_seed_gives_the_same_weights(images, tmp_path):
