@@ -57,7 +57,7 @@ class StepCase:
     def config(self) -> PhaseConfig:
         changes: dict[str, Any] = {"batch_size": self.batch_size}
         if self.phase != "edm":
-            changes["c"] = 0.01
+            changes["huber_c"] = 0.01
         return dataclasses.replace(Config().phase(self.phase), **changes)
 
     def build(self) -> Precond:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from tcm_fast.benchmarks.official_edm2 import OfficialStyleEdm2, PlainBlock, weighted_cat
 from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import build_network, force_rows
-from tcm_fast.networks.edm2 import Block
+from tcm_fast.networks.edm2 import EDM2Block
 from tcm_fast.networks.mp_layers import MPConv
 
 SHAPE = dict(
@@ -140,7 +140,7 @@ def block_pass(kind, count, size, inputs, outputs, encoder, attention, skip):
         if kind == "plain":
             block = PlainBlock(inputs + skip, outputs, 768, p=p, **options)
         else:
-            block = Block(inputs + skip, outputs, 768, dropout=p, **options)
+            block = EDM2Block(inputs + skip, outputs, 768, dropout=p, **options)
             for layer in block.modules():
                 if isinstance(layer, MPConv):
                     layer.scaled = layer.weight.detach().half().requires_grad_()
