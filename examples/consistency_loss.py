@@ -13,7 +13,7 @@ from tcm_fast.objectives.ect import Ect
 
 def train(network, images, steps=60, lr=1e-2):
     """images: uint8 [N,C,H,W], or floating in [-1,1]."""
-    config = EctConfig(batch_size=len(images), c=0.03, q=2.0, stage_iterations=20)
+    config = EctConfig(batch_size=len(images), huber_c=0.03, q=2.0, stage_iterations=20)
     optimizer, losses = torch.optim.RAdam(network.parameters(), lr=lr), []
     for step in range(steps):
         plan = Ect.plan(config, seed=0, images_seen=step * len(images), iteration=step)

@@ -137,7 +137,7 @@ def test_micro_batches_do_not_change_a_step(name, parts):
 @pytest.mark.parametrize("c", [1e-8, 0.06])
 def test_splitting_targets_changes_nothing(iteration, c):
     """Each network on exactly the rows it has to compute, against both on every row."""
-    _, plan, objective, images = problem("tcm", dropout=0.3, iteration=iteration, c=c)
+    _, plan, objective, images = problem("tcm", dropout=0.3, iteration=iteration, huber_c=c)
     objective.eval()  # compare targets through the loss: the student's own dropout stays on below
     objective.student.train()
     loss, _, grad = run(objective, plan, images)
@@ -217,7 +217,7 @@ def test_ict_takes_its_constant_from_the_image_size():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_losses_are_near_and_fp32(dtype):
-    config, plan, objective, images = problem("ect", iteration=0, c=0.06)
+    config, plan, objective, images = problem("ect", iteration=0, huber_c=0.06)
     low = Ect(config, objective.student, dtype=dtype)
     loss, _, grad = run(objective, plan, images)
     low_loss, stats, low_grad = run(low, plan, images)
@@ -242,7 +242,7 @@ def test_boundary_weight_zero_leaves_the_boundary_out_of_the_gradient():
 @pytest.mark.parametrize("row_multiple", [4, 8, SIZE])
 def test_rounding_row_counts_up_changes_nothing(name, iteration, row_multiple):
     """Networks that compute a few rows too many, and targets picked from among them."""
-    _, plan, objective, images = problem(name, dropout=0.3, iteration=iteration, c=0.06)
+    _, plan, objective, images = problem(name, dropout=0.3, iteration=iteration, huber_c=0.06)
     loss, stats, grad = run(objective, plan, images)
     rounded_loss, rounded_stats, rounded_grad = run(
         objective, plan, images, row_multiple=row_multiple
@@ -384,7 +384,7 @@ def test_networks_compile_without_a_graph_break():
 
 
 def test_frozen_weights_are_cast_once_and_the_students_once_a_step():
-    config, plan, objective, images = problem("tcm", c=0.06)
+    config, plan, objective, images = problem("tcm", huber_c=0.06)
     low = Tcm(config, objective.student, objective.frozen, dtype=torch.bfloat16)
     kinds = {p.dtype for p in low.frozen.parameters()}
     assert kinds == {torch.bfloat16, torch.float32}
@@ -401,7 +401,7 @@ def test_frozen_weights_are_cast_once_and_the_students_once_a_step():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_copies_that_an_optimizer_keeps_are_used_instead_of_casts(dtype):
-    config, plan, objective, images = problem("tcm", c=0.06)
+    config, plan, objective, images = problem("tcm", huber_c=0.06)
     cast = Tcm(config, objective.student, objective.frozen, dtype=dtype)
     kept = Tcm(config, objective.student, objective.frozen, dtype=dtype)
     kept.copies = make_copies(kept.student, dtype)
@@ -469,7 +469,7 @@ def test_normalising_once_a_step_does_not_change_it(name, monkeypatch):
 def test_a_step_normalises_each_weight_once_and_writes_none(monkeypatch):
     from tcm_fast.networks import precision
 
-    config, plan, images = edm2_problem("tcm", c=0.06)
+    config, plan, images = edm2_problem("tcm", huber_c=0.06)
     objective = Tcm(config, edm2(1).train(), edm2(2))
     before = {name: p.clone() for name, p in objective.student.named_parameters()}
     seen = []
