@@ -118,9 +118,9 @@ def tiny(pictures, **changes):
     config = load_preset("cifar10-tiny")
     data = dataclasses.replace(config.data, source=str(pictures))
     phases = {
-        name: dataclasses.replace(getattr(config, name), batch_size=16, warmup_images=32)
-        for name in config.phases
+        name: dataclasses.replace(config.phase(name), batch_size=16) for name in config.phases
     }
+    phases["edm"] = dataclasses.replace(phases["edm"], warmup_images=32)
     return dataclasses.replace(
         config, **{"data": data, "max_steps": 4, "log_every": 2, **phases, **changes}
     )
