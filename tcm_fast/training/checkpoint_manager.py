@@ -55,8 +55,8 @@ class Keeper:
         self._failed = 0
         self._writer: CheckpointWriter | None = None
         self._lock: RunLock | None = None
+        self.log = RunLog(out, active=False)
         workers.on_main(self._take_folder)
-        self.log = RunLog(out, active=workers.is_main)
         if self._lock is not None and self._lock.replaced:
             text = f"{out}: took over from {self._lock.replaced}, which is gone"
             self.log.warn("stale_lock", text)
@@ -66,6 +66,7 @@ class Keeper:
         try:
             (self.out / "grids").mkdir(exist_ok=True)
             save_config(self.config, self.out / "config.json")
+            self.log = RunLog(self.out, self.config)
         except BaseException:
             self._lock.release()
             raise
