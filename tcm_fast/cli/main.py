@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tcm_fast.cli.eval import Eval, SearchTimes, run_config, run_eval, run_search
+from tcm_fast.cli.hub import Pull, Push, run_pull, run_push
 from tcm_fast.cli.plan import Plan, image_shape, run_plan
 from tcm_fast.config import Config, PhaseName, Precision, load_config, load_preset, preset_names
 
@@ -45,7 +46,7 @@ class Train:
     phase: PhaseName | None = None
     """Train this phase only."""
     init: Path | None = None
-    """Network file or run that the first phase starts from."""
+    """Network file, run or hf:user/repo that the first phase starts from."""
     resume: str | None = None
     """auto: continue the newest complete checkpoint of the run, or begin; or a checkpoint's folder."""
     config: Path | None = None
@@ -61,7 +62,7 @@ class Sample:
     """Draw images from a trained network."""
 
     source: Positional[Path]
-    """A run, a checkpoint or a network file."""
+    """A run, a checkpoint, a network file or hf:user/repo."""
     num: int = 64
     """Number of images."""
     steps: int | None = None
@@ -228,7 +229,7 @@ def parse(argv: Sequence[str]) -> Any:
         ) from None
     command = Annotated[Train, subcommand("train", default=_train_defaults(argv))]
     command |= Annotated[Plan, subcommand("plan", default=_plan_defaults(argv))]  # type: ignore[assignment]
-    for kind in (Sample, Eval, SearchTimes, Data, Ema, Convert, Bench, Doctor):
+    for kind in (Sample, Eval, SearchTimes, Data, Ema, Convert, Push, Pull, Bench, Doctor):
         name = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower()
         command |= Annotated[kind, subcommand(name)]  # type: ignore[assignment]
     epilog = f"Presets: {', '.join(preset_names())}."
@@ -288,6 +289,10 @@ def train(args: Train) -> int:
     settings = args.settings
     if args.phase:
         settings = replace(settings, phases=(args.phase,))
+    if str(args.init).startswith("hf:"):
+        from tcm_fast.interchange.hub import local_path
+
+        args.init = local_path(str(args.init))
     if not settings.data.source:
         raise ValueError(
             "train: no images, give --data FOLDER (or zip, npz, archive), or --preset digits to try it"
@@ -356,7 +361,7 @@ def resume_command(args: Train) -> str:
 
 
 def sample(args: Sample) -> int:
-    from tcm_fast.checkpoint.format import load_network
+    from tcm_fast.interchange.hub import load_network
     from tcm_fast.runtime.distributed import join
     from tcm_fast.sampling import image_io, sampler
 
@@ -492,11 +497,12 @@ def compare_results(args: Bench) -> int:
 
 
 def convert(args: Convert) -> int:
-    from tcm_fast.checkpoint.format import load_network
     from tcm_fast.interchange.convert import convert as import_network
     from tcm_fast.interchange.convert import load_foreign, training_info
+    from tcm_fast.interchange.hub import PREFIX, load_network
 
     is_ours = args.source.is_dir() or args.source.suffix == ".safetensors"
+    is_ours = is_ours or str(args.source).startswith(PREFIX)
     if args.to == "tcm-fast":
         if is_ours:
             raise ValueError(
@@ -615,6 +621,9 @@ DEPENDENCIES = {
     "numpy": "",
     "safetensors": "checkpoints",
     "tensorboard": "curves, optional: the [log] extra",
+    "wandb": "curves, optional: the [wandb] extra",
+    "trackio": "curves, optional: the [trackio] extra",
+    "huggingface_hub": "push, pull, hf:user/repo, optional: the [hub] extra",
     "pyarrow": "image parquet, optional: the [hf] extra",
     "diffusers": "convert --to diffusers, optional: the [diffusers] extra",
     "onnx": "convert to .onnx, optional: the [onnx] extra",
@@ -633,6 +642,8 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Ema: ema,
     Bench: bench,
     Convert: convert,
+    Push: run_push,
+    Pull: run_pull,
     Doctor: doctor,
 }
 
