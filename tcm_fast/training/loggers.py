@@ -104,9 +104,8 @@ def open_loggers(directory: Path, config: Config) -> dict[LoggerName, Logger]:
         ModuleNotFoundError: one is not installed; it names the extra.
         ValueError: one cannot begin, such as Weights & Biases without a key.
     """
-    names = config.log.to
-    if names is None:
-        names = ("tensorboard",) if find_spec("tensorboard") else ()
+    usual: tuple[LoggerName, ...] = ("tensorboard",) if find_spec("tensorboard") else ()
+    names = usual if config.log.to is None else config.log.to
     for name in names:
         if find_spec(name) is None:
             raise ModuleNotFoundError(
