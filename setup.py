@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 from toolchain import accepts, choose_archs, choose_nvcc, find_compiler, say  # noqa: E402
 
-SOURCES = ["csrc/module.cpp", "csrc/philox_cpu.cpp", "csrc/fused_step_cpu.cpp"]
+SOURCES = ["csrc/module.cpp", "csrc/philox_cpu.cpp", "csrc/group_norm_silu_cpu.cpp"]
+SOURCES += ["csrc/fused_step_cpu.cpp"]
 CUDA_SOURCES = ["csrc/philox_cuda.cu", "csrc/fused_step_cuda.cu", "csrc/device_cuda.cu"]
 HEADERS = ["csrc/operations.h", "csrc/bounds.h", "csrc/philox.h", "csrc/fused_step.h"]
 

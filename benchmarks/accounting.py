@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import time
-import weakref
-from collections import Counter, defaultdict
+from collections import Counter as Multiset
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,24 +24,15 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from tcm_fast.benchmarks.optimizers import BYTES_PER_PARAMETER
 from tcm_fast.benchmarks.steps import OurStep
 from tcm_fast.kernels import qkv_attention  # noqa: F401  defines the operators
-from tcm_fast.optim.fused import FusedOptimizer
+from tcm_fast.kernels._backend import extension_gap
+from tcm_fast.planning.counter import Counter
 from tcm_fast.planning.throughput import Ceilings
 
-CATEGORIES = (
-    "convolution",
-    "matrix product",
-    "attention",
-    "normalisation and pointwise",
-    "optimizer",
-    "data",
-)
 # By substring of an operation's or kernel's name, first match wins.
 MARKS = {
     "optimizer": (
@@ -101,20 +92,17 @@ class Tally:
     launches: int = 0
 
 
-class Counting(TorchDispatchMode):
+class Counting(Counter):
     """Counts the operations that run inside, by name.
 
     by_name: operation -> Tally. `waits`: operations that make a host wait for a GPU (on a CPU nobody
-    waits; they are counted all the same). `peak`: most bytes of tensors made inside that were alive at
-    once.
+    waits; they are counted all the same).
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.by_name: dict[str, Tally] = defaultdict(Tally)
-        self.waits: Counter[str] = Counter()
-        self.alive = self.peak = 0
-        self._seen: dict[int, int] = {}
+        self.waits: Multiset[str] = Multiset()
         self._in_optimizer = False
         self._hooks: list[Any] = []
 
@@ -135,46 +123,33 @@ class Counting(TorchDispatchMode):
             hook.remove()
         super().__exit__(*raised)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        results = func(*args, **kwargs)
+    def note(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        given: list[torch.Tensor],
+        made: list[torch.Tensor],
+    ) -> None:
         name = f"{func.namespace}::{func._overloadpacket.__name__}"
         if self._in_optimizer:  # whose step counts lie on the host
             name = f"optimizer {name}"
         elif any(mark in str(func) for mark in WAITING):
             self.waits[name] += 1
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        made = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor)]
-        for x in made:
-            self._note(x)
         if self._moves_nothing(func, given, made):
-            return results
+            return
         tally = self.by_name[name]
         tally.launches += 1
         tally.bytes += sum(map(footprint, _distinct(given))) + sum(map(footprint, made))
         if func._overloadpacket in flop_registry:
-            tally.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=results)
-        return results
+            tally.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
 
     @staticmethod
     def _moves_nothing(func: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> bool:
         """Views, empty buffers, questions about tensors."""
         is_question = func.namespace == "prim" or not (made or given)
         return func.is_view or is_question or func._overloadpacket.__name__ in UNTOUCHED
-
-    def _note(self, x: torch.Tensor) -> None:
-        """Keep track of a tensor's memory until it is freed."""
-        storage = x.untyped_storage()
-        at, size = storage._cdata, storage.nbytes()
-        if at in self._seen:
-            return
-        self._seen[at] = size
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._freed, at)
-
-    def _freed(self, at: int) -> None:
-        self.alive -= self._seen.pop(at, 0)
 
     @property
     def total(self) -> Tally:
@@ -281,7 +256,7 @@ def roofline(
     for part in sorted(set(tallies) | set(times), key=lambda k: -times.get(k, 0)):
         tally = tallies.get(part, Tally())
         num_bytes = tally.bytes
-        if part == "optimizer" and isinstance(step.optimizer, FusedOptimizer):
+        if part == "optimizer" and not extension_gap(torch.device(step.case.device)):
             num_bytes += (
                 BYTES_PER_PARAMETER * parameters
             )  # dispatch does not see it: it gets addresses

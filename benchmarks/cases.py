@@ -1,9 +1,8 @@
-"""The registry: an operation at a real site, its work by formula, its check, and who can carry it out.
+"""The registry: an operation at a real site, its work by formula, and its plain baseline.
 
 A case is a site (`sites.py`) with a batch and a dtype. `work` gives the bytes that cannot be avoided
 (every tensor read once, every result written once) and the floating-point operations; `plain` holds the
-operations as published code writes them, one PyTorch call after another; `check` compares a provider
-with a float64 oracle, outputs and every gradient. No provider is timed that has not passed.
+operations as published code writes them, one PyTorch call after another.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ import torch.nn.functional as F
 
 from tcm_fast.benchmarks.sites import COMPUTE, KeyLike, Like, Site, loop_sites, network_sites
 from tcm_fast.config import load_preset
-from tcm_fast.kernels.dropout import DropoutKey
-from tcm_fast.kernels.noise_pair import NOISE_LAYER, noise_pair_reference
-from tcm_fast.kernels.philox import philox_normal
+from tcm_fast.kernels.dropout import PhiloxKey
+from tcm_fast.kernels.noise_pair import noise_pair_reference
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 Call = Callable[..., Any]
@@ -66,7 +64,7 @@ class Case:
                 # On the device, for a graph: all of it is read there.
                 numbers = torch.tensor([3, seed], device=device)
                 sample = torch.arange(self.batch, device=device)
-                found[name] = DropoutKey(
+                found[name] = PhiloxKey(
                     seed=numbers[0], step=numbers[1], layer=like.layer, sample=sample
                 )
                 continue
@@ -87,13 +85,13 @@ class Case:
 def _random(
     name: str, sizes: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, found: Inputs
 ) -> torch.Tensor:
-    """Values of a tensor argument; noise levels are positive, with r < t and delta their difference."""
+    """Values of a tensor argument; noise levels and weights are positive, r < t, delta is t - r."""
     if dtype == torch.uint8:
         return torch.randint(0, 256, sizes, dtype=dtype, generator=generator)
     if dtype == torch.bool:
         return torch.rand(sizes, generator=generator) < 0.5
     x = torch.randn(sizes, generator=generator)
-    if name == "t":
+    if name in ("t", "weighting"):
         x = x.exp()
     elif name == "r":
         x = 0.7 * found["t"].cpu().float()
@@ -269,168 +267,6 @@ def plain(case: Case) -> Call:
     return function
 
 
-def without_chance(case: Case, inputs: Inputs) -> Inputs:
-    """Arguments under which a provider with random numbers of its own computes the same function."""
-    inputs = dict(inputs)
-    if "dropout_p" in inputs:
-        inputs["dropout_p"] = 0.0
-    if case.operation == "noise_pair":
-        key, y = inputs["key"], inputs["y"]
-        layer = max(key.layer, NOISE_LAYER)
-        inputs["noise"] = philox_normal(key.seed, key.step, layer, key.sample, tuple(y.shape[1:]))
-    return inputs
-
-
-# ---- is the answer right? -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Provider:
-    """Who carries out a case.
-
-    make: arguments -> results, as the operation's. layout: of images. gap: why it cannot run here, empty
-    where it can. own_chance: its dropout or noise come from a generator of its own.
-    is_ours: held to twice the error of plain PyTorch, where others are held to their dtype.
-    """
-
-    name: str
-    make: Call
-    layout: torch.memory_format = torch.contiguous_format
-    gap: str = ""
-    own_chance: bool = False
-    is_ours: bool = False
-    directions: tuple[str, ...] = ("forward", "both")
-    host_bound: bool = False  # cannot be captured in a graph
-
-
-def make_call(function: Call, inputs: Inputs, direction: str, seed: int = 0) -> Callable[[], Any]:
-    """One call to be timed: the results, or, for `both`, results and the gradients of all arguments that
-    ask for one, under random gradients of the results."""
-    wanted = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-    if direction == "forward" or not wanted:
-
-        def forward() -> list[torch.Tensor]:
-            with torch.no_grad():
-                return tensors_of(function(**inputs))
-
-        return forward
-    generator = torch.Generator().manual_seed(seed + 1)
-    upstream = [
-        torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))
-        for x in tensors_of(function(**inputs))
-        if x.requires_grad
-    ]
-
-    def both() -> list[torch.Tensor]:
-        results = tensors_of(function(**inputs))
-        reached = [x for x in results if x.requires_grad]
-        grads = torch.autograd.grad(reached, wanted, upstream)
-        return [x.detach() for x in (*results, *grads)]
-
-    return both
-
-
-def check(
-    case: Case, provider: Provider, device: torch.device | str, *, batch: int = 2, seed: int = 0
-) -> str:
-    """What is wrong with a provider's outputs or gradients at this site on this device; empty where
-    nothing is. The batch is small: the sites' programs do not depend on it."""
-    small = replace(case, batch=batch)
-    layout = provider.layout
-
-    def computed(function: Call, wide: bool = False, chance: bool = True) -> list[torch.Tensor]:
-        inputs = small.inputs(device, layout, seed=seed, wide=wide)
-        if wide:
-            inputs = {k: torch.float64 if v is case.dtype else v for k, v in inputs.items()}
-        inputs = inputs if chance else without_chance(small, inputs)
-        return make_call(function, inputs, "both", seed)()
-
-    oracle_function = case.site.reference if provider.is_ours else plain(case)
-    chance = provider.is_ours and case.operation != "noise_pair"
-    if case.operation == "noise_pair":
-        oracle_function = plain(case)
-    assert oracle_function is not None
-    wrap = provider.make
-    if case.operation == "noise_pair" and provider.is_ours:
-        wrap = _without_noise(provider.make)
-    try:
-        oracle = computed(oracle_function, wide=True, chance=chance)
-        reference = computed(oracle_function, chance=chance)
-        found = computed(wrap, chance=chance)
-    except Exception as error:  # a provider that fails is one that is not timed
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return wrong(found, reference, oracle, case.dtype, provider.is_ours)
-
-
-def check_ends(case: Case, provider: Provider, device: torch.device | str) -> str:
-    """As `check`, for the first and the last image of the whole batch: what goes wrong in large tensors
-    goes wrong at their end. Outputs only."""
-    rows = [0, case.batch - 1]
-    inputs = case.inputs(device, provider.layout, seed=1)
-    per_image = {
-        name for name, like in case.site.arguments if isinstance(like, Like) and like.shape[0] is None
-    }  # fmt: skip
-
-    def ends(wide: bool) -> Inputs:
-        found: Inputs = {}
-        for name, x in inputs.items():
-            if isinstance(x, DropoutKey):
-                found[name] = x.select(torch.tensor(rows, device=device))
-            elif isinstance(x, torch.Tensor):
-                x = x.detach()[rows] if name in per_image else x.detach()
-                found[name] = x.double() if wide and x.is_floating_point() else x
-            else:
-                found[name] = torch.float64 if wide and x is case.dtype else x
-        return found
-
-    reference = plain(case) if case.operation == "noise_pair" else case.site.reference
-    assert reference is not None
-    chosen = [without_chance(case, ends(wide)) for wide in (True, False)]
-    if case.operation != "noise_pair":
-        chosen = [ends(wide) for wide in (True, False)]
-    try:
-        with torch.no_grad():
-            oracle, same = (tensors_of(reference(**given)) for given in chosen)
-            found = [x[rows] for x in tensors_of(provider.make(**inputs))]
-    except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return wrong(found, same, oracle, case.dtype, True)
-
-
-def _without_noise(function: Call) -> Call:
-    return lambda **inputs: function(**{k: v for k, v in inputs.items() if k != "noise"})
-
-
-def wrong(
-    found: list[torch.Tensor], reference: list[torch.Tensor], oracle: list[torch.Tensor],
-    dtype: torch.dtype, is_ours: bool,
-) -> str:  # fmt: skip
-    """The first result that is not within its bound. Ours: twice the error of `reference` (plain PyTorch
-    in the same dtype) plus a millionth of the largest value, as in the tests. Others: a few roundings of
-    the dtype, by the norm."""
-    if len(found) != len(oracle):
-        return f"{len(found)} results and gradients instead of {len(oracle)}"
-    for i, (x, plain_x, exact) in enumerate(zip(found, reference, oracle, strict=True)):
-        if x.shape != exact.shape:
-            return f"result {i} is {list(x.shape)} instead of {list(exact.shape)}"
-        if x.dtype == torch.uint8:  # a byte may round to its neighbour
-            off = (x.int() - exact.int()).abs().max().item()
-            if off > 1:
-                return f"result {i} is off by {off} of 255"
-            continue
-        exact = exact.double()
-        if is_ours:
-            error = (x.double() - exact).abs().max().item()
-            allowed = 2 * (plain_x.double() - exact).abs().max().item()
-            allowed += 1e-6 * exact.abs().max().item()
-        else:
-            error = (x.double() - exact).norm().item()
-            allowed = (8 * torch.finfo(dtype).eps + 1e-5) * exact.norm().item()
-        if not error <= allowed:  # a NaN fails too
-            return f"result {i} is off by {error:.2g}, {allowed:.2g} are allowed"
-    return ""
-
-
 # ---- which cases --------------------------------------------------------------------------------
 
 
@@ -476,15 +312,9 @@ DIGITS = NetworkShape.of_preset("digits", 8, 1)
 
 
 def available_networks() -> list[NetworkShape]:
-    """The recipes' networks that this version can build."""
-    from tcm_fast.networks import NETWORKS
-
-    found = [CIFAR10]
-    if "edm2" in NETWORKS:
-        found.append(NetworkShape.of_preset("imagenet64-s", 64, 3, 1000))
-    if "adm" in NETWORKS:
-        found.append(NetworkShape("adm", 64, 3, (), 1000))
-    return found
+    """The recipes' networks."""
+    edm2 = NetworkShape.of_preset("imagenet64-s", 64, 3, 1000)
+    return [CIFAR10, edm2, NetworkShape("adm", 64, 3, (), 1000)]
 
 
 def cases(

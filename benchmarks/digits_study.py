@@ -22,8 +22,8 @@ from typing import Any
 VARIANTS: dict[str, dict[str, float]] = {
     "t_prime=0.5": {"t_prime": 0.5},
     "t_prime=2": {"t_prime": 2.0},
-    "rho=0.1": {"rho": 0.1},
-    "rho=0.5": {"rho": 0.5},
+    "boundary_fraction=0.1": {"boundary_fraction": 0.1},
+    "boundary_fraction=0.5": {"boundary_fraction": 0.5},
 }
 
 
@@ -39,7 +39,8 @@ def train(job: tuple[str, str, int, dict[str, Any], str | None]) -> dict[str, An
     out, phase, seed, changes, init = job
     torch.set_num_threads(1)
     config = load_preset("digits")
-    section = replace(config.phase(phase), **changes)
+    of_run = {name: value for name, value in changes.items() if name in vars(config)}
+    of_phase = {name: value for name, value in changes.items() if name not in of_run}
     network = replace(config.network, class_conditional=False)
     config = replace(
         config,
@@ -47,7 +48,8 @@ def train(job: tuple[str, str, int, dict[str, Any], str | None]) -> dict[str, An
         network=network,
         phases=(phase,),
         eval=replace(config.eval, features=""),
-        **{phase: section},
+        **{phase: replace(config.phase(phase), **of_phase)},
+        **of_run,
     )
     trainer = Trainer(config, out, init=init, resume=True)
     (result,) = trainer.run()

@@ -24,8 +24,8 @@ from tcm_fast.benchmarks.cases import available_networks
 from tcm_fast.benchmarks.optimizers import BYTES_PER_PARAMETER
 from tcm_fast.benchmarks.steps import ITERATION, StepCase
 from tcm_fast.kernels import _triton
-from tcm_fast.objectives.noise_levels import plan_times
-from tcm_fast.objectives.objective import Objective, make_batch
+from tcm_fast.objectives.batch import make_batch
+from tcm_fast.objectives.ect import Ect
 from tcm_fast.planning.throughput import Ceilings
 from tcm_fast.runtime.arithmetic import PRECISIONS
 
@@ -58,7 +58,7 @@ def count_step(case: StepCase) -> tuple[dict[str, Tally], int]:
     if not _triton.AVAILABLE:
         raise ValueError("limits: needs Triton, whose kernels are counted")
     config, dtype = case.config, PRECISIONS[case.precision]
-    plan = plan_times(config, seed=0, images_seen=0, iteration=ITERATION)
+    plan = Ect.plan(config, seed=0, images_seen=0, iteration=ITERATION)
     (part,) = plan.parts(1)
     images = torch.from_numpy(case.images()[: case.batch_size]).permute(0, 3, 1, 2)
     classes = case.network.label_dim
@@ -67,7 +67,7 @@ def count_step(case: StepCase) -> tuple[dict[str, Tally], int]:
     with _kernels_in_their_places(), FakeTensorMode(allow_non_fake_inputs=True):
         net = case.build().train()
         _channels_last(net)
-        objective = Objective("ect", config, net, dtype=dtype)
+        objective = Ect(config, net, dtype=dtype)
         with Counting() as counting:
             objective(batch)[0].backward()
     tallies = counting.by_category()

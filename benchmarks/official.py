@@ -65,7 +65,7 @@ def gap(checkout: Path | None, case: StepCase) -> str:
 
 
 def official_tcm(checkout: Path, case: StepCase) -> Step:
-    """The published stage-2 step, in fp32 without TF32, noise levels by scipy, RAdam, an average by a
+    """The published stage-2 step, in fp32 without TF32, noise levels by scipy, RAdam, an EMA by a
     loop over parameters."""
     architecture = dict(case.network.architecture)
     with importing_from(checkout, "training", "torch_utils", "dnnlib") as load:

@@ -319,10 +319,10 @@ def denoising_losses(
 
 class OfficialStyleStep:
     """One optimizer step after another, with RAdam (pre-training: Adam), a gradient norm that never clips
-    and an average updated tensor by tensor.
+    and an EMA updated tensor by tensor.
 
     Args:
-        student, stage1: networks of the same shape; the average starts from the student.
+        student, stage1: networks of the same shape; the EMA starts from the student.
         phase: tcm, or ect and edm, for which `stage1` is None.
         t_prime, ratio, rho, boundary_weight, c, weighting, lr, beta: the recipe.
         log_normal: mean and deviation of ln t in edm and ect.

@@ -1,5 +1,5 @@
 """An optimizer step with all that goes with it, by provider: unscaling and looking for numbers that are
-not finite, clipping, the update, one average, a 16-bit copy of the weights.
+not finite, clipping, the update, one EMA, a 16-bit copy of the weights.
 
     python -m tcm_fast.benchmarks.optimizers [--threads 1 2] [--rounds 40] [--out FILE]
 
@@ -28,8 +28,8 @@ from tcm_fast.optim.fused import FusedOptimizer
 
 MAX_NORM = 1e9  # clipping is asked for and never bites
 LR, BETA = 1e-4, 0.9999
-# Bytes a parameter, everything read once and written once in fp32 with one fp32 average and a 16-bit copy:
-# the gradient for its norm, then gradient, weight, moments, average in, all but the gradient out.
+# Bytes a parameter, everything read once and written once in fp32 with one fp32 EMA and a 16-bit copy:
+# the gradient for its norm, then gradient, weight, moments, EMA in, all but the gradient out.
 BYTES_PER_PARAMETER = 4 + 5 * 4 + 4 * 4 + 2
 
 
@@ -47,7 +47,7 @@ def narrow_shapes() -> tuple[torch.Size, ...]:
 
 
 class Tensors:
-    """Weights with gradients, one average and 16-bit copies."""
+    """Weights with gradients, one EMA and 16-bit copies."""
 
     def __init__(self, sizes: tuple[torch.Size, ...], device: torch.device | str) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -68,9 +68,9 @@ def make_step(kind: str, provider: str, tensors: Tensors) -> Callable[[], object
     weights, average, copies = tensors.weights, tensors.average, tensors.copies
     if provider == OURS:
         ours = FusedOptimizer(
-            weights, kind, lr=LR, max_norm=MAX_NORM, averages=[average], copies=copies, scale=1.0
+            weights, kind, lr=LR, max_norm=MAX_NORM, emas=[average], copies=copies, scale=1.0
         )
-        ours.average_betas = [BETA]
+        ours.ema_betas = [BETA]
         return ours.step
     device = weights[0].device
     optimizer = make_optimizer(kind, provider, weights)
@@ -89,7 +89,7 @@ def make_step(kind: str, provider: str, tensors: Tensors) -> Callable[[], object
 
 
 def check_step(kind: str, provider: str, device: torch.device | str, steps: int = 7) -> str:
-    """What is wrong with a provider's weights, average and copies after a few steps beside torch's in
+    """What is wrong with a provider's weights, EMA and copies after a few steps beside torch's in
     float64; empty where nothing is."""
     sizes = (torch.Size((33, 7)), torch.Size((129,)), torch.Size((5, 3, 3, 3)))
     tensors, exact = Tensors(sizes, device), Tensors(sizes, "cpu")
@@ -174,9 +174,7 @@ def main() -> None:
                 f"{of[best] / ours:.2f} times"
             )
     if arguments.out:
-        what = (
-            "an optimizer step with unscaling, clipping, one average and an fp16 copy, milliseconds"
-        )
+        what = "an optimizer step with unscaling, clipping, one EMA and an fp16 copy, milliseconds"
         count = sum(size.numel() for size in narrow_shapes())
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
         write_record(arguments.out, what, machine, parameters=count, **found)

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tcm_fast.benchmarks.cases import PLAIN, Call, Case, Provider, plain
+from tcm_fast.benchmarks.cases import PLAIN, Call, Case, plain
+from tcm_fast.benchmarks.check import Provider
 from tcm_fast.kernels.qkv_attention import NORM_EPS, qkv_attention_reference
 
-BASELINE = "pytorch"  # what speed-ups are told against: published code, NCHW
+BASELINE = "pytorch"  # what speed-ups are relative to: published code, NCHW
 OURS = "tcm_fast"
 
 

@@ -87,7 +87,6 @@ def _as_on_a_gpu(arch: int) -> Iterator[None]:
         "runs_triton": lambda name, device_type: True,
         "interpreting": lambda: False,
         "has_asm": lambda x: True,
-        "_has_asm": lambda x: True,
         "_capability": lambda device: arch,
     }
     with ExitStack() as stack:

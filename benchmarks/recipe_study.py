@@ -1,9 +1,9 @@
-"""A recipe within a box of time, run and judged: python -m tcm_fast.benchmarks.recipe_study --data IMAGES
+"""A recipe within a time budget, run and evaluated: python -m tcm_fast.benchmarks.recipe_study --data IMAGES
 
-All phases of a preset within so many minutes, as `tcm-fast train --hours` runs them; then, as its control,
-stage 1 continued for as many images as stage 2 had. Afterwards each checkpoint is judged: Fréchet distance of
-one-step and two-step samples to held-out images over the time that training had taken. Results go to a JSON
-file, curves and grids beside it.
+All phases of a preset within so many minutes, as `tcm-fast train --time-budget` runs them; then, as control,
+stage 1 continued for as many images as stage 2 had. Afterwards each checkpoint is evaluated: Fréchet distance
+of one-step and two-step samples to held-out images over the time that training had taken. Results go to a
+JSON file, curves and grids beside it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def curve(run: Path, real: np.ndarray, space: FeatureSpace, num: int) -> list[di
 
 
 def plot(
-    rows: list[dict[str, Any]], control: list[dict[str, Any]], yardstick: float, path: Path
+    rows: list[dict[str, Any]], control: list[dict[str, Any]], of_training_images: float, path: Path
 ) -> None:
     """Distances over minutes of training, one step and two."""
     from matplotlib.figure import Figure
@@ -104,7 +104,7 @@ def plot(
             axes.plot(
                 minutes, [row[key] for row in some], style, color=colour, label=f"{label}, {times}"
             )
-    axes.axhline(yardstick, color="black", lw=0.8, label="training images")
+    axes.axhline(of_training_images, color="black", lw=0.8, label="training images")
     axes.set(
         xlabel="minutes of training, pre-training included", ylabel="Fréchet distance", yscale="log"
     )
@@ -113,7 +113,9 @@ def plot(
     figure.savefig(path, dpi=120)
 
 
-def summarise(rows: list[dict[str, Any]], control: list[dict[str, Any]], yardstick: float) -> str:
+def summarise(
+    rows: list[dict[str, Any]], control: list[dict[str, Any]], of_training_images: float
+) -> str:
     """The phases' ends, as a Markdown table."""
     lines = ["| phase | images | 1 step | 2 steps |", "|---|---|---|---|"]
     ends = {row["phase"]: row for row in rows}
@@ -124,7 +126,7 @@ def summarise(rows: list[dict[str, Any]], control: list[dict[str, Any]], yardsti
         else:
             cells = f"{row['frechet_1']:.2f} | {row['frechet_2']:.2f}"
         lines.append(f"| {label} | {row['images']:,} | {cells} |")
-    lines.append(f"| training images | | {yardstick:.2f} | |")
+    lines.append(f"| training images | | {of_training_images:.2f} | |")
     return "\n".join(lines)
 
 
@@ -140,7 +142,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recipe_cpu.json"))
     args = parser.parse_args()
     config = load_preset(args.preset)
-    config = replace(config, data=replace(config.data, source=args.data), keep=1000)
+    config = replace(config, data=replace(config.data, source=args.data), keep_checkpoints=1000)
     card = this_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory() as scratch:
         out = args.runs or Path(scratch)
@@ -150,11 +152,11 @@ def main() -> None:
         real = space.features(held_out.images)
         trained_on = load_images(args.data, resolution=config.data.resolution).images
         chosen_ones = trained_on[:: max(len(trained_on) // args.num, 1)][: args.num]
-        yardstick = frechet_distance(space.features(chosen_ones), real)
+        of_training_images = frechet_distance(space.features(chosen_ones), real)
         rows = curve(out / "run", real, space, args.num)
         control = curve(out / "control", real, space, args.num)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        plot(rows, control, yardstick, args.out.with_suffix(".png"))
+        plot(rows, control, of_training_images, args.out.with_suffix(".png"))
         newest = newest_checkpoint(out / "run")
         assert newest is not None
         for steps in (1, 2):
@@ -170,11 +172,11 @@ def main() -> None:
         card.name,
         seconds={name: round(value, 1) for name, value in seconds.items()},
         config=chosen,
-        frechet_training_images=round(yardstick, 4),
+        frechet_training_images=round(of_training_images, 4),
         rows=rows,
         control=control,
     )
-    print(summarise(rows, control, yardstick))
+    print(summarise(rows, control, of_training_images))
 
 
 if __name__ == "__main__":

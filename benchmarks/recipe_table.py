@@ -13,7 +13,7 @@ from tcm_fast.config import load_preset
 from tcm_fast.planning.cards import find_card
 from tcm_fast.planning.memory_estimate import ImageShape
 from tcm_fast.planning.memory_planner import Plan
-from tcm_fast.training.time_budget import fit_hours
+from tcm_fast.training.time_budget import fit_time_budget
 
 HOURS = (1 / 6, 1.0, 8.0, 24.0)
 CIFAR10 = ImageShape(32, 3, 0, 50_000)
@@ -31,7 +31,7 @@ def table(cards: Sequence[str], hours: Sequence[float] = HOURS, preset: str = "c
     ]
     for card in cards:
         for some in hours:
-            plan = fit_hours(load_preset(preset), CIFAR10, find_card(card), some, auto=True)
+            plan = fit_time_budget(load_preset(preset), CIFAR10, find_card(card), some, auto=True)
             lines.append(f"| {card} | {duration(some * 3600)} | {_cells(plan)} |")
     return "\n".join(lines)
 
@@ -45,7 +45,7 @@ def _cells(plan: Plan) -> str:
         ", ".join(_short(p.images) for p in plan.phases),
         ", ".join(f"{p.rate:,.0f}" for p in plan.phases),
         ", ".join(str(p.batch_size) for p in plan.phases),
-        str(getattr(stage1, "double", "")),
+        str(getattr(stage1, "stage_iterations", "")),
         f"{getattr(stage1, 'limit', 0.0):.4f}",
         f"{getattr(stage2, 't_prime', 0.0):g}",
     ]

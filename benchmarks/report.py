@@ -190,7 +190,7 @@ NOTES = {
     "host": "Time until a call has been issued.",
 }
 CPU_NOTES = {
-    "ops": "On a CPU, plain PyTorch serves most operations of tcm_fast too; the GPU's kernels were not "
+    "ops": "On a CPU, most operations of tcm_fast are plain PyTorch too; the GPU's kernels were not "
     "timed. GB/s count the bytes that cannot be avoided.",
     "step": "Operations are those that a step dispatches; waits are the operations that read a value "
     "back, each of which would make the host wait for a GPU.",

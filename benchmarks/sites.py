@@ -24,13 +24,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tcm_fast.networks
+import tcm_fast.objectives
 from tcm_fast.config import TcmConfig
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import cast_weights
-from tcm_fast.objectives import objective as objectives
-from tcm_fast.objectives.noise_levels import plan_times
-from tcm_fast.sampling import sampler
+from tcm_fast.objectives.batch import make_batch
+from tcm_fast.objectives.tcm import Tcm
+from tcm_fast.sampling import sampler, solvers
 
 BATCH = (
     7  # of the network that is listened to: no width or group count is 7, so dim 0 tells the batch
@@ -59,7 +60,7 @@ class Like:
 
 @dataclass(frozen=True)
 class KeyLike:
-    """A DropoutKey argument."""
+    """A PhiloxKey argument."""
 
     layer: int
 
@@ -109,7 +110,9 @@ class Site:
 
 
 # What every site of its operation has, or what follows from the rest.
-UNSAID = {"weight", "bias", "num_groups", "eps", "x_t", "x_r", "t", "delta", "target_output", "x"}
+UNSAID = {
+    "weight", "bias", "num_groups", "eps", "x_t", "x_r", "t", "delta", "weighting", "target_output", "x",
+}  # fmt: skip
 
 
 def _setting(name: str, value: Any) -> str:
@@ -135,15 +138,18 @@ def public_operations() -> dict[FunctionType, str]:
 
 
 def _listened() -> list[ModuleType]:
-    names = [info.name for info in pkgutil.iter_modules(tcm_fast.networks.__path__)]
-    modules = [importlib.import_module(f"tcm_fast.networks.{name}") for name in names]
-    return [*modules, objectives, sampler]
+    modules = [
+        importlib.import_module(f"{package.__name__}.{info.name}")
+        for package in (tcm_fast.networks, tcm_fast.objectives)
+        for info in pkgutil.iter_modules(package.__path__)
+    ]
+    return [*modules, sampler]
 
 
 def _described(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return Like.of(value)
-    if isinstance(value, DropoutKey):
+    if isinstance(value, PhiloxKey):
         return KeyLike(0)  # the layer's number changes the mask, not the work
     return value
 
@@ -210,7 +216,7 @@ def network_sites(
         size = (BATCH, img_channels, img_resolution, img_resolution)
         x, t = torch.empty(size, dtype=COMPUTE), torch.ones(BATCH)
         labels = torch.zeros(BATCH, label_dim) if label_dim else None
-        key = DropoutKey(seed=0, step=0, sample=torch.arange(BATCH))
+        key = PhiloxKey(seed=0, step=0, sample=torch.arange(BATCH))
         with listening(name) as heard, _kernels_in_their_places():
             net.raw(x, t, labels, dropout_key=key, weights=cast_weights(net, COMPUTE))
     return tuple(dataclasses.replace(site, count=count) for site, count in heard.items())
@@ -219,20 +225,20 @@ def network_sites(
 @functools.cache
 def loop_sites(img_resolution: int, img_channels: int) -> tuple[Site, ...]:
     """What a stage-2 step and a sampler call around the networks, which here are as small as can be."""
-    config = TcmConfig(batch_size=BATCH, rho=0.3, c=0.06)
+    config = TcmConfig(batch_size=BATCH, boundary_fraction=0.3, huber_c=0.06)
     net = build_network(
         "ddpmpp", img_resolution=img_resolution, img_channels=img_channels, model_channels=4,
         channel_mult=(1,), num_blocks=1, attn_resolutions=(),
     )  # fmt: skip
-    objective = objectives.Objective("tcm", config, net, net, dtype=COMPUTE)
-    plan = plan_times(config, seed=0, images_seen=0, iteration=10**6)
+    objective = Tcm(config, net, net, dtype=COMPUTE)
+    plan = Tcm.plan(config, seed=0, images_seen=0, iteration=10**6)
     (part,) = plan.parts(1)
     shape = (BATCH, img_channels, img_resolution, img_resolution)
     images = torch.zeros(shape, dtype=torch.uint8)
-    batch = objectives.make_batch(plan, part, images, None, seed=0, step=0)
+    batch = make_batch(plan, part, images, None, seed=0, step=0)
     with listening(f"{img_channels}x{img_resolution}x{img_resolution}") as heard:
         objective(batch)
-        drawing = sampler.Sampler([net], sampler.multistep, [80.0], precision="bf16")
+        drawing = sampler.Sampler([net], solvers.multistep, [80.0], precision="bf16")
         drawing.draw(torch.arange(BATCH))
     sites = [dataclasses.replace(site, count=count) for site, count in heard.items()]
     return tuple(site for site in sites if site.operation not in _of_networks(net))

@@ -25,7 +25,7 @@ FLAT = 0.02  # growth of host memory that counts as none: the allocator breathes
 def config() -> dict[str, Any]:
     """Digits, a network of 0.1 M parameters, and a stage 2 without end."""
     phase = {"batch_size": 32, "images": 32 * PHASE_STEPS, "dropout": 0.1, "ema": ["power:6.94"]}
-    pairs = phase | {"c": 0.03, "double": 500, "limit": 0.97}
+    pairs = phase | {"huber_c": 0.03, "stage_iterations": 500, "max_ratio": 0.97}
     return {
         "phases": ["edm", "ect", "tcm"],
         "data": {"source": "digits:train"},
@@ -55,7 +55,7 @@ def look(pid: int) -> dict[str, float]:
     return found
 
 
-def judge(samples: list[dict[str, float]]) -> dict[str, Any]:
+def evaluate(samples: list[dict[str, float]]) -> dict[str, Any]:
     """Medians of the second and of the last quarter, their ratio, and whether nothing grew.
 
     The first half of the quarters holds imports, the phases' beginnings and the first checkpoint."""
@@ -101,7 +101,7 @@ def soak(minutes: float, every: float, folder: Path) -> dict[str, Any]:
     path.write_text(json.dumps(config()))
     command = [
         sys.executable, "-m", "tcm_fast", "train", "--config", str(path), "--out",
-        str(folder / "run"), "--max-hours", str(minutes / 60),
+        str(folder / "run"), "--stop-after", str(minutes / 60),
     ]  # fmt: skip
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -119,7 +119,7 @@ def soak(minutes: float, every: float, folder: Path) -> dict[str, Any]:
     return {
         "minutes": minutes,
         "samples": len(samples),
-        **judge(measured),
+        **evaluate(measured),
         "time": shares(folder / "run" / "log.jsonl"),
         "track": samples[:: max(1, len(samples) // 60)],
     }
@@ -128,7 +128,7 @@ def soak(minutes: float, every: float, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between two readings")
     parser.add_argument("--out", type=Path, default=Path("soak.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

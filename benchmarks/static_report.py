@@ -53,12 +53,18 @@ ACCESS = re.compile(r"\b((?:LDG|STG|LDGSTS)\.[A-Z0-9.]*)")
 
 
 def sources_hash(operation: str) -> str:
-    """SHA-256 over what an operation's kernels are made of: its sections of kernels and launchers."""
+    """SHA-256 over what an operation's kernels are made of: its sections of kernels and launchers, and
+    the functions that kernels share."""
     folder = Path(importlib.import_module("tcm_fast.kernels").__file__ or "").parent
-    source = (folder / f"{operation}.py").read_text(encoding="utf-8")
-    start, end = source.index("# -- kernels ---"), source.index("# -- registration ---")
+
+    def part(name: str, start: str, end: str) -> str:
+        source = (folder / f"{name}.py").read_text(encoding="utf-8")
+        return source[source.index(start) : source.index(end)]
+
     shared = (folder / "_philox_triton.py").read_text(encoding="utf-8")
-    return hashlib.sha256((source[start:end] + shared).encode()).hexdigest()
+    shared += part("_common", "# -- in kernels ---", "# -- beside them ---")
+    own = part(operation, "# -- kernels ---", "# -- registration ---")
+    return hashlib.sha256((own + shared).encode()).hexdigest()
 
 
 def module_of(operation: str) -> Any:

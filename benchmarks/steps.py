@@ -1,7 +1,7 @@
 """Whole training steps and sampling calls, ours beside the official style: what the step benchmarks time.
 
 Every provider trains the same network on the same images: it draws its noise levels, runs the networks,
-the optimizer and one average. Equality of loss and gradients is tested in
+the optimizer and one EMA. Equality of loss and gradients is tested in
 tests/benchmarks/test_official_style.py, for what a run times here in `check_losses`.
 """
 
@@ -20,16 +20,20 @@ from tcm_fast.benchmarks.cases import CIFAR10, DIGITS, NARROW, NetworkShape
 from tcm_fast.benchmarks.official_edm2 import OfficialStyleEdm2
 from tcm_fast.benchmarks.official_style import OfficialStyleStep, OfficialStyleUNet, denoise
 from tcm_fast.config import Config, PhaseConfig
-from tcm_fast.data.dataset import ImageData, ImageStream
-from tcm_fast.kernels._backend import extension_gap
+from tcm_fast.data.dataset import ImageData
+from tcm_fast.data.stream import ImageStream
+from tcm_fast.kernels._backend import extension_gap, fast_layout
 from tcm_fast.networks import Precond, build_network, force_rows
 from tcm_fast.networks.precision import is_derived, make_copies
-from tcm_fast.objectives.noise_levels import plan_times
-from tcm_fast.objectives.objective import Batch, Objective, make_batch, row_granule
-from tcm_fast.optim.fused import Ema, FusedOptimizer, build_optimizer, learning_rate, set_rate
+from tcm_fast.objectives import OBJECTIVES
+from tcm_fast.objectives.batch import Batch, make_batch, row_multiple_for
+from tcm_fast.optim import build_optimizer
+from tcm_fast.optim.ema import Ema
+from tcm_fast.optim.schedules import learning_rate
 from tcm_fast.runtime.arithmetic import PRECISIONS, tf32, training_settings
 from tcm_fast.runtime.cuda_graphs import CudaPlace, GraphCache
-from tcm_fast.sampling.sampler import Sampler, default_times, multistep
+from tcm_fast.sampling.sampler import Sampler
+from tcm_fast.sampling.solvers import default_times, multistep
 
 ITERATION = 10**6  # the schedule's end: r/t = 0.999
 LOSS_SCALE = 16.0
@@ -53,7 +57,7 @@ class StepCase:
     def config(self) -> PhaseConfig:
         changes: dict[str, Any] = {"batch_size": self.batch_size}
         if self.phase != "edm":
-            changes["c"] = 0.01
+            changes["huber_c"] = 0.01
         return dataclasses.replace(Config().phase(self.phase), **changes)
 
     def build(self) -> Precond:
@@ -158,9 +162,9 @@ def official_style_step(
         net.compile()
         if stage1 is not None:
             stage1.compile()
-    ratio = getattr(config, "limit", 0.999)
+    ratio = getattr(config, "max_ratio", 0.999)
     step = OfficialStyleStep(
-        net.train(), stage1, phase=case.phase, ratio=ratio, c=getattr(config, "c", 0.0),
+        net.train(), stage1, phase=case.phase, ratio=ratio, c=getattr(config, "huber_c", 0.0),
         lr=config.lr, log_normal=(config.t_mean, config.t_std),
     )  # fmt: skip
     images = torch.from_numpy(case.images()[: case.batch_size]).permute(0, 3, 1, 2).contiguous()
@@ -195,11 +199,10 @@ class OurStep:
     ) -> None:
         config, device = case.config, torch.device(case.device)
         self.case, self.config = case, config
-        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
-        self.net = net = case.build().to(device, memory_format=layout)  # type: ignore[call-overload]
+        self.net = net = case.build().to(device, memory_format=fast_layout(device))  # type: ignore[call-overload]
         dtype = PRECISIONS[case.precision]
         stage1 = copy.deepcopy(net) if case.phase == "tcm" else None
-        self.objective = Objective(case.phase, config, net.train(), stage1, dtype=dtype)
+        self.objective = OBJECTIVES[case.phase](config, net.train(), stage1, dtype=dtype)
         if compiled:
             net.model.compile()
             if self.objective.frozen is not None:
@@ -207,7 +210,7 @@ class OurStep:
         self.ema = Ema(config.ema[0] if config.ema else "constant:0.9999", net.parameters())
         if is_derived(net, dtype) and not extension_gap(device):
             self.objective.copies = make_copies(net, dtype, rows_too=False)
-        scale = LOSS_SCALE if case.precision == "fp16" and not extension_gap(device) else None
+        scale = LOSS_SCALE if case.precision == "fp16" else None
         self.optimizer = build_optimizer(
             net.parameters(), config, emas=[self.ema], copies=self.objective.copies, scale=scale,
             capturable=graphs,
@@ -218,21 +221,23 @@ class OurStep:
         names = tuple(map(str, range(classes)))
         data = ImageData(images, labels, "noise", names)
         self.stream = ImageStream(data, seed=0, device=device)
-        self.granule = row_granule(config.batch_size, device) if split else config.batch_size
+        self.row_multiple = (
+            row_multiple_for(config.batch_size, device) if split else config.batch_size
+        )
         self.graphs: GraphCache | None = None
         if graphs:
-            fused = isinstance(self.optimizer, FusedOptimizer)
-            around = self.optimizer.capturing if fused else nullcontext
-            self.graphs = GraphCache(CudaPlace(device), around)
+            self.graphs = GraphCache(CudaPlace(device), self.optimizer.capturing)
         self.count = 0
 
     def prepare(self) -> Batch:
         seen = self.count * self.config.batch_size
-        plan = plan_times(self.config, seed=0, images_seen=seen, iteration=ITERATION + self.count)
+        plan = self.objective.plan(
+            self.config, seed=0, images_seen=seen, iteration=ITERATION + self.count
+        )
         (part,) = plan.parts(1)
         return make_batch(
             plan, part, *self.stream.batch(seen + part), seed=0, step=self.count,
-            boundary_weight=getattr(self.config, "boundary_weight", 0.0), granule=self.granule,
+            row_multiple=self.row_multiple,
         )  # fmt: skip
 
     def work(self, batch: Batch) -> torch.Tensor:
@@ -240,8 +245,7 @@ class OurStep:
         force_rows(self.net)
         with nullcontext() if self.graphs is None else self.graphs.memory():
             loss, stats = self.objective(batch)
-            fused = isinstance(self.optimizer, FusedOptimizer)
-            (self.optimizer.loss_scale.scale(loss) if fused else loss).backward()
+            self.optimizer.loss_scale.scale(loss).backward()
             self.objective.forget_weights()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -254,12 +258,8 @@ class OurStep:
     def step(self) -> torch.Tensor:
         batch, size = self.prepare(), self.config.batch_size
         after = (ITERATION + self.count + 1, (self.count + 1) * size, size)
-        for group in self.optimizer.param_groups:
-            set_rate(group, learning_rate(self.config, self.count * size, self.count))
-        fused = isinstance(self.optimizer, FusedOptimizer)
-        if fused:
-            self.optimizer.average_betas = [self.ema.rule.beta(*after)]
-            self.optimizer.store_options()
+        rate = learning_rate(self.config, self.count * size, self.count)
+        self.optimizer.prepare(rate, [self.ema.rule.beta(*after)])
         if self.graphs is None:
             stats = self.work(batch)
         else:
@@ -268,9 +268,8 @@ class OurStep:
             stats = self.graphs(
                 batch.kind, lambda p, i, y=None: self.work(batch.at(p, i, y)), *tensors
             )
+            self.optimizer.after_replay()
         self.count += 1
-        if not fused:
-            self.ema.update(*after)
         return stats
 
 

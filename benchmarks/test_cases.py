@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tcm_fast.benchmarks.cases import check, make_call
+from tcm_fast.benchmarks.check import check, make_call
 from tcm_fast.benchmarks.measure import environment
 from tcm_fast.benchmarks.optimizers import Tensors, check_step, make_step, narrow_shapes
 from tcm_fast.benchmarks.peers import TORCH_KINDS, optimizer_providers, providers
+from tcm_fast.benchmarks.settings import Settings
 from tcm_fast.benchmarks.steps import (
     check_networks,
     sample_cases,
@@ -26,7 +27,7 @@ from tcm_fast.benchmarks.steps import (
     step_cases,
     step_providers,
 )
-from tcm_fast.benchmarks.suite import Settings, chosen_cases
+from tcm_fast.benchmarks.suite_operations import chosen_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

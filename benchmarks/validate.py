@@ -10,7 +10,8 @@ import sys
 
 import torch
 
-from tcm_fast.benchmarks.cases import Case, NetworkShape, Provider, cases, check
+from tcm_fast.benchmarks.cases import Case, NetworkShape, cases
+from tcm_fast.benchmarks.check import Provider, check
 from tcm_fast.kernels import _triton
 
 TINY = NetworkShape(

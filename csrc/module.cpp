@@ -91,6 +91,72 @@ void dropout_cpu(Address out, Address x, Address sample, int64_t n, int64_t chan
                         threshold, threads);
 }
 
+tcm_fast::GroupNormSilu group_norm_silu(const char* name, Address x, Address weight, Address bias,
+                                        Address add, Address scale, Address shift, Address mean,
+                                        Address rstd, int64_t n, int64_t channels, int64_t pixels,
+                                        int64_t groups, double eps, bool silu, Address sample,
+                                        Address seed, Address step, uint32_t layer,
+                                        uint32_t threshold, int threads) {
+  require(groups > 0 && channels > 0 && channels % groups == 0, name,
+          "groups must divide the channels, got " + std::to_string(groups) + " and " +
+              std::to_string(channels));
+  check(name, {x, weight, bias, mean, rstd}, n, channels * pixels, channels * pixels / 8);
+  check_threshold(name, threshold);
+  check_threads(name, threads);
+  if (threshold > 0) check(name, {sample}, n, 1, 0);
+  return {at<float>(x),
+          at<float>(weight),
+          at<float>(bias),
+          at<float>(add),
+          at<float>(scale),
+          at<float>(shift),
+          at<float>(mean),
+          at<float>(rstd),
+          n,
+          channels,
+          pixels,
+          groups,
+          eps,
+          silu,
+          at<int64_t>(sample),
+          threshold > 0 ? read(name, seed) : 0,
+          threshold > 0 ? read(name, step) : 0,
+          layer,
+          threshold};
+}
+
+void group_norm_silu_fwd_cpu(Address y, Address x, Address weight, Address bias, Address add,
+                             Address scale, Address shift, Address mean, Address rstd, int64_t n,
+                             int64_t channels, int64_t pixels, int64_t groups, double eps,
+                             bool silu, Address sample, Address seed, Address step, uint32_t layer,
+                             uint32_t threshold, int threads) {
+  const char* name = "group_norm_silu_fwd_cpu";
+  const auto op =
+      group_norm_silu(name, x, weight, bias, add, scale, shift, mean, rstd, n, channels, pixels,
+                      groups, eps, silu, sample, seed, step, layer, threshold, threads);
+  check(name, {y}, n, channels * pixels, 0);
+  tcm_fast::group_norm_silu_fwd_cpu(op, at<float>(y), threads);
+}
+
+void group_norm_silu_bwd_cpu(Address grad_y, Address grad_past, Address grad_x, Address grad_affine,
+                             Address grad_add, Address grad_scale, Address grad_shift, Address x,
+                             Address weight, Address bias, Address add, Address scale,
+                             Address shift, Address mean, Address rstd, int64_t n, int64_t channels,
+                             int64_t pixels, int64_t groups, bool silu, Address sample,
+                             Address seed, Address step, uint32_t layer, uint32_t threshold,
+                             int threads) {
+  const char* name = "group_norm_silu_bwd_cpu";
+  const auto op =
+      group_norm_silu(name, x, weight, bias, add, scale, shift, mean, rstd, n, channels, pixels,
+                      groups, 0.0, silu, sample, seed, step, layer, threshold, threads);
+  check(name, {grad_y, grad_x}, n, channels * pixels, 0);
+  tcm_fast::group_norm_silu_bwd_cpu(
+      op,
+      {at<float>(grad_y), at<float>(grad_past), at<float>(grad_x), at<float>(grad_add),
+       at<float>(grad_scale), at<float>(grad_shift), at<float>(grad_affine)},
+      threads);
+}
+
 void check_counts(const char* name, int64_t tensors, int averages, int64_t groups) {
   require(tensors >= 0 && averages >= 0 && groups >= 0, name,
           "counts must not be negative, got " + std::to_string(tensors) + ", " +
@@ -247,7 +313,8 @@ std::vector<std::string> cuda_archs() {
 PYBIND11_MODULE(_C, m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.doc() =
-      "Random numbers, dropout and optimizer steps on raw memory; tcm_fast.kernels checks and "
+      "Random numbers, dropout, normalisation and optimizer steps on raw memory; tcm_fast.kernels "
+      "checks and "
       "wraps them.";
   m.def("has_cuda", [] { return *kCudaArchs != '\0'; }, "Was the CUDA half built?");
   m.def("cuda_archs", &cuda_archs, "Architectures of the CUDA half, such as ['80', '90'].");
@@ -266,6 +333,18 @@ PYBIND11_MODULE(_C, m) {
         py::arg("n"), py::arg("channels"), py::arg("pixels"), py::arg("channels_last"),
         py::arg("seed"), py::arg("step"), py::arg("layer"), py::arg("threshold"),
         py::arg("threads"));
+  m.def("group_norm_silu_fwd_cpu", &group_norm_silu_fwd_cpu, release(), py::arg("y"), py::arg("x"),
+        py::arg("weight"), py::arg("bias"), py::arg("add"), py::arg("scale"), py::arg("shift"),
+        py::arg("mean"), py::arg("rstd"), py::arg("n"), py::arg("channels"), py::arg("pixels"),
+        py::arg("groups"), py::arg("eps"), py::arg("silu"), py::arg("sample"), py::arg("seed"),
+        py::arg("step"), py::arg("layer"), py::arg("threshold"), py::arg("threads"));
+  m.def("group_norm_silu_bwd_cpu", &group_norm_silu_bwd_cpu, release(), py::arg("grad_y"),
+        py::arg("grad_past"), py::arg("grad_x"), py::arg("grad_affine"), py::arg("grad_add"),
+        py::arg("grad_scale"), py::arg("grad_shift"), py::arg("x"), py::arg("weight"),
+        py::arg("bias"), py::arg("add"), py::arg("scale"), py::arg("shift"), py::arg("mean"),
+        py::arg("rstd"), py::arg("n"), py::arg("channels"), py::arg("pixels"), py::arg("groups"),
+        py::arg("silu"), py::arg("sample"), py::arg("seed"), py::arg("step"), py::arg("layer"),
+        py::arg("threshold"), py::arg("threads"));
   m.attr("SOURCES") = TCM_FAST_SOURCES;
   m.attr("FUSED_STEP_CHUNK") = tcm_fast::kChunk;
   m.def("fused_step_check", &fused_step_check, release(), py::arg("table"), py::arg("tensors"),

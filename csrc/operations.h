@@ -19,6 +19,31 @@ void dropout_cpu(float* out, const float* x, const int64_t* sample, int64_t n, i
                  int64_t pixels, bool channels_last, int64_t seed, int64_t step, uint32_t layer,
                  uint32_t threshold, int threads);
 
+// dropout(silu((1 + scale) · GN(x + add) + shift)) on x fp32 [n, pixels, channels] (channels_last).
+// weight, bias: [channels]; add, scale, shift: [n, channels] or null; mean, rstd: [n, groups];
+// sample: null where threshold is 0.
+struct GroupNormSilu {
+  const float *x, *weight, *bias, *add, *scale, *shift;
+  float *mean, *rstd;
+  int64_t n, channels, pixels, groups;
+  double eps;
+  bool silu;
+  const int64_t* sample;
+  int64_t seed, step;
+  uint32_t layer, threshold;
+};
+// y, past: what arrives at the output and at x past the operation (or null); x, add, scale, shift:
+// what leaves, the last three null where their inputs are; affine: [2, n, channels], of weight and
+// bias by sample, or null.
+struct GroupNormSiluGrads {
+  const float *y, *past;
+  float *x, *add, *scale, *shift, *affine;
+};
+// Writes y, mean and rstd.
+void group_norm_silu_fwd_cpu(const GroupNormSilu& op, float* y, int threads);
+// Reads mean and rstd.
+void group_norm_silu_bwd_cpu(const GroupNormSilu& op, const GroupNormSiluGrads& grads, int threads);
+
 // One optimizer step; fused_step.h has the layout of table and options and what the others are.
 // `scale` and `tracker` may be null.
 void fused_step_cpu(const int64_t* table, int64_t tensors, int averages, const double* options,

@@ -26,7 +26,7 @@ volume = modal.Volume.from_name("tcm-fast", create_if_missing=True)
 @app.function(gpu="H200", volumes={str(VOLUME): volume}, timeout=(HOURS + 1) * 3600, retries=3)
 def train(preset: str, data: str, run: str) -> None:
     arguments = ["--preset", preset, "--data", data, "--out", f"runs/{run}", "--resume", "auto"]
-    limit = ["--max-hours", str(HOURS)]
+    limit = ["--stop-after", str(HOURS)]
     status = subprocess.run(["tcm-fast", "train", *arguments, *limit], cwd=VOLUME).returncode
     volume.commit()
     if status not in (0, STOPPED):

@@ -1,4 +1,4 @@
-"""A Hugging Face accelerate loop around one of our networks: TCM's loss by Objective, in any precision.
+"""A Hugging Face accelerate loop around one of our networks: stage 1's loss by Ect, in any precision.
 
 pip install accelerate; run it with `accelerate launch` on several devices.
 """
@@ -8,8 +8,8 @@ from accelerate import Accelerator
 
 import tcm_fast
 from tcm_fast.config import EctConfig
-from tcm_fast.objectives.noise_levels import plan_times
-from tcm_fast.objectives.objective import Objective, make_batch
+from tcm_fast.objectives.batch import make_batch
+from tcm_fast.objectives.ect import Ect
 
 
 def train(images, steps=4, **architecture):
@@ -19,10 +19,10 @@ def train(images, steps=4, **architecture):
     net = tcm_fast.build_network("ddpmpp", **options)
     config = EctConfig(batch_size=len(images))
     optimizer = torch.optim.RAdam(net.parameters(), lr=1e-4)
-    objective, optimizer = accelerator.prepare(Objective("ect", config, net), optimizer)
+    objective, optimizer = accelerator.prepare(Ect(config, net), optimizer)
     losses, world = [], accelerator.num_processes
     for step in range(steps):
-        plan = plan_times(config, seed=0, images_seen=step * len(images), iteration=step)
+        plan = Ect.plan(config, seed=0, images_seen=step * len(images), iteration=step)
         part = plan.parts(world)[accelerator.process_index]  # sample numbers of this process
         mine = images[torch.from_numpy(part)].to(accelerator.device)
         loss, _ = objective(make_batch(plan, part, mine, None, seed=0, step=step))

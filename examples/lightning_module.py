@@ -5,8 +5,8 @@ import torch
 
 import tcm_fast
 from tcm_fast.config import EctConfig
-from tcm_fast.objectives.noise_levels import plan_times
-from tcm_fast.objectives.objective import Objective, make_batch
+from tcm_fast.objectives.batch import make_batch
+from tcm_fast.objectives.ect import Ect
 
 
 class ConsistencyTraining(lightning.LightningModule):
@@ -16,11 +16,11 @@ class ConsistencyTraining(lightning.LightningModule):
         super().__init__()
         self.config = EctConfig(batch_size=batch_size)
         self.net = tcm_fast.build_network("ddpmpp", **network)
-        self.objective = Objective("ect", self.config, self.net)
+        self.objective = Ect(self.config, self.net)
 
     def training_step(self, images, _):
         step, size, world = self.global_step, self.config.batch_size, self.trainer.world_size
-        plan = plan_times(self.config, seed=0, images_seen=step * size, iteration=step)
+        plan = Ect.plan(self.config, seed=0, images_seen=step * size, iteration=step)
         part = plan.parts(world)[self.trainer.global_rank]
         loss, _ = self.objective(make_batch(plan, part, images, None, seed=0, step=step))
         self.log("loss", loss.detach())

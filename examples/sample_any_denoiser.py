@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import tcm_fast
-from tcm_fast.sampling.sampler import sample_edm
 
 
 class YourDenoiser(nn.Module):
@@ -27,7 +26,8 @@ def main():
     net = YourDenoiser()
     one = tcm_fast.sample(net, 4, seed=1, labels=[0, 1])  # uint8 [4,8,8,3]
     two = tcm_fast.sample(net, 4, seed=1, labels=[0, 1], times=[1.0])
-    ode = sample_edm(net, 4, seed=1, labels=[0, 1], steps=8)
+    net.info = {"phase": "edm"}  # a diffusion network: Heun's solver
+    ode = tcm_fast.sample(net, 4, seed=1, labels=[0, 1], steps=8)
     return one, two, ode
 
 

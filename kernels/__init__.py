@@ -1,7 +1,7 @@
 """The operations: plain PyTorch references and, where they can run, kernels of the same numbers."""
 
 from tcm_fast.kernels.consistency_loss import consistency_loss
-from tcm_fast.kernels.dropout import DropoutKey, dropout, dropout_mask
+from tcm_fast.kernels.dropout import PhiloxKey, dropout, dropout_mask
 from tcm_fast.kernels.fused_step import StepControl, StepOptions, StepTable, StepTensors, fused_step
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.modulate_mp_silu import modulate_mp_silu
@@ -17,7 +17,7 @@ from tcm_fast.kernels.resample import resample
 from tcm_fast.kernels.residual import residual
 
 __all__ = [
-    "DropoutKey",
+    "PhiloxKey",
     "StepControl",
     "StepOptions",
     "StepTable",

@@ -109,6 +109,13 @@ def extension_for(name: str, device: torch.device) -> ModuleType | None:
     return None
 
 
+def fast_layout(device: torch.device) -> torch.memory_format:
+    """The layout in which convolutions are fastest and the normalisations between them have a kernel:
+    contiguous on a CPU without the extension, whose channels_last `group_norm` loses digits."""
+    is_served = device.type == "cuda" or (device.type == "cpu" and not extension_gap(device))
+    return torch.channels_last if is_served else torch.contiguous_format
+
+
 # What is lost where a backend does not run: times of the CPU, the optimizer's from
 # benchmarks/results/optimizer_cpu.json; bytes counted, 120 for each parameter instead of 42.
 _CPU_COST = (

@@ -76,3 +76,21 @@ def box_muller(radius_word, angle_word):
     y = tl.where(odd, cosine, sine)
     sign = tl.where((quarter & 2) == 2, -1.0, 1.0)
     return radius * (sign * x), radius * (sign * y)
+
+
+@triton.jit
+def is_kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS: tl.constexpr,
+            BY_EIGHT: tl.constexpr, SLAB: tl.constexpr):  # fmt: skip
+    """Which elements of a tile dropout keeps: the rule of dropout.py."""
+    if BY_EIGHT:
+        block = p[:, None] * (CHANNELS // 8) + (first // 8 + tl.arange(0, SLAB // 8))[None, :]
+        w0, w1, w2, w3 = philox_blocks(block, sample, seed, step, layer)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        lanes = tl.join(words << 16, words).reshape(p.shape[0], SLAB)
+    else:
+        e = p[:, None] * CHANNELS + c[None, :]
+        w0, w1, w2, w3 = philox_blocks(e >> 3, sample, seed, step, layer)
+        word = tl.where(e & 4 == 0, tl.where(e & 2 == 0, w0, w1), tl.where(e & 2 == 0, w2, w3))
+        lanes = tl.where(e & 1 == 0, word << 16, word)
+    # A lane stands in the high half; what is below it does not change the comparison.
+    return lanes >= (threshold.to(tl.uint32) << 16)

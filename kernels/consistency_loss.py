@@ -7,33 +7,31 @@ import torch
 from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
 from tcm_fast.kernels.precondition import denoise, preconditioning
 
-Weight = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-WEIGHTINGS = ("inv_dt", "inv_cout_sq", "inv_cout", "inv_sqrt_dt", "one")
+Weighting = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 # -- reference ------------------------------------------------------------------------------------
 
 
-def loss_weight(
-    weighting: str | torch.Tensor | Weight,
-    t: torch.Tensor,
-    r: torch.Tensor,
-    delta: torch.Tensor,
-    sigma_data: float = 0.5,
-) -> torch.Tensor:
-    """The weighting function at (t, r), [N], in t's dtype (Lee et al. 2025, section 4; ECT, table 1)."""
+def _c_out(t: torch.Tensor, sigma_data: float) -> torch.Tensor:
+    return preconditioning(t, sigma_data)[1].flatten()
+
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "inv_dt": lambda t, r, delta, sigma_data: 1 / delta,
+    "inv_cout_sq": lambda t, r, delta, sigma_data: 1 / _c_out(t, sigma_data).square(),
+    "inv_cout": lambda t, r, delta, sigma_data: 1 / _c_out(t, sigma_data),
+    "inv_sqrt_dt": lambda t, r, delta, sigma_data: delta.rsqrt(),
+    "one": lambda t, r, delta, sigma_data: torch.ones_like(t),
+}
+"""The weighting functions w(t, r) by name: t, r, delta = t - r [N] and sigma_data -> weights [N] in t's
+dtype (Lee et al. 2025, section 4; ECT, table 1)."""
+
+
+def _weight(weighting, t, r, delta, sigma_data):
+    """The weights [N] that are given, or named."""
     if isinstance(weighting, torch.Tensor):
         return weighting
-    if callable(weighting):
-        return weighting(t, r)
-    c_out = preconditioning(t, sigma_data)[1].flatten()
-    return {
-        "inv_dt": lambda: 1 / delta,
-        "inv_sqrt_dt": lambda: delta.rsqrt(),
-        "inv_cout": lambda: 1 / c_out,
-        "inv_cout_sq": lambda: 1 / c_out.square(),
-        "one": lambda: torch.ones_like(t),
-    }[weighting]()
+    return WEIGHTINGS[weighting](t, r, delta, sigma_data)
 
 
 def consistency_loss_reference(
@@ -49,7 +47,7 @@ def consistency_loss_reference(
     # the gradient d/sqrt(|d|² + c²) is 0, not NaN, where d = 0 and c > 0.
     square = difference.square().sum((1, 2, 3))
     distance = square / ((square + c**2).sqrt() + c)
-    return loss_weight(weighting, t, r, delta, sigma_data).to(dtype) * distance
+    return _weight(weighting, t, r, delta, sigma_data).to(dtype) * distance
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -91,8 +89,8 @@ def _levels(t, r, is_clean, n, sigma_data, HAS_CLEAN: tl.constexpr):
 # One program per sample: an image is 3 to 48 KB, read once each way.
 @triton.jit
 def _consistency_loss_fwd_kernel(
-    output, x_t, t, target, x_r, r, delta, weight, is_clean, loss, coefficient, size, c, sigma_data,
-    WEIGHTING: tl.constexpr, HAS_CLEAN: tl.constexpr, BLOCK: tl.constexpr,
+    output, x_t, t, target, x_r, r, weight, is_clean, loss, coefficient, size, c, sigma_data,
+    HAS_CLEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     base = n.to(tl.int64) * size
@@ -105,18 +103,7 @@ def _consistency_loss_fwd_kernel(
     square = tl.sum(squares, 0)
     one = tl.full([], 1.0, tl.float32)
     root = tl.sqrt_rn(square + one * c * c)
-    if WEIGHTING == "inv_dt":
-        w = tl.div_rn(one, tl.load(delta + n))
-    elif WEIGHTING == "inv_sqrt_dt":
-        w = tl.div_rn(one, tl.sqrt_rn(tl.load(delta + n)))
-    elif WEIGHTING == "inv_cout":
-        w = tl.div_rn(one, out_t)
-    elif WEIGHTING == "inv_cout_sq":
-        w = tl.div_rn(one, out_t * out_t)
-    elif WEIGHTING == "one":
-        w = one
-    else:
-        w = tl.load(weight + n)
+    w = tl.load(weight + n)
     tl.store(loss + n, w * tl.div_rn(square, root + c))
     tl.store(coefficient + n, tl.div_rn(w * out_t, root))
 
@@ -148,15 +135,14 @@ def _same_layout(reference: torch.Tensor, *images: torch.Tensor) -> list[torch.T
     return [image.contiguous(memory_format=layout) for image in images]
 
 
-def _fwd(output, x_t, t, target, x_r, r, delta, weight, is_clean, weighting, c, sigma_data):
+def _fwd(output, x_t, t, target, x_r, r, weight, is_clean, c, sigma_data):
     output, x_t, target, x_r = _same_layout(output, output, x_t, target, x_r)
     n = len(x_t)
     loss, coefficient = (torch.empty(n, dtype=torch.float32, device=x_t.device) for _ in range(2))
     launch(
-        _consistency_loss_fwd_kernel, (n,), output, x_t, t, target, x_r, r, delta,
-        delta if weight is None else weight, t if is_clean is None else is_clean, loss, coefficient,
-        x_t[:1].numel(), c, sigma_data, WEIGHTING=weighting, HAS_CLEAN=is_clean is not None,
-        BLOCK=BLOCK, num_warps=8,
+        _consistency_loss_fwd_kernel, (n,), output, x_t, t, target, x_r, r, weight,
+        t if is_clean is None else is_clean, loss, coefficient, x_t[:1].numel(), c, sigma_data,
+        HAS_CLEAN=is_clean is not None, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return loss, coefficient
 
@@ -176,22 +162,22 @@ def _bwd(grad_loss, output, x_t, t, target, x_r, r, is_clean, coefficient, sigma
 def specialisations(capability: int) -> list[Variant]:
     """The forms in which CIFAR-10 and ImageNet-64 use the kernels."""
     variants = []
-    for site, size, weighting in (("3x32x32", 3072, "inv_dt"), ("3x64x64", 12288, "inv_cout_sq")):
+    for site, size in (("3x32x32", 3072), ("3x64x64", 12288)):
         for dtype in ("fp32", "fp16", "bf16"):
             images = {"output": f"*{dtype}", "x_t": "*fp32", "t": "*fp32"}
             images |= {"target": "*fp32", "x_r": "*fp32", "r": "*fp32"}
             flags = {"HAS_CLEAN": True, "BLOCK": BLOCK}
-            fwd = images | {"delta": "*fp32", "weight": "*fp32", "is_clean": "*i1"}
+            fwd = images | {"weight": "*fp32", "is_clean": "*i1"}
             fwd |= {"loss": "*fp32", "coefficient": "*fp32", "size": "i32"}
             fwd |= {"c": "fp32", "sigma_data": "fp32"}
             bwd = {"grad_loss": "*fp32"} | images | {"is_clean": "*i1", "coefficient": "*fp32"}
             bwd |= {"grad_output": f"*{dtype}", "size": "i32", "sigma_data": "fp32"}
-            for kernel, signature, constants, programs in (
-                (_consistency_loss_fwd_kernel, fwd, flags | {"WEIGHTING": weighting}, 128),
-                (_consistency_loss_bwd_kernel, bwd, flags, 128 * size // BLOCK),
+            for kernel, signature, programs in (
+                (_consistency_loss_fwd_kernel, fwd, 128),
+                (_consistency_loss_bwd_kernel, bwd, 128 * size // BLOCK),
             ):
                 variants.append(
-                    Variant(f"{site} {dtype}", kernel, signature, constants, num_warps=8,
+                    Variant(f"{site} {dtype}", kernel, signature, flags, num_warps=8,
                             aligned=frozenset({"size"}), programs=programs)
                 )  # fmt: skip
     return variants
@@ -200,11 +186,8 @@ def specialisations(capability: int) -> list[Variant]:
 # -- registration ---------------------------------------------------------------------------------
 
 
-def _fwd_by_reference(
-    output, x_t, t, target, x_r, r, delta, weight, is_clean, weighting, c, sigma_data
-):
-    weight = loss_weight(weighting if weight is None else weight, t, r, delta, sigma_data)
-    settings = dict(delta=delta, c=c, sigma_data=sigma_data, is_clean=is_clean)
+def _fwd_by_reference(output, x_t, t, target, x_r, r, weight, is_clean, c, sigma_data):
+    settings = dict(delta=t - r, c=c, sigma_data=sigma_data, is_clean=is_clean)
     loss = consistency_loss_reference(output, x_t, t, target, x_r, r, weighting=weight, **settings)
     d, c_out = _difference_by_reference(output, x_t, t, target, x_r, r, is_clean, sigma_data)
     return loss, weight * c_out.flatten() / (d.square().sum((1, 2, 3)) + c**2).sqrt()
@@ -231,8 +214,8 @@ _bwd = or_reference(_bwd, _bwd_by_reference)
 
 torch.library.define(
     "tcm_fast::consistency_loss_fwd",
-    "(Tensor output, Tensor x_t, Tensor t, Tensor target, Tensor x_r, Tensor r, Tensor delta, "
-    "Tensor? weight, Tensor? is_clean, str weighting, float c, float sigma_data) -> (Tensor, Tensor)",
+    "(Tensor output, Tensor x_t, Tensor t, Tensor target, Tensor x_r, Tensor r, Tensor weight, "
+    "Tensor? is_clean, float c, float sigma_data) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "tcm_fast::consistency_loss_bwd",
@@ -244,7 +227,7 @@ torch.library.impl("tcm_fast::consistency_loss_bwd", ("cpu", "cuda"), _bwd)
 
 
 @torch.library.register_fake("tcm_fast::consistency_loss_fwd")
-def _(output, x_t, t, target, x_r, r, delta, weight, is_clean, weighting, c, sigma_data):
+def _(output, x_t, t, target, x_r, r, weight, is_clean, c, sigma_data):
     return torch.empty_like(t), torch.empty_like(t)
 
 
@@ -254,7 +237,7 @@ def _(grad_loss, output, x_t, t, target, x_r, r, is_clean, coefficient, sigma_da
 
 
 def _save(ctx, inputs, output):
-    images_and_levels, is_clean, ctx.sigma_data = inputs[:6], inputs[8], inputs[11]
+    images_and_levels, is_clean, ctx.sigma_data = inputs[:6], inputs[7], inputs[9]
     ctx.save_for_backward(*images_and_levels, is_clean, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -265,7 +248,7 @@ def _backward(ctx, grad_loss, _):
     grad_output = torch.ops.tcm_fast.consistency_loss_bwd(
         grad_loss, *images_and_levels, is_clean, coefficient, ctx.sigma_data
     )
-    return grad_output, *[None] * 11
+    return grad_output, *[None] * 9
 
 
 torch.library.register_autograd("tcm_fast::consistency_loss_fwd", _backward, setup_context=_save)
@@ -284,7 +267,7 @@ def consistency_loss(
     *,
     delta: torch.Tensor,
     c: float,
-    weighting: str | torch.Tensor | Weight,
+    weighting: str | torch.Tensor,
     sigma_data: float = 0.5,
     is_clean: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -298,8 +281,8 @@ def consistency_loss(
             `is_clean` hold the target itself.
         delta: t - r, formed in float64 (in fp32 the difference loses digits), [N].
         c: constant of the pseudo-Huber distance, positive.
-        weighting: inv_dt 1/Δ, inv_sqrt_dt 1/√Δ, inv_cout 1/c_out(t), inv_cout_sq 1/c_out(t)², one;
-            or weights [N]; or a function of (t, r).
+        weighting: weights [N], or a name in WEIGHTINGS: inv_dt 1/Δ, inv_sqrt_dt 1/√Δ, inv_cout 1/c_out(t),
+            inv_cout_sq 1/c_out(t)², one.
         sigma_data: standard deviation of the data.
         is_clean: bool [N], rows whose target is given as an image.
 
@@ -316,16 +299,19 @@ def consistency_loss(
             raise ValueError(
                 f"consistency_loss: {name} must be {list(x_t.shape)}, got {list(image.shape)}"
             )
-    for name, vector in (("t", t), ("r", r), ("delta", delta), ("is_clean", is_clean)):
+    given = weighting if isinstance(weighting, torch.Tensor) else None
+    vectors = {"t": t, "r": r, "delta": delta, "is_clean": is_clean, "weighting": given}
+    for name, vector in vectors.items():
         if vector is not None and vector.shape != n:
             raise ValueError(
                 f"consistency_loss: {name} must be {list(n)}, got {list(vector.shape)}"
             )
     if not c > 0:
         raise ValueError(f"consistency_loss: c must be positive, got {c}")
-    if isinstance(weighting, str) and weighting not in WEIGHTINGS:
+    if given is None and weighting not in WEIGHTINGS:
         raise ValueError(
-            f"consistency_loss: weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}"
+            f"consistency_loss: weighting must be one of {', '.join(WEIGHTINGS)} or a tensor, got "
+            f"{weighting!r}"
         )
     if x_t.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -337,12 +323,9 @@ def consistency_loss(
             delta=delta, c=c, weighting=weighting, sigma_data=sigma_data, is_clean=is_clean,
         )  # fmt: skip
     t, r, delta = t.to(torch.float32), r.to(torch.float32), delta.to(torch.float32)
-    weight = None
-    if not isinstance(weighting, str):
-        weight = loss_weight(weighting, t, r, delta, sigma_data).to(torch.float32)
-        weighting = "given"
+    weight = _weight(weighting, t, r, delta, sigma_data).to(torch.float32)
     loss, _ = torch.ops.tcm_fast.consistency_loss_fwd(
-        output, x_t.to(torch.float32), t, target_output, x_r.to(torch.float32), r, delta, weight,
-        is_clean, weighting, c, sigma_data,
+        output, x_t.to(torch.float32), t, target_output, x_r.to(torch.float32), r, weight, is_clean,
+        c, sigma_data,
     )  # fmt: skip
     return loss

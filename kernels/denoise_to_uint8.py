@@ -2,7 +2,8 @@
 
 import torch
 
-from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
+from tcm_fast.kernels._common import laid_out, layout_of, register
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
 from tcm_fast.kernels.precondition import denoise
 
 # -- reference ------------------------------------------------------------------------------------
@@ -48,12 +49,18 @@ def _denoise_to_uint8_kernel(
 BLOCK = 1024
 
 
+def _image(x):
+    """Memory for the bytes."""
+    n, c, h, w = x.shape
+    return torch.empty((n, h, w, c), dtype=torch.uint8, device=x.device)
+
+
 def _launch(output, x, t, sigma_data):
     n, c, h, w = x.shape
-    is_channels_last = output.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if is_channels_last else torch.contiguous_format
-    output, x = (image.contiguous(memory_format=layout) for image in (output, x))
-    image = torch.empty((n, h, w, c), dtype=torch.uint8, device=x.device)
+    layout = layout_of(output, torch.channels_last)
+    is_channels_last = layout == torch.channels_last
+    output, x = laid_out(layout, output, x)
+    image = _image(x)
     strides = (c, 1) if is_channels_last else (1, h * w)
     launch(
         _denoise_to_uint8_kernel, (n, -(-c * h * w // BLOCK)), output, x, t, image, c * h * w, c,
@@ -82,18 +89,10 @@ def specialisations(capability: int) -> list[Variant]:
 
 # -- registration ---------------------------------------------------------------------------------
 
-_launch = or_reference(_launch, denoise_to_uint8_reference)
-
-torch.library.define(
-    "tcm_fast::denoise_to_uint8", "(Tensor output, Tensor x, Tensor t, float sigma_data) -> Tensor"
-)
-torch.library.impl("tcm_fast::denoise_to_uint8", ("cpu", "cuda"), _launch)
-
-
-@torch.library.register_fake("tcm_fast::denoise_to_uint8")
-def _(output, x, t, sigma_data):
-    n, c, h, w = x.shape
-    return torch.empty((n, h, w, c), dtype=torch.uint8, device=x.device)
+register(
+    "denoise_to_uint8(Tensor output, Tensor x, Tensor t, float sigma_data) -> Tensor",
+    _launch, denoise_to_uint8_reference, lambda output, x, *_: _image(x),
+)  # fmt: skip
 
 
 # -- public function ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from tcm_fast.kernels.philox import counters, launch, philox_words_reference
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class DropoutKey:
+class PhiloxKey:
     """What decides a batch's masks and noise.
 
     seed: below 2**32; step: below 2**63; each an int or a 0-dim int64 tensor on the samples' device
@@ -26,12 +26,12 @@ class DropoutKey:
     layer: int = 0
     sample: torch.Tensor
 
-    def at_layer(self, layer: int) -> "DropoutKey":
-        return DropoutKey(seed=self.seed, step=self.step, layer=layer, sample=self.sample)
+    def at_layer(self, layer: int) -> "PhiloxKey":
+        return PhiloxKey(seed=self.seed, step=self.step, layer=layer, sample=self.sample)
 
-    def select(self, index: torch.Tensor | slice) -> "DropoutKey":
+    def select(self, index: torch.Tensor | slice) -> "PhiloxKey":
         """The key of some rows of the batch."""
-        return DropoutKey(
+        return PhiloxKey(
             seed=self.seed, step=self.step, layer=self.layer, sample=self.sample[index]
         )
 
@@ -138,17 +138,43 @@ def _threshold(name: str, p: float) -> int:
     return round(p * 65536)
 
 
-def _check_samples(name: str, key: DropoutKey, n: int, device: torch.device) -> None:
-    if not isinstance(key, DropoutKey):
-        raise TypeError(f"{name}: key must be a DropoutKey, got {type(key).__name__}")
+def _check_samples(name: str, key: PhiloxKey, n: int, device: torch.device) -> None:
+    if not isinstance(key, PhiloxKey):
+        raise TypeError(f"{name}: key must be a PhiloxKey, got {type(key).__name__}")
     if len(key.sample) != n:
         raise ValueError(f"{name}: key.sample must have N={n} entries, got {len(key.sample)}")
     if key.sample.device != device:
         raise ValueError(f"{name}: key.sample must be on {device}, got {key.sample.device}")
 
 
+def check_dropout(name: str, p: float, key: PhiloxKey | None) -> None:
+    """ValueError for a dropout_p out of range, or without its dropout_key."""
+    if not 0 <= p < 1:
+        raise ValueError(f"{name}: dropout_p must be in [0,1), got {p}")
+    if p > 0 and key is None:
+        raise ValueError(f"{name}: dropout_key is required where dropout_p > 0, got None")
+
+
+def key_arguments(name: str, p: float, key: PhiloxKey | None, n: int, device: torch.device):
+    """(sample, seed, step, layer, threshold) as an operator that drops takes them, checked; no key where
+    nothing is dropped."""
+    threshold = _threshold(name, p)
+    if threshold == 0:
+        return None, None, None, 0, 0
+    assert key is not None
+    _check_samples(name, key, n, device)
+    return *counters(name, key.seed, key.step, key.layer, key.sample), threshold
+
+
+def key_of(sample, seed, step, layer: int, threshold: int) -> PhiloxKey | None:
+    """The key out of such arguments."""
+    if threshold == 0:
+        return None
+    return PhiloxKey(seed=seed, step=step, layer=layer, sample=sample)
+
+
 def dropout_mask(
-    key: DropoutKey,
+    key: PhiloxKey,
     p: float,
     shape: tuple[int, ...],
     device: torch.device | str | None = None,
@@ -175,7 +201,7 @@ def dropout_mask(
     return kept if len(shape) == 2 else _as_image(kept, shape)
 
 
-def dropout(x: torch.Tensor, p: float, key: DropoutKey) -> torch.Tensor:
+def dropout(x: torch.Tensor, p: float, key: PhiloxKey) -> torch.Tensor:
     """Zeroes elements with probability p and divides the others by the realised keep probability
     1 - round(p·65536)/65536. The backward pass recomputes the mask from the key.
 

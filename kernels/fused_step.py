@@ -1,5 +1,5 @@
 """One optimizer step on all tensors of a network: gradient norm, unscaling, skipping of non-finite
-gradients, clipping, Adam, AdamW or RAdam, normalisation of rows (Karras et al. 2024), weight averages
+gradients, clipping, Adam, AdamW or RAdam, normalisation of rows (Karras et al. 2024), EMA
 and 16-bit copies of the new weights, each element read and written once.
 
 The formulas are torch.optim's (Kingma & Ba 2015; Loshchilov & Hutter 2019; Liu et al. 2020), clipping is
@@ -50,20 +50,20 @@ class StepTensors:
 
     param: torch.Tensor
     grad: torch.Tensor | None = None
-    """None: the parameter stays; its averages and its copy follow all the same."""
+    """None: the parameter stays; its EMA and its copy follow all the same."""
     exp_avg: torch.Tensor | None = None
     """The moments: the parameter's dtype, or for both bf16 or 8 bits (uint8, see `eight_bit`)."""
     exp_avg_sq: torch.Tensor | None = None
     step: torch.Tensor | None = None
     """Steps taken, fp32 scalar. A skipped step is none."""
-    averages: tuple[torch.Tensor, ...] = ()
+    emas: tuple[torch.Tensor, ...] = ()
     copy: torch.Tensor | None = None
     """fp16 or bf16; receives the new weights."""
     group: int = 0
     normalized: bool = False
     """Only the direction of each row of the parameter [out, ...] counts: the network computes with its
     `normalized_copy`, which is `copy` (or fp32), and `grad` is with respect to that. A step takes the
-    gradient to the parameter and normalises the new rows in place; averages see them before, as in EDM2,
+    gradient to the parameter and normalises the new rows in place; the EMA sees them before, as in EDM2,
     which normalises when the next step begins."""
 
     @property
@@ -81,7 +81,7 @@ class StepTensors:
         named = [("grad", self.grad)]
         if not self.is_packed:
             named += [("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)]
-        return named + [(f"averages[{k}]", average) for k, average in enumerate(self.averages)]
+        return named + [(f"emas[{k}]", average) for k, average in enumerate(self.emas)]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def fused_step_reference(
     groups: Sequence[StepOptions],
     control: StepControl,
     *,
-    average_betas: Sequence[float] = (),
+    ema_decays: Sequence[float] = (),
     max_norm: float = math.inf,
 ) -> None:
     """Tensor by tensor in plain PyTorch, in the parameters' dtype; waits for the device."""
@@ -184,7 +184,7 @@ def fused_step_reference(
             if t.normalized:
                 updated = t.param.clone()
                 t.param.copy_(normalized_rows(t.param))
-        for average, beta in zip(t.averages, average_betas, strict=True):
+        for average, beta in zip(t.emas, ema_decays, strict=True):
             average.lerp_(updated, 1 - beta)
         if t.copy is not None:
             t.copy.copy_(normalized_copy(t.param) if t.normalized else t.param)
@@ -314,7 +314,7 @@ class StepTable:
                 None if t.copy is None else t.copy.data_ptr(),
                 t.group,
                 t.normalized,
-                *(average.data_ptr() for average in t.averages),
+                *(average.data_ptr() for average in t.emas),
             )
         ]
         are_others, have_moved = tensors is not self.tensors, places != self.places
@@ -323,12 +323,12 @@ class StepTable:
             rows = [_row(t) for t in tensors]
             # The device's copy of pinned memory waits for nothing; a capture must not allocate any.
             host = torch.tensor(rows, dtype=torch.int64, pin_memory=on_cuda and not capturing)
-            ext.fused_step_check(host.data_ptr(), len(rows), len(tensors[0].averages), groups)
+            ext.fused_step_check(host.data_ptr(), len(rows), len(tensors[0].emas), groups)
             self.tensors, self.places, self.host = tensors, places, host
             self.eight = any(t.is_packed for t in tensors)
             # Gradients come and go, and are known by their places; nothing else may be freed.
             self.held = [
-                (t.param, t.exp_avg, t.exp_avg_sq, t.step, t.copy, *t.averages) for t in tensors
+                (t.param, t.exp_avg, t.exp_avg_sq, t.step, t.copy, *t.emas) for t in tensors
             ]
         if not on_cuda:
             return
@@ -413,33 +413,33 @@ def _row(t: StepTensors) -> list[int]:
     ]
     if t.grad is not None and not t.param.numel():
         addresses[1] = addresses[4]  # an empty gradient has no address, yet its step counts
-    averages = [average.data_ptr() for average in t.averages]
+    emas = [average.data_ptr() for average in t.emas]
     is_short = t.exp_avg is not None and t.exp_avg.dtype == torch.bfloat16
     moments = [address << (2 if t.is_packed else is_short) for address in addresses[2:4]]
     copy = torch.float16 if t.copy is None else t.copy.dtype
     row = t.row
-    wide = [*addresses[:2], *moments, *averages, addresses[5] * 4 // copy.itemsize, 4 * row]
+    wide = [*addresses[:2], *moments, *emas, addresses[5] * 4 // copy.itemsize, 4 * row]
     flags = _ALIGNED * all(a % 16 == 0 for a in wide) | _MOMENTS_16 * is_short
     flags |= _MOMENTS_8 * t.is_packed
     flags |= _BFLOAT * (copy == torch.bfloat16) | _FLOAT_COPY * (copy == torch.float32)
-    return [*addresses, t.param.numel(), t.group, flags, row, *averages]
+    return [*addresses, t.param.numel(), t.group, flags, row, *emas]
 
 
-def _options(groups, control: StepControl, average_betas, max_norm: float) -> tuple[float, ...]:
-    """csrc/fused_step.h: Option, the averages' betas, the groups' options."""
+def _options(groups, control: StepControl, ema_decays, max_norm: float) -> tuple[float, ...]:
+    """csrc/fused_step.h: Option, the EMA decays, the groups' options."""
     rules = (max_norm, control.growth, control.backoff, float(control.interval), control.seed)
-    return (*rules, *average_betas, *(value for group in groups for value in group.values()))
+    return (*rules, *ema_decays, *(value for group in groups for value in group.values()))
 
 
-def launch_fused_step(ext, tensors, groups, control, average_betas, max_norm, table) -> None:
+def launch_fused_step(ext, tensors, groups, control, ema_decays, max_norm, table) -> None:
     """Through the extension, on the tensors' device."""
     device = tensors[0].param.device
     table.place(ext, tensors, len(groups))
-    table.store_options(ext, _options(groups, control, average_betas, max_norm), device)
+    table.store_options(ext, _options(groups, control, ema_decays, max_norm), device)
     scale = 0 if control.scale is None else control.scale.data_ptr()
     tracker = 0 if control.tracker is None else control.tracker.data_ptr()
     decided = (control.norm.data_ptr(), control.skips.data_ptr(), scale, tracker)
-    sizes = (len(tensors), len(average_betas))
+    sizes = (len(tensors), len(ema_decays))
     options = (table.options.data_ptr(), len(groups))
     if device.type == "cpu":
         threads = torch.get_num_threads()
@@ -478,8 +478,8 @@ def _check_tensors(tensors: Sequence[StepTensors], groups: int) -> None:
         _require(not p.is_sparse and _is_dense(p), f"param {where} must be dense")
         _require(p.device == first.param.device, f"param {where} must be on {first.param.device}")
         _require(0 <= t.group < groups, f"group {where} must be below {groups}, got {t.group}")
-        same = len(t.averages) == len(first.averages)
-        _require(same, f"averages {where} must be {len(first.averages)}, got {len(t.averages)}")
+        same = len(t.emas) == len(first.emas)
+        _require(same, f"emas {where} must be {len(first.emas)}, got {len(t.emas)}")
         if t.is_packed:
             _check_packed(t, where)
         for name, x in t.like_param():
@@ -526,9 +526,9 @@ def _check_packed(t: StepTensors, where: str) -> None:
         _require(fits, f"{name} {where} must be uint8 [{size}] on {p.device}, got {got}")
 
 
-def _check_options(tensors, groups, control: StepControl, average_betas, max_norm) -> None:
+def _check_options(tensors, groups, control: StepControl, ema_decays, max_norm) -> None:
     """ValueError where a number is out of range or the control does not fit the tensors."""
-    device, averages = tensors[0].param.device, len(tensors[0].averages)
+    device, emas = tensors[0].param.device, len(tensors[0].emas)
     for name, dtype in _CONTROL_DTYPES.items():
         x = getattr(control, name)
         if x is not None:
@@ -544,10 +544,10 @@ def _check_options(tensors, groups, control: StepControl, average_betas, max_nor
             _require(0 <= value < math.inf, f"{name} must be finite and not negative, got {value}")
         good = all(0 <= beta < 1 for beta in group.betas)
         _require(good, f"betas must be in [0, 1), got {group.betas}")
-    rule = f"average_betas must be one for each of {averages} averages"
-    _require(len(average_betas) == averages, f"{rule}, got {len(average_betas)}")
-    good = all(0 <= beta <= 1 for beta in average_betas)
-    _require(good, f"average_betas must be in [0, 1], got {tuple(average_betas)}")
+    rule = f"ema_decays must be one for each of {emas} emas"
+    _require(len(ema_decays) == emas, f"{rule}, got {len(ema_decays)}")
+    good = all(0 <= beta <= 1 for beta in ema_decays)
+    _require(good, f"ema_decays must be in [0, 1], got {tuple(ema_decays)}")
     _require(max_norm > 0, f"max_norm must be positive, got {max_norm}")
     _require(0 <= control.seed < 2**32, f"seed must be in [0, 2**32), got {control.seed}")
 
@@ -557,7 +557,7 @@ def store_step_options(
     groups: Sequence[StepOptions],
     control: StepControl,
     *,
-    average_betas: Sequence[float] = (),
+    ema_decays: Sequence[float] = (),
     max_norm: float = math.inf,
     table: StepTable,
 ) -> None:
@@ -570,11 +570,11 @@ def store_step_options(
     """
     if not tensors:
         return
-    _check_options(tensors, groups, control, average_betas, max_norm)
+    _check_options(tensors, groups, control, ema_decays, max_norm)
     device = tensors[0].param.device
     ext = extension_for("fused_step", device)
     if ext is not None:
-        table.store_options(ext, _options(groups, control, average_betas, max_norm), device)
+        table.store_options(ext, _options(groups, control, ema_decays, max_norm), device)
 
 
 def fused_step(
@@ -582,7 +582,7 @@ def fused_step(
     groups: Sequence[StepOptions],
     control: StepControl,
     *,
-    average_betas: Sequence[float] = (),
+    ema_decays: Sequence[float] = (),
     max_norm: float = math.inf,
     table: StepTable | None = None,
 ) -> None:
@@ -591,7 +591,7 @@ def fused_step(
     norm = ‖grad‖/scale over all tensors, factor = min(1, max_norm/(norm + 1e-6))/scale. Where an element
     of a gradient is infinite or NaN nothing changes but `control`: its `skips`, and its scale backs off.
     Otherwise each parameter with a gradient takes a step by `factor · grad`; then every parameter's
-    averages move, average = beta · average + (1 - beta) · param, and its copy is written. Where rows are
+    EMAs move, ema = decay · ema + (1 - decay) · param, and its copy is written. Where rows are
     normalised, grad is the gradient taken to the parameter in all this, the norm included.
 
     The extension takes fp32 parameters (others go through the reference) in a constant number of passes
@@ -602,7 +602,7 @@ def fused_step(
         tensors: parameters and what goes with them; all on one device.
         groups: what StepTensors.group selects.
         control: norm, skips and loss scale, on the same device.
-        average_betas: one for each of the tensors' averages.
+        ema_decays: one for each of the tensors' EMAs.
         max_norm: the gradient's norm above which it is scaled down to it; infinity never does.
         table: keeps what does not change from one call to the next. Give the same one every step,
             with the same list of tensors.
@@ -613,12 +613,12 @@ def fused_step(
     """
     if not tensors:
         return
-    _check_options(tensors, groups, control, average_betas, max_norm)
+    _check_options(tensors, groups, control, ema_decays, max_norm)
     device = tensors[0].param.device
     ext = extension_for("fused_step", device)
     if ext is not None and all(t.param.dtype == torch.float32 for t in tensors):
         table = StepTable() if table is None else table
-        launch_fused_step(ext, tensors, groups, control, average_betas, max_norm, table)
+        launch_fused_step(ext, tensors, groups, control, ema_decays, max_norm, table)
         return
     _check_tensors(tensors, len(groups))
-    fused_step_reference(tensors, groups, control, average_betas=average_betas, max_norm=max_norm)
+    fused_step_reference(tensors, groups, control, ema_decays=ema_decays, max_norm=max_norm)

@@ -8,7 +8,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from tcm_fast.kernels._philox_triton import philox_blocks
+from tcm_fast.kernels._backend import extension_for, extension_gap
+from tcm_fast.kernels._common import (
+    DTYPES,
+    check_image,
+    dense_like,
+    given,
+    has_asm,
+    laid_out,
+    layout_of,
+    power_of_2,
+    register,
+    rows,
+    sigmoid,
+)
+from tcm_fast.kernels._philox_triton import is_kept
 from tcm_fast.kernels._triton import (
     Variant,
     calls_directly,
@@ -19,8 +33,7 @@ from tcm_fast.kernels._triton import (
     tl,
     triton,
 )
-from tcm_fast.kernels.dropout import DropoutKey, _check_samples, _threshold, dropout
-from tcm_fast.kernels.philox import counters
+from tcm_fast.kernels.dropout import PhiloxKey, check_dropout, dropout, key_arguments, key_of
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -41,8 +54,6 @@ def group_norm_silu_reference(
     with_x=False,
 ):
     dtype = torch.promote_types(x.dtype, torch.float32)
-    is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if is_channels_last else torch.contiguous_format
     y = x.to(dtype)
     if add is not None:
         y = y + add.to(dtype)[:, :, None, None]
@@ -57,7 +68,7 @@ def group_norm_silu_reference(
         y = y + shift.to(dtype)[:, :, None, None]
     if silu:
         y = F.silu(y)
-    y = y.to(x.dtype).contiguous(memory_format=layout)
+    y = y.to(x.dtype).contiguous(memory_format=layout_of(x))
     if dropout_p > 0:
         y = dropout(y, dropout_p, dropout_key)
     return (y, x) if with_x else y
@@ -73,20 +84,7 @@ def group_norm_silu_reference(
 
 
 @triton.jit
-def _sigmoid(z, ASM: tl.constexpr):
-    if ASM:
-        # Two special-function instructions and no handling of denormals, 2^-21 relative.
-        # tanh.approx would save one instruction of four, at 2^-11 absolute.
-        return tl.inline_asm_elementwise(
-            "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
-            " add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
-            "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
-
-
-@triton.jit
-def _hold(x, PACKS: tl.constexpr):
+def _reload_barrier(x, PACKS: tl.constexpr):
     """x itself, in a way that no compiler sees through (%ctaid.z is 0, which they do not know): what
     is held are two 16-bit values in a register, not the fp32 values that they were converted to before.
     """
@@ -160,24 +158,6 @@ def _where(tile, c, own, CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.co
 
 
 @triton.jit
-def _kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS: tl.constexpr,
-          BY_EIGHT: tl.constexpr, SLAB: tl.constexpr):  # fmt: skip
-    """Which elements of a tile dropout keeps: the rule of dropout.py."""
-    if BY_EIGHT:
-        block = p[:, None] * (CHANNELS // 8) + (first // 8 + tl.arange(0, SLAB // 8))[None, :]
-        w0, w1, w2, w3 = philox_blocks(block, sample, seed, step, layer)
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-        lanes = tl.join(words << 16, words).reshape(p.shape[0], SLAB)
-    else:
-        e = p[:, None] * CHANNELS + c[None, :]
-        w0, w1, w2, w3 = philox_blocks(e >> 3, sample, seed, step, layer)
-        word = tl.where(e & 4 == 0, tl.where(e & 2 == 0, w0, w1), tl.where(e & 2 == 0, w2, w3))
-        lanes = tl.where(e & 1 == 0, word << 16, word)
-    # A lane stands in the high half; what is below it does not change the comparison.
-    return lanes >= (threshold.to(tl.uint32) << 16)
-
-
-@triton.jit
 def _affine(n, c, own, weight, bias, scale, shift, scale_row, shift_row, HAS_SCALE: tl.constexpr,
             HAS_SHIFT: tl.constexpr):  # fmt: skip
     """-> weight, bias, 1 + scale, and the bias after scale and shift, each fp32 [SLAB]."""
@@ -200,9 +180,9 @@ def _finish(v, p, first, c, slope, offset, sample, seed, step, layer, threshold,
     """dropout(silu(z)) with z = v·slope + offset, v = x + add - mean."""
     z = v * slope[None, :] + offset[None, :]
     if SILU:
-        z = z * _sigmoid(z, ASM)
+        z = z * sigmoid(z, ASM)
     if DROPS:
-        kept = _kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
+        kept = is_kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
         z = tl.where(kept, z * keep_scale, 0.0)
     return z
 
@@ -236,7 +216,9 @@ def _group_norm_silu_fwd_kernel(
         slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            d = tl.where(inside, _hold(held[tile], PACKS).to(tl.float32) - average[None, :], 0.0)
+            d = tl.where(
+                inside, _reload_barrier(held[tile], PACKS).to(tl.float32) - average[None, :], 0.0
+            )
             slot_rest += d
             slot_spread += d * d
     else:
@@ -283,7 +265,7 @@ def _group_norm_silu_fwd_kernel(
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _hold(held[tile], PACKS).to(tl.float32) - origin[None, :]
+            v = _reload_barrier(held[tile], PACKS).to(tl.float32) - origin[None, :]
             out = _finish(v, p, first, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
                           keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
             tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
@@ -302,7 +284,7 @@ def _drop(grad, p, first, c, sample, seed, step, layer, threshold, CHANNELS: tl.
           SLAB: tl.constexpr, DROPS: tl.constexpr, BY_EIGHT: tl.constexpr):  # fmt: skip
     """grad_y where dropout kept, not yet divided by the keep probability."""
     if DROPS:
-        kept = _kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
+        kept = is_kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
         grad = tl.where(kept, grad, 0.0)
     return grad
 
@@ -313,7 +295,7 @@ def _grad_z(v, grad, slope, offset, SILU: tl.constexpr, ASM: tl.constexpr):
     grad = grad.to(tl.float32)
     if SILU:
         z = v * slope[None, :] + offset[None, :]
-        s = _sigmoid(z, ASM)
+        s = sigmoid(z, ASM)
         grad = grad * (s + (z * s) * (1.0 - s))
     return grad
 
@@ -401,8 +383,8 @@ def _group_norm_silu_bwd_kernel(
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _hold(held_x[tile], PACKS).to(tl.float32) - origin[None, :]
-            g = _grad_z(v, _hold(held_g[tile], PACKS), slope, offset, SILU, ASM)
+            v = _reload_barrier(held_x[tile], PACKS).to(tl.float32) - origin[None, :]
+            g = _grad_z(v, _reload_barrier(held_g[tile], PACKS), slope, offset, SILU, ASM)
             out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
             if HAS_ADD:
                 slot_add += tl.where(inside, out, 0.0)
@@ -443,10 +425,6 @@ class _Plan(NamedTuple):
     warps: int
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 @functools.cache
 def _plan(
     channels: int, pixels: int, num_groups: int, itemsize: int, unit: int, channels_last: bool,
@@ -472,7 +450,7 @@ def _plan(
     plans = []
     for groups in range(1, min(num_groups, max(1, 512 // cpg)) + 1):
         used, is_whole = groups * cpg, groups == num_groups
-        slab = _power_of_two(used)
+        slab = power_of_2(used)
         slots = pixels * slab
         row = (used if channels_last else pixels) * itemsize
         is_row = row >= 32 or is_whole or not channels_last
@@ -485,21 +463,11 @@ def _plan(
         plans.append((score, groups, slab))
     (_, holds, *_), groups, slab = max(plans)
     each = 32 if is_wide else 64
-    warps = min(16, max(4, _power_of_two(pixels * slab) // (32 * each))) if holds else 16
+    warps = min(16, max(4, power_of_2(pixels * slab) // (32 * each))) if holds else 16
     # A tile is 8 or 16 values of a thread, one to four accesses: few live at once, enough in flight.
     tile = 32 * warps * (16 if (is_wide if holds else not backward) else 8)
-    rows = min(_power_of_two(pixels), max(1, tile // slab))
+    rows = min(power_of_2(pixels), max(1, tile // slab))
     return _Plan(groups, slab, rows, bool(holds), warps)
-
-
-def _layout(x: torch.Tensor) -> torch.memory_format:
-    is_channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_channels_last else torch.contiguous_format
-
-
-def _rows(v: torch.Tensor | None) -> torch.Tensor | None:
-    """[N,C] with neighbouring channels side by side; rows may lie apart, as halves of a chunk do."""
-    return v if v is None or v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous()
 
 
 def _constants(
@@ -507,7 +475,7 @@ def _constants(
 ) -> tuple[dict[str, Any], int]:
     """A kernel's constants, and the number of programs."""
     n, c, h, w = x.shape
-    channels_last = _layout(x) == torch.channels_last
+    channels_last = layout_of(x) == torch.channels_last
     drops = threshold > 0
     # A slab starts at a multiple of 16 bytes, and of the channels that share a block of Philox.
     unit = 8 if drops else 16 // x.itemsize
@@ -524,23 +492,19 @@ def _constants(
     return constants, n * -(-num_groups // plan.groups)
 
 
-def _has_asm(x: torch.Tensor) -> bool:
-    return x.is_cuda and torch.version.hip is None
-
-
 def _fwd(
     x, weight, bias, add, scale, shift, sample, seed, step, num_groups, eps, silu, layer, threshold
 ):
-    x = x.contiguous(memory_format=_layout(x))
-    add, scale, shift = _rows(add), _rows(scale), _rows(shift)
+    (x,) = laid_out(layout_of(x), x)
+    add, scale, shift = rows(add), rows(scale), rows(shift)
     constants, programs = _constants(
-        x, num_groups, add, scale, shift, silu, threshold, False, _has_asm(x)
+        x, num_groups, add, scale, shift, silu, threshold, False, has_asm(x)
     )
     y = torch.empty_like(x)
     mean, rstd = _statistics(x, num_groups)
     launch(
         _group_norm_silu_fwd_kernel, (programs,), x, weight.contiguous(), bias.contiguous(),
-        *_given(x, add, scale, shift, sample, seed, step), y, mean, rstd,
+        *given(x, add, scale, shift, sample, seed, step), y, mean, rstd,
         *_row_strides(add, scale, shift), layer, threshold, 65536 / (65536 - threshold), eps,
         **constants,
     )  # fmt: skip
@@ -551,13 +515,10 @@ def _bwd(
     grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
     layer, threshold, wants_affine,
 ):  # fmt: skip
-    x = x.contiguous(memory_format=_layout(x))
-    grad_y, grad_past = (
-        None if v is None else v.contiguous(memory_format=_layout(x)) for v in (grad_y, grad_past)
-    )
-    add, scale, shift = _rows(add), _rows(scale), _rows(shift)
+    x, grad_y, grad_past = laid_out(layout_of(x), x, grad_y, grad_past)
+    add, scale, shift = rows(add), rows(scale), rows(shift)
     constants, programs = _constants(
-        x, num_groups, add, scale, shift, silu, threshold, True, _has_asm(x)
+        x, num_groups, add, scale, shift, silu, threshold, True, has_asm(x)
     )
     n, c = x.shape[:2]
     grad_x = torch.empty_like(x)
@@ -568,23 +529,72 @@ def _bwd(
         for v in (add, scale, shift)
     ]
     launch(
-        _group_norm_silu_bwd_kernel, (programs,), grad_y, *_given(x, grad_past), x, mean, rstd,
+        _group_norm_silu_bwd_kernel, (programs,), grad_y, *given(x, grad_past), x, mean, rstd,
         weight.contiguous(), bias.contiguous(),
-        *_given(x, add, scale, shift, sample, seed, step), grad_x, by_sample, *_given(x, *grads), n,
+        *given(x, add, scale, shift, sample, seed, step), grad_x, by_sample, *given(x, *grads), n,
         *_row_strides(add, scale, shift), layer, threshold, 65536 / (65536 - threshold),
         **constants, WANTS_AFFINE=wants_affine, HAS_PAST=grad_past is not None,
     )  # fmt: skip
     return [grad_x, by_sample.sum(1), *(v for v in grads if v is not None)]
 
 
+def _on_cpu(x, *operands):
+    """Whether the extension serves these tensors: fp32 on a CPU, x in channels_last."""
+    return (
+        x.device.type == "cpu"
+        and all(v is None or v.dtype == torch.float32 for v in (x, *operands))
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.numel() > 0
+        and calls_directly(x)
+        and not extension_gap(x.device)
+    )
+
+
+def _dense(*tensors):
+    return [None if v is None else v.contiguous() for v in tensors]
+
+
+def _addresses(*tensors):
+    return [0 if v is None else v.data_ptr() for v in tensors]
+
+
+def _fwd_cpu(
+    x, weight, bias, add, scale, shift, sample, seed, step, num_groups, eps, silu, layer, threshold
+):
+    n, c, h, w = x.shape
+    y, (mean, rstd) = torch.empty_like(x), _statistics(x, num_groups)
+    operands, key = _dense(weight, bias, add, scale, shift), _dense(sample, seed, step)
+    extension_for("group_norm_silu", x.device).group_norm_silu_fwd_cpu(
+        *_addresses(y, x, *operands, mean, rstd), n, c, h * w, num_groups, eps, silu,
+        *_addresses(*key), layer, threshold, torch.get_num_threads(),
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _bwd_cpu(
+    grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
+    layer, threshold, wants_affine,
+):  # fmt: skip
+    n, c, h, w = x.shape
+    grad_y, grad_past = (
+        None if v is None else v.contiguous(memory_format=torch.channels_last)
+        for v in (grad_y, grad_past)
+    )
+    grad_x = torch.empty_like(x)
+    by_sample = x.new_empty((2, n, c)) if wants_affine else None
+    grads = [None if v is None else x.new_empty((n, c)) for v in (add, scale, shift)]
+    operands, key = _dense(weight, bias, add, scale, shift), _dense(sample, seed, step)
+    extension_for("group_norm_silu", x.device).group_norm_silu_bwd_cpu(
+        *_addresses(grad_y, grad_past, grad_x, by_sample, *grads, x, *operands, mean, rstd),
+        n, c, h * w, num_groups, silu, *_addresses(*key), layer, threshold, torch.get_num_threads(),
+    )  # fmt: skip
+    affine = x.new_zeros((2, c)) if by_sample is None else by_sample.sum(1)
+    return [grad_x, affine, *(v for v in grads if v is not None)]
+
+
 def _statistics(x, num_groups):
     shape = (x.shape[0], num_groups)
     return tuple(torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
-
-
-def _given(x, *optional):
-    """What is absent is never touched; x stands in for it."""
-    return [x if v is None else v for v in optional]
 
 
 def _row_strides(*modulations):
@@ -614,19 +624,16 @@ def specialisations(capability: int) -> list[Variant]:
     variants = []
     for network, sites in _SITES.items():
         for size, widths, uses in sites:
-            for c, use, dtype in itertools.product(widths, uses, _TYPES):
+            for c, use, dtype in itertools.product(widths, uses, DTYPES):
                 x = torch.empty((64, c, size, size), dtype=dtype, device="meta")
                 x = x.contiguous(memory_format=torch.channels_last)
                 variants += _variants(f"{network} {size}x{size}x{c} {use}", x, min(32, c // 4), use)
     return variants
 
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
 def _variants(site: str, x: torch.Tensor, num_groups: int, use: str) -> list[Variant]:
     """Forward and backward for a tensor like x, on any device."""
-    name = _TYPES[x.dtype]
+    name = DTYPES[x.dtype]
     add, scale = (x[..., 0, 0] if part in use else None for part in ("add", "scale"))
     threshold = 8520 if "dropout" in use else 0
     optional = dict.fromkeys(("add", "scale", "shift"), f"*{name}")
@@ -667,15 +674,13 @@ def _variants(site: str, x: torch.Tensor, num_groups: int, use: str) -> list[Var
 def _fwd_by_reference(
     x, weight, bias, add, scale, shift, sample, seed, step, num_groups, eps, silu, layer, threshold
 ):
-    key = None
-    if threshold > 0:
-        key = DropoutKey(seed=seed, step=step, layer=layer, sample=sample)
+    key = key_of(sample, seed, step, layer, threshold)
     y = group_norm_silu_reference(
         x, num_groups, weight, bias, eps,
         silu=silu, add=add, scale=scale, shift=shift, dropout_p=threshold / 65536, dropout_key=key,
     )  # fmt: skip
     variance, mean = torch.var_mean(_groups(x, add, num_groups), -1, correction=0)
-    return y.contiguous(memory_format=_layout(x)), mean, (variance + eps).rsqrt()
+    return y.contiguous(memory_format=layout_of(x)), mean, (variance + eps).rsqrt()
 
 
 def _groups(x, add, num_groups):
@@ -690,7 +695,7 @@ def _bwd_by_reference(
     grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
     layer, threshold, wants_affine,
 ):  # fmt: skip
-    layout = _layout(x)
+    layout = layout_of(x)
     n, c, height, width = x.shape
     h = _groups(x, add, num_groups)
     normed = ((h - mean[:, :, None]) * rstd[:, :, None]).view(x.shape)
@@ -702,10 +707,8 @@ def _bwd_by_reference(
         if shift is not None:
             y = y + shift.to(torch.float32)[:, :, None, None]
         y = (F.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=layout)
-        if threshold == 0:
-            return y
-        key = DropoutKey(seed=seed, step=step, layer=layer, sample=sample)
-        return dropout(y, threshold / 65536, key)
+        key = key_of(sample, seed, step, layer, threshold)
+        return y if key is None else dropout(y, threshold / 65536, key)
 
     grad, grad_scale, grad_shift = gradients(after_norm, [normed, scale, shift], [grad_y])
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
@@ -722,38 +725,14 @@ def _bwd_by_reference(
     return [grad_x.to(x.dtype).contiguous(memory_format=layout), affine, *grads]
 
 
-_fwd = or_reference(_fwd, _fwd_by_reference)
-_bwd = or_reference(_bwd, _bwd_by_reference)
+def _fake_fwd(x, weight, bias, add, scale, shift, sample, seed, step, num_groups, *_):
+    return dense_like(x), *_statistics(x, num_groups)
 
 
-_OPTIONAL = "Tensor? add, Tensor? scale, Tensor? shift, Tensor? sample, Tensor? seed, Tensor? step"
-torch.library.define(
-    "tcm_fast::group_norm_silu_fwd",
-    f"(Tensor x, Tensor weight, Tensor bias, {_OPTIONAL}, int num_groups, float eps, bool silu, "
-    "int layer, int threshold) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "tcm_fast::group_norm_silu_bwd",
-    f"(Tensor grad_y, Tensor? grad_past, Tensor x, Tensor mean, Tensor rstd, Tensor weight, "
-    f"Tensor bias, {_OPTIONAL}, int num_groups, bool silu, int layer, int threshold, "
-    "bool wants_affine) -> Tensor[]",
-)
-torch.library.impl("tcm_fast::group_norm_silu_fwd", ("cpu", "cuda"), _fwd)
-torch.library.impl("tcm_fast::group_norm_silu_bwd", ("cpu", "cuda"), _bwd)
-
-
-@torch.library.register_fake("tcm_fast::group_norm_silu_fwd")
-def _(x, weight, bias, add, scale, shift, sample, seed, step, num_groups, *_):
-    y = torch.empty_like(x.contiguous(memory_format=_layout(x)))
-    return y, *_statistics(x, num_groups)
-
-
-@torch.library.register_fake("tcm_fast::group_norm_silu_bwd")
-def _(grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, *_):
-    grad_x = torch.empty_like(x.contiguous(memory_format=_layout(x)))
+def _fake_bwd(grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, *_):
     sums = torch.empty((2, x.shape[1]), dtype=torch.float32, device=x.device)
-    given = [v for v in (add, scale, shift) if v is not None]
-    return [grad_x, sums, *(v.new_empty(v.shape) for v in given)]
+    modulations = [v for v in (add, scale, shift) if v is not None]
+    return [dense_like(x), sums, *(v.new_empty(v.shape) for v in modulations)]
 
 
 def _save(ctx, inputs, output):
@@ -774,8 +753,8 @@ def _grads(bwd, ctx, grad_y, grad_past):
         grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step,
         ctx.num_groups, ctx.silu, ctx.layer, ctx.threshold, needs[1] or needs[2],
     )  # fmt: skip
-    given = iter(rest)
-    modulations = [None if v is None else next(given) for v in (add, scale, shift)]
+    found = iter(rest)
+    modulations = [None if v is None else next(found) for v in (add, scale, shift)]
     grads = [grad_x, *affine.unbind(), *modulations]
     return *(g if need else None for g, need in zip(grads, needs[:6], strict=True)), *[None] * 8
 
@@ -784,12 +763,25 @@ def _backward(ctx, grad_y, *_):
     return _grads(torch.ops.tcm_fast.group_norm_silu_bwd, ctx, grad_y, None)
 
 
-def _refuse(ctx, *_):
-    raise NotImplementedError("group_norm_silu: has no second derivative, got a double backward")
+_OPTIONAL = "Tensor? add, Tensor? scale, Tensor? shift, Tensor? sample, Tensor? seed, Tensor? step"
+_fwd = register(
+    f"group_norm_silu_fwd(Tensor x, Tensor weight, Tensor bias, {_OPTIONAL}, int num_groups, "
+    "float eps, bool silu, int layer, int threshold) -> (Tensor, Tensor, Tensor)",
+    _fwd, _fwd_by_reference, _fake_fwd, save=_save, backward=_backward,
+)  # fmt: skip
+_bwd = or_reference(_bwd, _bwd_by_reference)
 
 
-torch.library.register_autograd("tcm_fast::group_norm_silu_fwd", _backward, setup_context=_save)
-torch.library.register_autograd("tcm_fast::group_norm_silu_bwd", _refuse)
+def _bwd_anywhere(*args):
+    return (_bwd_cpu if _on_cpu(args[2], *args[5:10]) else _bwd)(*args)
+
+
+register(
+    "group_norm_silu_bwd(Tensor grad_y, Tensor? grad_past, Tensor x, Tensor mean, Tensor rstd, "
+    f"Tensor weight, Tensor bias, {_OPTIONAL}, int num_groups, bool silu, int layer, int threshold, "
+    "bool wants_affine) -> Tensor[]",
+    _bwd_anywhere, _bwd_by_reference, _fake_bwd,
+)  # fmt: skip
 
 
 class _WithX(torch.autograd.Function):
@@ -812,23 +804,41 @@ class _WithX(torch.autograd.Function):
 
 
 class _Direct(torch.autograd.Function):
-    """The same without the dispatcher; the last argument says whether x is returned too."""
+    """The same without the dispatcher; the last arguments say whether x is returned too and which
+    launchers serve."""
 
     @staticmethod
     def forward(ctx, *args):
-        *inputs, with_x = args
-        y, mean, rstd = _fwd(*inputs)
+        *inputs, with_x, (fwd, ctx.bwd) = args
+        y, mean, rstd = fwd(*inputs)
         _save(ctx, inputs, (y, mean, rstd))
         return (y, inputs[0].view_as(inputs[0])) if with_x else y
 
     @staticmethod
     def backward(ctx, grad_y, grad_past=None):
         # With create_graph the operator stands in the graph, to refuse the second derivative.
-        bwd = torch.ops.tcm_fast.group_norm_silu_bwd if torch.is_grad_enabled() else _bwd
-        return *_grads(bwd, ctx, grad_y, grad_past), None
+        bwd = torch.ops.tcm_fast.group_norm_silu_bwd if torch.is_grad_enabled() else ctx.bwd
+        return *_grads(bwd, ctx, grad_y, grad_past), None, None
 
 
 # -- public function ------------------------------------------------------------------------------
+
+
+def _kernels(x, *operands):
+    """What launches the forward and the backward pass on these tensors; None where the reference runs."""
+    on_cpu = _on_cpu(x, *operands)
+    is_wide = x.dtype == torch.float64 or operands[0].dtype == torch.float64
+    try:
+        if (
+            not is_wide
+            and x.shape[1:].numel() > 0
+            and runs_triton("group_norm_silu", x.device.type)
+        ):
+            return _fwd, _bwd
+    except ValueError:  # TCM_FAST_BACKEND=kernel
+        if not on_cpu:
+            raise
+    return (_fwd_cpu, _bwd_cpu) if on_cpu else None
 
 
 def group_norm_silu(
@@ -843,7 +853,7 @@ def group_norm_silu(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_key: DropoutKey | None = None,
+    dropout_key: PhiloxKey | None = None,
     with_x: bool = False,
 ) -> Any:
     """dropout(silu((1 + scale) · GN(x + add) + shift)).
@@ -869,10 +879,7 @@ def group_norm_silu(
         ValueError: shapes or devices that do not fit, a dropout_p out of range or without a key, a
             sample of 2**31 elements or more.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"group_norm_silu: x must be floating, got {x.dtype}")
-    if x.ndim != 4:
-        raise ValueError(f"group_norm_silu: x must be [N,C,H,W], got {list(x.shape)}")
+    check_image("group_norm_silu", x)
     n, c, height, width = x.shape
     if num_groups < 1 or c % num_groups:
         raise ValueError(f"group_norm_silu: num_groups must divide C={c}, got {num_groups}")
@@ -890,29 +897,33 @@ def group_norm_silu(
     for name, operand in operands.items():
         if operand is not None and operand.device != x.device:
             raise ValueError(f"group_norm_silu: {name} must be on {x.device}, got {operand.device}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"group_norm_silu: dropout_p must be in [0,1), got {dropout_p}")
-    if dropout_p > 0 and dropout_key is None:
-        raise ValueError("group_norm_silu: dropout_key is required where dropout_p > 0, got None")
-    is_wide = x.dtype == torch.float64 or weight.dtype == torch.float64
-    if not is_wide and c * height * width > 0 and runs_triton("group_norm_silu", x.device.type):
+    check_dropout("group_norm_silu", dropout_p, dropout_key)
+    kernels = _kernels(x, *operands.values())
+    if kernels is not None:
         if c * height * width >= 2**31:
             raise ValueError(
                 "group_norm_silu: a sample must have fewer than 2**31 elements, "
                 f"got {c * height * width}"
             )
-        sample = seed = step = None
-        layer, threshold = 0, _threshold("group_norm_silu", dropout_p)
-        if threshold > 0:
-            _check_samples("group_norm_silu", dropout_key, n, x.device)
-            key = dropout_key
-            sample, seed, step, layer = counters(
-                "group_norm_silu", key.seed, key.step, key.layer, key.sample
-            )
-        inputs = (x.contiguous(memory_format=_layout(x)), weight, bias, add, scale, shift, sample, seed,
-                  step, num_groups, eps, silu, layer, threshold)  # fmt: skip
+        key = key_arguments("group_norm_silu", dropout_p, dropout_key, n, x.device)
+        *random, layer, threshold = key
+        (x,) = laid_out(layout_of(x), x)
+        inputs = (
+            x,
+            weight,
+            bias,
+            add,
+            scale,
+            shift,
+            *random,
+            num_groups,
+            eps,
+            silu,
+            layer,
+            threshold,
+        )
         if calls_directly(x):
-            return _Direct.apply(*inputs, with_x)
+            return _Direct.apply(*inputs, with_x, kernels)
         if with_x:
             return _WithX.apply(*inputs)[:2]
         return torch.ops.tcm_fast.group_norm_silu_fwd(*inputs)[0]

@@ -8,30 +8,26 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tcm_fast.kernels._pointwise import (
+from tcm_fast.kernels._common import (
     MP_SILU,
     address,
+    check_image,
+    dense_like,
     edm2_sites,
+    forms,
     given,
     has_asm,
+    laid_out,
     layout_of,
+    register,
+    rows,
     scaled_silu,
     scaled_silu_grad,
     tile_for,
-    variant,
 )
-from tcm_fast.kernels._triton import (
-    Variant,
-    gradients,
-    launch,
-    or_reference,
-    runs_triton,
-    tl,
-    triton,
-)
-from tcm_fast.kernels.dropout import DropoutKey, _check_samples, _threshold, dropout
-from tcm_fast.kernels.group_norm_silu import _kept
-from tcm_fast.kernels.philox import counters
+from tcm_fast.kernels._philox_triton import is_kept
+from tcm_fast.kernels._triton import Variant, gradients, launch, runs_triton, tl, triton
+from tcm_fast.kernels.dropout import PhiloxKey, check_dropout, dropout, key_arguments, key_of
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -81,8 +77,8 @@ def _modulate_mp_silu_fwd_kernel(
         v = tl.load(x + at, mask=inside, other=0).to(tl.float32)
         v = scaled_silu(v * factor[None, :], GAIN, ASM)
         if DROPS:
-            kept = _kept(p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS, BY_EIGHT,
-                         WIDTH)  # fmt: skip
+            kept = is_kept(p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS, BY_EIGHT,
+                           WIDTH)  # fmt: skip
             v = tl.where(kept, v * keep_scale, 0.0)
         tl.store(y + at, v.to(y.dtype.element_ty), mask=inside)
 
@@ -110,8 +106,8 @@ def _modulate_mp_silu_bwd_kernel(
         v = tl.load(x + at, mask=inside, other=0).to(tl.float32)
         grad = tl.load(grad_y + at, mask=inside, other=0).to(tl.float32)
         if DROPS:
-            kept = _kept(p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS, BY_EIGHT,
-                         WIDTH)  # fmt: skip
+            kept = is_kept(p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS, BY_EIGHT,
+                           WIDTH)  # fmt: skip
             grad = tl.where(kept, grad * keep_scale, 0.0)
         grad = grad * scaled_silu_grad(v * factor[None, :], GAIN, ASM)
         tl.store(grad_x + at, (grad * factor[None, :]).to(grad_x.dtype.element_ty), mask=inside)
@@ -143,13 +139,8 @@ def _constants(shape, threshold, is_channels_last, asm):
     return constants, (n, -(-tiles // piece), slabs)
 
 
-def _rows(scale):
-    """[N,C] with neighbouring channels side by side."""
-    return scale if scale.stride(1) == 1 else scale.contiguous()
-
-
 def _arguments(x, scale, gain, sample, seed, step, layer, threshold):
-    scale = _rows(scale)
+    scale = rows(scale)
     key = given(x, sample, seed, step)
     scalars = (scale.stride(0), layer, threshold, 65536 / (65536 - threshold))
     return (scale, gain, *key), scalars
@@ -157,7 +148,7 @@ def _arguments(x, scale, gain, sample, seed, step, layer, threshold):
 
 def _fwd(x, scale, gain, sample, seed, step, layer, threshold):
     layout = layout_of(x)
-    x = x.contiguous(memory_format=layout)
+    (x,) = laid_out(layout, x)
     y = torch.empty_like(x)
     constants, grid = _constants(x.shape, threshold, layout == torch.channels_last, has_asm(x))
     tensors, scalars = _arguments(x, scale, gain, sample, seed, step, layer, threshold)
@@ -167,7 +158,7 @@ def _fwd(x, scale, gain, sample, seed, step, layer, threshold):
 
 def _bwd(grad_y, x, scale, gain, sample, seed, step, layer, threshold):
     layout = layout_of(x)
-    x, grad_y = (v.contiguous(memory_format=layout) for v in (x, grad_y))
+    x, grad_y = laid_out(layout, x, grad_y)
     grad_x = torch.empty_like(x)
     constants, grid = _constants(x.shape, threshold, layout == torch.channels_last, has_asm(x))
     n, pieces, _ = grid
@@ -194,30 +185,25 @@ def specialisations(capability: int) -> list[Variant]:
         constants, grid = _constants((64, c, size, size), threshold, True, True)
         key = dict.fromkeys(("sample", "seed", "step"), "i64" if threshold else dtype)
         pointers = dict.fromkeys(("x", "scale"), dtype) | {"gain": "fp32"} | key
-        for kernel, more in (
-            (_modulate_mp_silu_fwd_kernel, {"y": dtype}),
+        variants += forms(
+            f"{size}x{size}x{c} {dtype}", scalars, constants,
+            (_modulate_mp_silu_fwd_kernel, pointers | {"y": dtype}, {}),
             (
                 _modulate_mp_silu_bwd_kernel,
-                {"grad_y": dtype, "grad_x": dtype, "grad_factor": "fp32"},
+                pointers | {"grad_y": dtype, "grad_x": dtype, "grad_factor": "fp32"},
+                {},
             ),
-        ):
-            variants.append(
-                variant(
-                    f"{size}x{size}x{c} {dtype}", kernel, pointers | more, scalars, constants,
-                    programs=math.prod(grid), aligned=("scale_row",),
-                )
-            )  # fmt: skip
+            programs=math.prod(grid), aligned=("scale_row",),
+        )  # fmt: skip
     return variants
 
 
 # -- registration ---------------------------------------------------------------------------------
 
 
-def _fwd_by_reference(x, scale, gain, sample, seed, step, layer, threshold):
-    key = None
-    if threshold > 0:
-        key = DropoutKey(seed=seed, step=step, layer=layer, sample=sample)
-    return modulate_mp_silu_reference(x, scale, gain, dropout_p=threshold / 65536, dropout_key=key)
+def _fwd_by_reference(x, scale, gain, *key):
+    p = key[-1] / 65536
+    return modulate_mp_silu_reference(x, scale, gain, dropout_p=p, dropout_key=key_of(*key))
 
 
 def _bwd_by_reference(grad_y, x, scale, gain, *key):
@@ -228,31 +214,8 @@ def _bwd_by_reference(grad_y, x, scale, gain, *key):
     return grad_x.contiguous(memory_format=layout_of(x)), grad_scale.contiguous(), grad_gain
 
 
-_fwd = or_reference(_fwd, _fwd_by_reference)
-_bwd = or_reference(_bwd, _bwd_by_reference)
-
-
-_INPUTS = (
-    "Tensor x, Tensor scale, Tensor gain, Tensor? sample, Tensor? seed, Tensor? step, int layer, "
-    "int threshold"
-)
-torch.library.define("tcm_fast::modulate_mp_silu_fwd", f"({_INPUTS}) -> Tensor")
-torch.library.define(
-    "tcm_fast::modulate_mp_silu_bwd", f"(Tensor grad_y, {_INPUTS}) -> (Tensor, Tensor, Tensor)"
-)
-torch.library.impl("tcm_fast::modulate_mp_silu_fwd", ("cpu", "cuda"), _fwd)
-torch.library.impl("tcm_fast::modulate_mp_silu_bwd", ("cpu", "cuda"), _bwd)
-
-
-@torch.library.register_fake("tcm_fast::modulate_mp_silu_fwd")
-def _(x, *_):
-    return torch.empty_like(x.contiguous(memory_format=layout_of(x)))
-
-
-@torch.library.register_fake("tcm_fast::modulate_mp_silu_bwd")
-def _(grad_y, x, scale, gain, *_):
-    grad_x = torch.empty_like(x.contiguous(memory_format=layout_of(x)))
-    return grad_x, scale.new_empty(scale.shape), torch.empty_like(gain)
+def _fake_bwd(grad_y, x, scale, gain, *_):
+    return dense_like(x), scale.new_empty(scale.shape), torch.empty_like(gain)
 
 
 def _save(ctx, inputs, output):
@@ -267,12 +230,18 @@ def _backward(ctx, grad_y):
     return *grads, None, None, None, None, None
 
 
-def _refuse(ctx, *_):
-    raise NotImplementedError("modulate_mp_silu: has no second derivative, got a double backward")
-
-
-torch.library.register_autograd("tcm_fast::modulate_mp_silu_fwd", _backward, setup_context=_save)
-torch.library.register_autograd("tcm_fast::modulate_mp_silu_bwd", _refuse)
+_INPUTS = (
+    "Tensor x, Tensor scale, Tensor gain, Tensor? sample, Tensor? seed, Tensor? step, int layer, "
+    "int threshold"
+)
+_fwd = register(
+    f"modulate_mp_silu_fwd({_INPUTS}) -> Tensor",
+    _fwd, _fwd_by_reference, lambda x, *_: dense_like(x), save=_save, backward=_backward,
+)  # fmt: skip
+_bwd = register(
+    f"modulate_mp_silu_bwd(Tensor grad_y, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    _bwd, _bwd_by_reference, _fake_bwd,
+)  # fmt: skip
 
 
 # -- public function ------------------------------------------------------------------------------
@@ -284,7 +253,7 @@ def modulate_mp_silu(
     gain: torch.Tensor,
     *,
     dropout_p: float = 0.0,
-    dropout_key: DropoutKey | None = None,
+    dropout_key: PhiloxKey | None = None,
 ) -> torch.Tensor:
     """dropout(silu(x · (1 + gain · scale)) / 0.596).
 
@@ -303,12 +272,9 @@ def modulate_mp_silu(
         TypeError: not floating. ValueError: shapes or devices that do not fit, a dropout_p out of range
             or without a key, a sample of 2**31 elements or more.
     """
-    if not x.is_floating_point() or not scale.is_floating_point():
-        raise TypeError(
-            f"modulate_mp_silu: x and scale must be floating, got {x.dtype} and {scale.dtype}"
-        )
-    if x.ndim != 4:
-        raise ValueError(f"modulate_mp_silu: x must be [N,C,H,W], got {list(x.shape)}")
+    check_image("modulate_mp_silu", x)
+    if not scale.is_floating_point():
+        raise TypeError(f"modulate_mp_silu: scale must be floating, got {scale.dtype}")
     n, c, height, width = x.shape
     if scale.shape != (n, c):
         raise ValueError(f"modulate_mp_silu: scale must be [{n},{c}], got {list(scale.shape)}")
@@ -319,10 +285,7 @@ def modulate_mp_silu(
             raise ValueError(
                 f"modulate_mp_silu: {name} must be on {x.device}, got {operand.device}"
             )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"modulate_mp_silu: dropout_p must be in [0,1), got {dropout_p}")
-    if dropout_p > 0 and dropout_key is None:
-        raise ValueError("modulate_mp_silu: dropout_key is required where dropout_p > 0, got None")
+    check_dropout("modulate_mp_silu", dropout_p, dropout_key)
     size = c * height * width
     is_served = x.dtype != torch.float64 and size > 0
     if is_served and runs_triton("modulate_mp_silu", x.device.type):
@@ -330,16 +293,6 @@ def modulate_mp_silu(
             raise ValueError(
                 f"modulate_mp_silu: a sample must have fewer than 2**31 elements, got {size}"
             )
-        sample = seed = step = None
-        layer, threshold = 0, _threshold("modulate_mp_silu", dropout_p)
-        if threshold > 0:
-            assert dropout_key is not None
-            _check_samples("modulate_mp_silu", dropout_key, n, x.device)
-            key = dropout_key
-            sample, seed, step, layer = counters(
-                "modulate_mp_silu", key.seed, key.step, key.layer, key.sample
-            )
-        return torch.ops.tcm_fast.modulate_mp_silu_fwd(
-            x, scale, gain, sample, seed, step, layer, threshold
-        )
+        key = key_arguments("modulate_mp_silu", dropout_p, dropout_key, n, x.device)
+        return torch.ops.tcm_fast.modulate_mp_silu_fwd(x, scale, gain, *key)
     return modulate_mp_silu_reference(x, scale, gain, dropout_p=dropout_p, dropout_key=dropout_key)

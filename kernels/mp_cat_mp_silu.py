@@ -8,21 +8,23 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tcm_fast.kernels._pointwise import (
+from tcm_fast.kernels._common import (
     MP_SILU,
     address,
     edm2_sites,
     empty,
+    forms,
     given,
     has_asm,
+    laid_out,
     layout_of,
     meet,
     meet_reference,
+    register,
     scaled_silu,
     tile_for,
-    variant,
 )
-from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -109,12 +111,25 @@ def _site(z, channels_a, is_channels_last):
     return _constants(n * h * w, channels_a, c - channels_a, h * w, is_channels_last, asm)
 
 
+def _results(a, b):
+    """Memory for z and its activation."""
+    n, channels, height, width = a.shape
+    shape = (n, channels + b.shape[1], height, width)
+    return empty(a, shape, layout_of(a)), empty(a, shape, layout_of(a))
+
+
+def _gradients(z, channels_a):
+    """Memory for those of a and b."""
+    n, channels, *size = z.shape
+    parts = (channels_a, channels - channels_a)
+    return tuple(empty(z, (n, c, *size), layout_of(z)) for c in parts)
+
+
 def _fwd(a, b, t):
     layout = layout_of(a)
-    a, b = (v.contiguous(memory_format=layout) for v in (a, b))
+    a, b = laid_out(layout, a, b)
     n, channels_a, height, width = a.shape
-    shape = (n, channels_a + b.shape[1], height, width)
-    z, h = (empty(a, shape, layout) for _ in range(2))
+    z, h = _results(a, b)
     constants, grid = _site(z, channels_a, layout == torch.channels_last)
     launch(
         _mp_cat_mp_silu_fwd_kernel, grid, a, b, z, h, n * height * width,
@@ -125,15 +140,13 @@ def _fwd(a, b, t):
 
 def _bwd(grad_z, grad_h, z, t, channels_a):
     layout = layout_of(z)
-    z = z.contiguous(memory_format=layout)
-    grads = [None if g is None else g.contiguous(memory_format=layout) for g in (grad_z, grad_h)]
+    z, grad_z, grad_h = laid_out(layout, z, grad_z, grad_h)
     n, channels, height, width = z.shape
-    channels_b = channels - channels_a
-    grad_a, grad_b = (empty(z, (n, c, height, width), layout) for c in (channels_a, channels_b))
+    grad_a, grad_b = _gradients(z, channels_a)
     constants, grid = _site(z, channels_a, layout == torch.channels_last)
     launch(
-        _mp_cat_mp_silu_bwd_kernel, grid, *given(z, *grads), z, grad_a, grad_b, n * height * width,
-        *mp_cat_weights(channels_a, channels_b, t), **constants, HAS_PAST=grad_z is not None,
+        _mp_cat_mp_silu_bwd_kernel, grid, *given(z, grad_z, grad_h), z, grad_a, grad_b, n * height * width,
+        *mp_cat_weights(channels_a, channels - channels_a, t), **constants, HAS_PAST=grad_z is not None,
         HAS_ACT=grad_h is not None,
     )  # fmt: skip
     return grad_a, grad_b
@@ -146,21 +159,16 @@ def specialisations(capability: int) -> list[Variant]:
     for size, c, dtype in edm2_sites():
         pixels = 64 * size**2
         constants, grid = _constants(pixels, c, c, size**2, True, True)
-        for kernel, pointers, more in (
-            (_mp_cat_mp_silu_fwd_kernel, ("a", "b", "z", "h"), {}),
+        variants += forms(
+            f"{size}x{size}x{c}+{c} {dtype}", scalars, constants,
+            (_mp_cat_mp_silu_fwd_kernel, dict.fromkeys(("a", "b", "z", "h"), dtype), {}),
             (
                 _mp_cat_mp_silu_bwd_kernel,
-                ("grad_z", "grad_h", "z", "grad_a", "grad_b"),
+                dict.fromkeys(("grad_z", "grad_h", "z", "grad_a", "grad_b"), dtype),
                 {"HAS_PAST": True, "HAS_ACT": True},
             ),
-        ):
-            variants.append(
-                variant(
-                    f"{size}x{size}x{c}+{c} {dtype}", kernel, dict.fromkeys(pointers, dtype),
-                    scalars, constants | more, programs=math.prod(grid),
-                    aligned=("pixels",),
-                )
-            )  # fmt: skip
+            programs=math.prod(grid), aligned=("pixels",),
+        )  # fmt: skip
     return variants
 
 
@@ -168,8 +176,7 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 def _fwd_by_reference(a, b, t):
-    layout = layout_of(a)
-    return tuple(v.contiguous(memory_format=layout) for v in mp_cat_mp_silu_reference(a, b, t))
+    return tuple(laid_out(layout_of(a), *mp_cat_mp_silu_reference(a, b, t)))
 
 
 def _bwd_by_reference(grad_z, grad_h, z, t, channels_a):
@@ -180,34 +187,6 @@ def _bwd_by_reference(grad_z, grad_h, z, t, channels_a):
         (part * weight).to(z.dtype).contiguous(memory_format=layout_of(z))
         for part, weight in zip(parts, weights, strict=True)
     )
-
-
-_fwd = or_reference(_fwd, _fwd_by_reference)
-_bwd = or_reference(_bwd, _bwd_by_reference)
-
-
-torch.library.define(
-    "tcm_fast::mp_cat_mp_silu_fwd", "(Tensor a, Tensor b, float t) -> (Tensor, Tensor)"
-)
-torch.library.define(
-    "tcm_fast::mp_cat_mp_silu_bwd",
-    "(Tensor? grad_z, Tensor? grad_h, Tensor z, float t, SymInt channels_a) -> (Tensor, Tensor)",
-)
-torch.library.impl("tcm_fast::mp_cat_mp_silu_fwd", ("cpu", "cuda"), _fwd)
-torch.library.impl("tcm_fast::mp_cat_mp_silu_bwd", ("cpu", "cuda"), _bwd)
-
-
-@torch.library.register_fake("tcm_fast::mp_cat_mp_silu_fwd")
-def _(a, b, t):
-    n, channels_a, height, width = a.shape
-    shape = (n, channels_a + b.shape[1], height, width)
-    return empty(a, shape, layout_of(a)), empty(a, shape, layout_of(a))
-
-
-@torch.library.register_fake("tcm_fast::mp_cat_mp_silu_bwd")
-def _(grad_z, grad_h, z, t, channels_a):
-    parts = z[:, :channels_a], z[:, channels_a:]
-    return tuple(empty(z, part.shape, layout_of(z)) for part in parts)
 
 
 def _save(ctx, inputs, output):
@@ -226,12 +205,15 @@ def _backward(ctx, grad_z, grad_h):
     return *grads, None
 
 
-def _refuse(ctx, *_):
-    raise NotImplementedError("mp_cat_mp_silu: has no second derivative, got a double backward")
-
-
-torch.library.register_autograd("tcm_fast::mp_cat_mp_silu_fwd", _backward, setup_context=_save)
-torch.library.register_autograd("tcm_fast::mp_cat_mp_silu_bwd", _refuse)
+_fwd = register(
+    "mp_cat_mp_silu_fwd(Tensor a, Tensor b, float t) -> (Tensor, Tensor)",
+    _fwd, _fwd_by_reference, lambda a, b, t: _results(a, b), save=_save, backward=_backward,
+)  # fmt: skip
+_bwd = register(
+    "mp_cat_mp_silu_bwd(Tensor? grad_z, Tensor? grad_h, Tensor z, float t, SymInt channels_a)"
+    " -> (Tensor, Tensor)",
+    _bwd, _bwd_by_reference, lambda grad_z, grad_h, z, t, channels_a: _gradients(z, channels_a),
+)  # fmt: skip
 
 
 # -- public function ------------------------------------------------------------------------------

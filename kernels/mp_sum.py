@@ -8,19 +8,22 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tcm_fast.kernels._pointwise import (
+from tcm_fast.kernels._common import (
     DTYPES,
     MP_SILU,
     TILE,
+    dense_like,
+    forms,
     given,
     has_asm,
+    laid_out,
     layout_of,
     meet,
     meet_reference,
+    register,
     scaled_silu,
-    variant,
 )
-from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -95,8 +98,7 @@ def _constants(clip, asm):
 
 
 def _fwd(a, b, t, clip, with_silu):
-    layout = layout_of(a)
-    a, b = (v.contiguous(memory_format=layout) for v in (a, b))
+    a, b = laid_out(layout_of(a), a, b)
     out = torch.empty_like(a)
     h = torch.empty_like(a) if with_silu else a.new_empty(0)
     launch(
@@ -106,16 +108,17 @@ def _fwd(a, b, t, clip, with_silu):
     return out, h
 
 
+def _like(grad_out, grad_h, out):
+    """What the gradients of a and b are like."""
+    return next(v for v in (out, grad_out, grad_h) if v is not None)
+
+
 def _bwd(grad_out, grad_h, out, t, clip):
-    first = grad_out if grad_out is not None else grad_h
-    layout = layout_of(first if out is None else out)
-    grads = [None if g is None else g.contiguous(memory_format=layout) for g in (grad_out, grad_h)]
-    like = next(g for g in grads if g is not None)
-    if out is not None:
-        out = out.contiguous(memory_format=layout)
+    grad_out, grad_h, out = laid_out(layout_of(_like(grad_out, grad_h, out)), grad_out, grad_h, out)
+    like = grad_h if grad_out is None else grad_out
     grad_a, grad_b = torch.empty_like(like), torch.empty_like(like)
     launch(
-        _mp_sum_bwd_kernel, _grid(like), *given(like, *grads, out), grad_a, grad_b, like.numel(),
+        _mp_sum_bwd_kernel, _grid(like), *given(like, grad_out, grad_h, out), grad_a, grad_b, like.numel(),
         *mp_sum_weights(t), clip or 0.0, HAS_PAST=grad_out is not None, HAS_ACT=grad_h is not None,
         **_constants(clip, has_asm(like)),
     )  # fmt: skip
@@ -131,20 +134,20 @@ def specialisations(capability: int) -> list[Variant]:
         for clip, activates in ((None, False), (256.0, False), (256.0, True)):
             site = f"{'plain' if clip is None else 'clip'}{' silu' if activates else ''} {dtype}"
             constants = _constants(clip, True)
-            for kernel, pointers, more in (
-                (_mp_sum_fwd_kernel, ("a", "b", "out", "h"), {"ACTIVATES": activates}),
+            variants += forms(
+                site, scalars, constants,
+                (
+                    _mp_sum_fwd_kernel,
+                    dict.fromkeys(("a", "b", "out", "h"), dtype),
+                    {"ACTIVATES": activates},
+                ),
                 (
                     _mp_sum_bwd_kernel,
-                    ("grad_out", "grad_h", "out", "grad_a", "grad_b"),
+                    dict.fromkeys(("grad_out", "grad_h", "out", "grad_a", "grad_b"), dtype),
                     {"HAS_PAST": True, "HAS_ACT": activates},
                 ),
-            ):
-                variants.append(
-                    variant(
-                        site, kernel, dict.fromkeys(pointers, dtype), scalars, constants | more,
-                        programs=programs, aligned=("size",),
-                    )
-                )  # fmt: skip
+                programs=programs, aligned=("size",),
+            )  # fmt: skip
     return variants
 
 
@@ -152,14 +155,12 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 def _fwd_by_reference(a, b, t, clip, with_silu):
-    layout = layout_of(a)
-    out, h = mp_sum_reference(a, b, t, clip=clip, with_silu=with_silu)
-    h = h.contiguous(memory_format=layout) if with_silu else a.new_empty(0)
-    return out.contiguous(memory_format=layout), h
+    out, h = laid_out(layout_of(a), *mp_sum_reference(a, b, t, clip=clip, with_silu=with_silu))
+    return out, h if with_silu else a.new_empty(0)
 
 
 def _bwd_by_reference(grad_out, grad_h, out, t, clip):
-    like = next(v for v in (out, grad_out, grad_h) if v is not None)
+    like = _like(grad_out, grad_h, out)
     grad = meet_reference(out, grad_out, grad_h)
     if clip is not None:
         grad = torch.where(out.abs() >= clip, 0, grad)
@@ -169,33 +170,13 @@ def _bwd_by_reference(grad_out, grad_h, out, t, clip):
     )
 
 
-_fwd = or_reference(_fwd, _fwd_by_reference)
-_bwd = or_reference(_bwd, _bwd_by_reference)
+def _fake_fwd(a, b, t, clip, with_silu):
+    return dense_like(a), dense_like(a) if with_silu else a.new_empty(0)
 
 
-torch.library.define(
-    "tcm_fast::mp_sum_fwd",
-    "(Tensor a, Tensor b, float t, float? clip, bool with_silu) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "tcm_fast::mp_sum_bwd",
-    "(Tensor? grad_out, Tensor? grad_h, Tensor? out, float t, float? clip) -> (Tensor, Tensor)",
-)
-torch.library.impl("tcm_fast::mp_sum_fwd", ("cpu", "cuda"), _fwd)
-torch.library.impl("tcm_fast::mp_sum_bwd", ("cpu", "cuda"), _bwd)
-
-
-@torch.library.register_fake("tcm_fast::mp_sum_fwd")
-def _(a, b, t, clip, with_silu):
-    out = torch.empty_like(a.contiguous(memory_format=layout_of(a)))
-    return out, torch.empty_like(out) if with_silu else out.new_empty(0)
-
-
-@torch.library.register_fake("tcm_fast::mp_sum_bwd")
-def _(grad_out, grad_h, out, t, clip):
-    like = next(v for v in (out, grad_out, grad_h) if v is not None)
-    like = like.contiguous(memory_format=layout_of(like))
-    return torch.empty_like(like), torch.empty_like(like)
+def _fake_bwd(grad_out, grad_h, out, t, clip):
+    like = _like(grad_out, grad_h, out)
+    return dense_like(like), dense_like(like)
 
 
 def _save(ctx, inputs, output):
@@ -216,12 +197,15 @@ def _backward(ctx, grad_out, grad_h):
     return *grads, None, None, None
 
 
-def _refuse(ctx, *_):
-    raise NotImplementedError("mp_sum: has no second derivative, got a double backward")
-
-
-torch.library.register_autograd("tcm_fast::mp_sum_fwd", _backward, setup_context=_save)
-torch.library.register_autograd("tcm_fast::mp_sum_bwd", _refuse)
+_fwd = register(
+    "mp_sum_fwd(Tensor a, Tensor b, float t, float? clip, bool with_silu) -> (Tensor, Tensor)",
+    _fwd, _fwd_by_reference, _fake_fwd, save=_save, backward=_backward,
+)  # fmt: skip
+_bwd = register(
+    "mp_sum_bwd(Tensor? grad_out, Tensor? grad_h, Tensor? out, float t, float? clip)"
+    " -> (Tensor, Tensor)",
+    _bwd, _bwd_by_reference, _fake_bwd,
+)  # fmt: skip
 
 
 # -- public function ------------------------------------------------------------------------------

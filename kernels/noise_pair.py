@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import torch
 
+from tcm_fast.kernels._common import layout_of, register
 from tcm_fast.kernels._philox_triton import box_muller, philox_blocks
-from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.philox import counters, philox_normal
 from tcm_fast.kernels.precondition import preconditioning
 
@@ -118,7 +119,7 @@ BLOCK = 256
 def _buffers(y, has_r, dtype, append_ones):
     """The outputs, unwritten, in y's layout."""
     n, c, h, w = y.shape
-    layout = _layout(y)
+    layout = layout_of(y, torch.channels_last)
     images = [
         torch.empty((n, c, h, w), dtype=torch.float32, device=y.device, memory_format=layout)
         for _ in range(3 if has_r else 2)
@@ -131,18 +132,13 @@ def _buffers(y, has_r, dtype, append_ones):
     return [*images, *inputs]
 
 
-def _layout(y: torch.Tensor) -> torch.memory_format:
-    is_channels_last = y.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_channels_last else torch.contiguous_format
-
-
 def _strides(channels: int, pixels: int, layout: torch.memory_format) -> tuple[int, int]:
     """Of a pixel and of a channel, in elements."""
     return (channels, 1) if layout == torch.channels_last else (1, pixels)
 
 
 def _launch(y, t, r, sample, seed, step, layer, sigma_data, dtype, append_ones):
-    layout = _layout(y)
+    layout = layout_of(y, torch.channels_last)
     y = y.contiguous(memory_format=layout)
     buffers = _buffers(y, r is not None, dtype, append_ones)
     if r is None:
@@ -193,28 +189,22 @@ def _by_reference(y, t, r, sample, seed, step, layer, sigma_data, dtype, append_
     outputs = noise_pair_reference(
         y, t, r, noise, sigma_data=sigma_data, dtype=dtype, append_ones=append_ones
     )
-    buffers = _buffers(
-        y, r is not None, dtype, append_ones
-    )  # an operator must not return its input
+    # Copied: an operator must not return its input.
+    buffers = _buffers(y, r is not None, dtype, append_ones)
     for buffer, output in zip(buffers, (v for v in outputs if v is not None), strict=True):
         buffer.copy_(output)
     return buffers
 
 
-_launch = or_reference(_launch, _by_reference)
-
-
-torch.library.define(
-    "tcm_fast::noise_pair",
-    "(Tensor y, Tensor t, Tensor? r, Tensor sample, Tensor seed, Tensor step, int layer, float sigma_data, "
-    "ScalarType dtype, bool append_ones) -> Tensor[]",
-)
-torch.library.impl("tcm_fast::noise_pair", ("cpu", "cuda"), _launch)
-
-
-@torch.library.register_fake("tcm_fast::noise_pair")
-def _(y, t, r, sample, seed, step, layer, sigma_data, dtype, append_ones):
+def _fake(y, t, r, sample, seed, step, layer, sigma_data, dtype, append_ones):
     return _buffers(y, r is not None, dtype, append_ones)
+
+
+register(
+    "noise_pair(Tensor y, Tensor t, Tensor? r, Tensor sample, Tensor seed, Tensor step, int layer, "
+    "float sigma_data, ScalarType dtype, bool append_ones) -> Tensor[]",
+    _launch, _by_reference, _fake,
+)  # fmt: skip
 
 
 # -- public function ------------------------------------------------------------------------------
@@ -224,7 +214,7 @@ def noise_pair(
     y: torch.Tensor,
     t: torch.Tensor,
     r: torch.Tensor | None,
-    key: DropoutKey,
+    key: PhiloxKey,
     *,
     sigma_data: float = 0.5,
     dtype: torch.dtype = torch.float32,

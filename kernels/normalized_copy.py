@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from tcm_fast.kernels.qkv_attention import NORM_EPS
+from tcm_fast.kernels._common import NORM_EPS
 
 # -- reference ------------------------------------------------------------------------------------
 

@@ -8,28 +8,24 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tcm_fast.kernels._pointwise import (
+from tcm_fast.kernels._common import (
     MP_SILU,
+    NORM_EPS,
     address,
+    check_image,
+    dense_like,
     edm2_sites,
+    forms,
     given,
     has_asm,
+    laid_out,
     layout_of,
     meet,
+    register,
     scaled_silu,
     tile_for,
-    variant,
 )
-from tcm_fast.kernels._triton import (
-    Variant,
-    gradients,
-    launch,
-    or_reference,
-    runs_triton,
-    tl,
-    triton,
-)
-from tcm_fast.kernels.qkv_attention import NORM_EPS
+from tcm_fast.kernels._triton import Variant, gradients, launch, runs_triton, tl, triton
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -114,14 +110,13 @@ def _fwd(x):
 
 def _bwd(grad_u, grad_h, x):
     layout = layout_of(x)
-    x = x.contiguous(memory_format=layout)
-    grads = [None if g is None else g.contiguous(memory_format=layout) for g in (grad_u, grad_h)]
+    x, grad_u, grad_h = laid_out(layout, x, grad_u, grad_h)
     grad_x = torch.empty_like(x)
     constants = _constants(x.shape, layout == torch.channels_last, has_asm(x), backward=True)
     pixels = x.numel() // x.shape[1]
     grid = (-(-pixels // constants["PIXELS"]),)
     launch(
-        _pixel_norm_mp_silu_bwd_kernel, grid, *given(x, *grads), x, grad_x, pixels, NORM_EPS,
+        _pixel_norm_mp_silu_bwd_kernel, grid, *given(x, grad_u, grad_h), x, grad_x, pixels, NORM_EPS,
         **constants, HAS_PAST=grad_u is not None, HAS_ACT=grad_h is not None,
     )  # fmt: skip
     return grad_x
@@ -132,7 +127,7 @@ def specialisations(capability: int) -> list[Variant]:
     variants = []
     scalars = {"pixels": "i32", "eps": "fp32"}
     for size, c, dtype in edm2_sites():
-        for kernel, pointers, more in (
+        for kernel, pointers, own in (
             (_pixel_norm_mp_silu_fwd_kernel, ("x", "u", "h"), {}),
             (
                 _pixel_norm_mp_silu_bwd_kernel,
@@ -140,13 +135,11 @@ def specialisations(capability: int) -> list[Variant]:
                 {"HAS_PAST": True, "HAS_ACT": True},
             ),
         ):
-            constants = _constants((64, c, size, size), True, True, bool(more))
-            variants.append(
-                variant(
-                    f"{size}x{size}x{c} {dtype}", kernel, dict.fromkeys(pointers, dtype), scalars,
-                    constants | more, programs=64 * size**2 // constants["PIXELS"],
-                    aligned=("pixels",),
-                )
+            constants = _constants((64, c, size, size), True, True, bool(own))
+            variants += forms(
+                f"{size}x{size}x{c} {dtype}", scalars, constants,
+                (kernel, dict.fromkeys(pointers, dtype), own),
+                programs=64 * size**2 // constants["PIXELS"], aligned=("pixels",),
             )  # fmt: skip
     return variants
 
@@ -155,36 +148,12 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 def _fwd_by_reference(x):
-    layout = layout_of(x)
-    return tuple(v.contiguous(memory_format=layout) for v in pixel_norm_mp_silu_reference(x))
+    return tuple(laid_out(layout_of(x), *pixel_norm_mp_silu_reference(x)))
 
 
 def _bwd_by_reference(grad_u, grad_h, x):
     (grad_x,) = gradients(pixel_norm_mp_silu_reference, [x], [grad_u, grad_h])
     return grad_x.contiguous(memory_format=layout_of(x))
-
-
-_fwd = or_reference(_fwd, _fwd_by_reference)
-_bwd = or_reference(_bwd, _bwd_by_reference)
-
-
-torch.library.define("tcm_fast::pixel_norm_mp_silu_fwd", "(Tensor x) -> (Tensor, Tensor)")
-torch.library.define(
-    "tcm_fast::pixel_norm_mp_silu_bwd", "(Tensor? grad_u, Tensor? grad_h, Tensor x) -> Tensor"
-)
-torch.library.impl("tcm_fast::pixel_norm_mp_silu_fwd", ("cpu", "cuda"), _fwd)
-torch.library.impl("tcm_fast::pixel_norm_mp_silu_bwd", ("cpu", "cuda"), _bwd)
-
-
-@torch.library.register_fake("tcm_fast::pixel_norm_mp_silu_fwd")
-def _(x):
-    x = x.contiguous(memory_format=layout_of(x))
-    return torch.empty_like(x), torch.empty_like(x)
-
-
-@torch.library.register_fake("tcm_fast::pixel_norm_mp_silu_bwd")
-def _(grad_u, grad_h, x):
-    return torch.empty_like(x.contiguous(memory_format=layout_of(x)))
 
 
 def _save(ctx, inputs, output):
@@ -198,12 +167,14 @@ def _backward(ctx, grad_u, grad_h):
     return torch.ops.tcm_fast.pixel_norm_mp_silu_bwd(grad_u, grad_h, *ctx.saved_tensors)
 
 
-def _refuse(ctx, *_):
-    raise NotImplementedError("pixel_norm_mp_silu: has no second derivative, got a double backward")
-
-
-torch.library.register_autograd("tcm_fast::pixel_norm_mp_silu_fwd", _backward, setup_context=_save)
-torch.library.register_autograd("tcm_fast::pixel_norm_mp_silu_bwd", _refuse)
+_fwd = register(
+    "pixel_norm_mp_silu_fwd(Tensor x) -> (Tensor, Tensor)",
+    _fwd, _fwd_by_reference, lambda x: (dense_like(x), dense_like(x)), save=_save, backward=_backward,
+)  # fmt: skip
+_bwd = register(
+    "pixel_norm_mp_silu_bwd(Tensor? grad_u, Tensor? grad_h, Tensor x) -> Tensor",
+    _bwd, _bwd_by_reference, lambda grad_u, grad_h, x: dense_like(x),
+)  # fmt: skip
 
 
 # -- public function ------------------------------------------------------------------------------
@@ -222,10 +193,7 @@ def pixel_norm_mp_silu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         TypeError: x is not floating. ValueError: x is not [N,C,H,W].
     """
-    if not x.is_floating_point():
-        raise TypeError(f"pixel_norm_mp_silu: x must be floating, got {x.dtype}")
-    if x.ndim != 4:
-        raise ValueError(f"pixel_norm_mp_silu: x must be [N,C,H,W], got {list(x.shape)}")
+    check_image("pixel_norm_mp_silu", x)
     is_served = x.dtype != torch.float64 and x.shape[1] > 0
     if is_served and runs_triton("pixel_norm_mp_silu", x.device.type):
         return torch.ops.tcm_fast.pixel_norm_mp_silu_fwd(x)

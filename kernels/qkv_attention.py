@@ -6,6 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from tcm_fast.kernels._common import NORM_EPS, check_image, empty, laid_out, layout_of, register
 from tcm_fast.kernels._triton import (
     VERSION,
     Variant,
@@ -13,13 +14,10 @@ from tcm_fast.kernels._triton import (
     gradients,
     interpreting,
     launch,
-    or_reference,
     runs_triton,
     tl,
     triton,
 )
-
-NORM_EPS = 1e-4
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -435,12 +433,7 @@ def _constants(tokens, d, itemsize, capability, is_channels_last, normalize, sca
 
 
 def _layout(qkv: torch.Tensor) -> torch.memory_format:
-    """The memory format of qkv, or the nearest to it where it has none."""
-    if qkv.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    if qkv.is_contiguous() or qkv.stride(1) != 1:
-        return torch.contiguous_format
-    return torch.channels_last
+    return layout_of(qkv, torch.channels_last)
 
 
 def _site(qkv: torch.Tensor, num_heads: int):
@@ -452,12 +445,10 @@ def _site(qkv: torch.Tensor, num_heads: int):
 
 def _fwd(qkv, num_heads, normalize, scale):
     layout = _layout(qkv)
-    qkv = qkv.contiguous(memory_format=layout)
+    (qkv,) = laid_out(layout, qkv)
     n, site = _site(qkv, num_heads)
     tokens, d = site[:2]
-    out = torch.empty(
-        (n, num_heads * d, *qkv.shape[2:]), dtype=qkv.dtype, device=qkv.device, memory_format=layout
-    )
+    out = empty(qkv, (n, num_heads * d, *qkv.shape[2:]), layout)
     lse = torch.empty((n, num_heads, tokens), dtype=torch.float32, device=qkv.device)
     constants, warps, stages = _constants(
         *site, layout == torch.channels_last, normalize, scale, False
@@ -472,8 +463,7 @@ def _fwd(qkv, num_heads, normalize, scale):
 
 def _bwd(grad_out, qkv, out, lse, num_heads, normalize, scale):
     layout = _layout(qkv)
-    qkv = qkv.contiguous(memory_format=layout)
-    grad_out = grad_out.contiguous(memory_format=layout)
+    qkv, grad_out = laid_out(layout, qkv, grad_out)
     grad_qkv = torch.empty_like(qkv)
     n, site = _site(qkv, num_heads)
     constants, warps, stages = _constants(
@@ -545,35 +535,13 @@ def _bwd_by_reference(grad_out, qkv, out, lse, num_heads, normalize, scale):
     return grad_qkv.contiguous(memory_format=_layout(qkv))
 
 
-_fwd = or_reference(_fwd, _fwd_by_reference)
-_bwd = or_reference(_bwd, _bwd_by_reference)
-
-
-torch.library.define(
-    "tcm_fast::qkv_attention_fwd",
-    "(Tensor qkv, SymInt num_heads, bool normalize, float scale) -> (Tensor out, Tensor lse)",
-)
-torch.library.define(
-    "tcm_fast::qkv_attention_bwd",
-    "(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, SymInt num_heads, bool normalize, "
-    "float scale) -> Tensor",
-)
-torch.library.impl("tcm_fast::qkv_attention_fwd", ("cpu", "cuda"), _fwd)
-torch.library.impl("tcm_fast::qkv_attention_bwd", ("cpu", "cuda"), _bwd)
-
-
-@torch.library.register_fake("tcm_fast::qkv_attention_fwd")
-def _(qkv, num_heads, normalize, scale):
+def _fake_fwd(qkv, num_heads, normalize, scale):
     n, channels, height, width = qkv.shape
-    out = torch.empty(
-        (n, channels // 3, height, width),
-        dtype=qkv.dtype, device=qkv.device, memory_format=_layout(qkv),
-    )  # fmt: skip
+    out = empty(qkv, (n, channels // 3, height, width), _layout(qkv))
     return out, qkv.new_empty((n, num_heads, height * width), dtype=torch.float32)
 
 
-@torch.library.register_fake("tcm_fast::qkv_attention_bwd")
-def _(grad_out, qkv, out, lse, num_heads, normalize, scale):
+def _fake_bwd(grad_out, qkv, *_):
     return torch.empty_like(qkv, memory_format=_layout(qkv))
 
 
@@ -588,12 +556,16 @@ def _backward(ctx, grad_out, _):
     return grad_qkv, None, None, None
 
 
-def _refuse(ctx, grad):
-    raise NotImplementedError("qkv_attention: its kernel has no second derivative")
-
-
-torch.library.register_autograd("tcm_fast::qkv_attention_fwd", _backward, setup_context=_save)
-torch.library.register_autograd("tcm_fast::qkv_attention_bwd", _refuse)
+_fwd = register(
+    "qkv_attention_fwd(Tensor qkv, SymInt num_heads, bool normalize, float scale)"
+    " -> (Tensor out, Tensor lse)",
+    _fwd, _fwd_by_reference, _fake_fwd, save=_save, backward=_backward,
+)  # fmt: skip
+_bwd = register(
+    "qkv_attention_bwd(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, SymInt num_heads, "
+    "bool normalize, float scale) -> Tensor",
+    _bwd, _bwd_by_reference, _fake_bwd,
+)  # fmt: skip
 
 
 class _Direct(torch.autograd.Function):
@@ -659,10 +631,7 @@ def qkv_attention(
         TypeError: qkv is not a floating tensor.
         ValueError: a channel count that is not a multiple of 3·num_heads.
     """
-    if not qkv.is_floating_point():
-        raise TypeError(f"qkv_attention: qkv must be floating, got {qkv.dtype}")
-    if qkv.ndim != 4:
-        raise ValueError(f"qkv_attention: qkv must be [N,3C,H,W], got {list(qkv.shape)}")
+    check_image("qkv_attention", qkv, "qkv", "[N,3C,H,W]")
     if num_heads < 1 or qkv.shape[1] % (3 * num_heads):
         raise ValueError(
             f"qkv_attention: 3·num_heads must divide the {qkv.shape[1]} channels of qkv, "

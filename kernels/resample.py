@@ -3,23 +3,28 @@ between two levels begin with."""
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 
-from tcm_fast.kernels._pointwise import (
+from tcm_fast.kernels._common import (
     DTYPES,
     MP_SILU,
+    check_image,
     empty,
+    forms,
     given,
     has_asm,
+    laid_out,
     layout_of,
     meet_reference,
+    register,
     scaled_silu,
     scaled_silu_grad,
     tile_for,
-    variant,
 )
-from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
 
 MODES = ("up", "down")
 
@@ -157,7 +162,7 @@ def _sizes(shape, mode):
 
 def _fwd(x, mode, with_silu):
     layout = layout_of(x)
-    x = x.contiguous(memory_format=layout)
+    (x,) = laid_out(layout, x)
     shape, low = _sizes(x.shape, mode)
     y = empty(x, shape, layout)
     h = torch.empty_like(y) if with_silu else x.new_empty(0)
@@ -170,15 +175,13 @@ def _fwd(x, mode, with_silu):
 def _bwd(grad_y, grad_h, z, shape, mode):
     first = z if z is not None else grad_y
     layout = layout_of(first)
-    grads = [None if g is None else g.contiguous(memory_format=layout) for g in (grad_y, grad_h)]
-    if z is not None:
-        z = z.contiguous(memory_format=layout)
+    grad_y, grad_h, z = laid_out(layout, grad_y, grad_h, z)
     grad_x = empty(first, shape, layout)
     low = _sizes(shape, mode)[1]
     constants, grid = _constants(low, mode, layout == torch.channels_last, has_asm(first))
     pixels = low[0] * low[2] * low[3]
     launch(
-        _resample_bwd_kernel, grid, *given(first, *grads, z), grad_x, pixels,
+        _resample_bwd_kernel, grid, *given(first, grad_y, grad_h, z), grad_x, pixels,
         HAS_PAST=grad_y is not None, HAS_ACT=grad_h is not None, **constants,
     )  # fmt: skip
     return grad_x
@@ -187,29 +190,25 @@ def _bwd(grad_y, grad_h, z, shape, mode):
 def specialisations(capability: int) -> list[Variant]:
     """Forms in which EDM2-S and -XL use the kernels at 64 x 64, in channels_last."""
     variants = []
-    for c, size in ((192, 32), (1152, 8)):
-        for mode in MODES:
-            for dtype in DTYPES.values():
-                if dtype == "fp32" and c > 192:
-                    continue
-                low = (64, c, size, size)
-                constants, grid = _constants(low, mode, True, True)
-                activates = mode == "up"
-                for kernel, pointers, more in (
-                    (_resample_fwd_kernel, ("x", "y", "h"), {"ACTIVATES": activates}),
-                    (
-                        _resample_bwd_kernel,
-                        ("grad_y", "grad_h", "z", "grad_x"),
-                        {"HAS_PAST": True, "HAS_ACT": activates},
-                    ),
-                ):
-                    variants.append(
-                        variant(
-                            f"{mode} {size}x{size}x{c} {dtype}", kernel,
-                            dict.fromkeys(pointers, dtype), {"pixels": "i32"}, constants | more,
-                            programs=grid[0] * grid[1], aligned=("pixels",),
-                        )
-                    )  # fmt: skip
+    for (c, size), mode, dtype in product(((192, 32), (1152, 8)), MODES, DTYPES.values()):
+        if dtype == "fp32" and c > 192:
+            continue
+        constants, grid = _constants((64, c, size, size), mode, True, True)
+        activates = mode == "up"
+        variants += forms(
+            f"{mode} {size}x{size}x{c} {dtype}", {"pixels": "i32"}, constants,
+            (
+                _resample_fwd_kernel,
+                dict.fromkeys(("x", "y", "h"), dtype),
+                {"ACTIVATES": activates},
+            ),
+            (
+                _resample_bwd_kernel,
+                dict.fromkeys(("grad_y", "grad_h", "z", "grad_x"), dtype),
+                {"HAS_PAST": True, "HAS_ACT": activates},
+            ),
+            programs=grid[0] * grid[1], aligned=("pixels",),
+        )  # fmt: skip
     return variants
 
 
@@ -235,29 +234,12 @@ def _bwd_by_reference(grad_y, grad_h, z, shape, mode):
     return grad.to(first.dtype).contiguous(memory_format=layout_of(first))
 
 
-_fwd = or_reference(_fwd, _fwd_by_reference)
-_bwd = or_reference(_bwd, _bwd_by_reference)
-
-
-torch.library.define(
-    "tcm_fast::resample_fwd", "(Tensor x, str mode, bool with_silu) -> (Tensor, Tensor)"
-)
-torch.library.define(
-    "tcm_fast::resample_bwd",
-    "(Tensor? grad_y, Tensor? grad_h, Tensor? z, SymInt[] shape, str mode) -> Tensor",
-)
-torch.library.impl("tcm_fast::resample_fwd", ("cpu", "cuda"), _fwd)
-torch.library.impl("tcm_fast::resample_bwd", ("cpu", "cuda"), _bwd)
-
-
-@torch.library.register_fake("tcm_fast::resample_fwd")
-def _(x, mode, with_silu):
+def _fake_fwd(x, mode, with_silu):
     y = empty(x, _sizes(x.shape, mode)[0], layout_of(x))
     return y, torch.empty_like(y) if with_silu else x.new_empty(0)
 
 
-@torch.library.register_fake("tcm_fast::resample_bwd")
-def _(grad_y, grad_h, z, shape, mode):
+def _fake_bwd(grad_y, grad_h, z, shape, mode):
     first = z if z is not None else grad_y
     return empty(first, shape, layout_of(first))
 
@@ -281,12 +263,14 @@ def _backward(ctx, grad_y, grad_h):
     return grad_x, None, None
 
 
-def _refuse(ctx, *_):
-    raise NotImplementedError("resample: has no second derivative, got a double backward")
-
-
-torch.library.register_autograd("tcm_fast::resample_fwd", _backward, setup_context=_save)
-torch.library.register_autograd("tcm_fast::resample_bwd", _refuse)
+_fwd = register(
+    "resample_fwd(Tensor x, str mode, bool with_silu) -> (Tensor, Tensor)",
+    _fwd, _fwd_by_reference, _fake_fwd, save=_save, backward=_backward,
+)  # fmt: skip
+_bwd = register(
+    "resample_bwd(Tensor? grad_y, Tensor? grad_h, Tensor? z, SymInt[] shape, str mode) -> Tensor",
+    _bwd, _bwd_by_reference, _fake_bwd,
+)  # fmt: skip
 
 
 # -- public function ------------------------------------------------------------------------------
@@ -310,12 +294,9 @@ def resample(
     Raises:
         TypeError: not floating. ValueError: an unknown mode, a shape that does not fit.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"resample: x must be floating, got {x.dtype}")
+    check_image("resample", x)
     if mode not in MODES:
         raise ValueError(f"resample: mode must be up or down, got {mode!r}")
-    if x.ndim != 4:
-        raise ValueError(f"resample: x must be [N,C,H,W], got {list(x.shape)}")
     if mode == "down" and (x.shape[2] % 2 or x.shape[3] % 2):
         raise ValueError(f"resample: height and width must be even, got {list(x.shape)}")
     if x.dtype != torch.float64 and runs_triton("resample", x.device.type):

@@ -3,17 +3,22 @@ connection and their common factor in one pass (Karras et al. 2022, appendix C).
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
-from tcm_fast.kernels._pointwise import (
+from tcm_fast.kernels._common import (
     DTYPES,
     address,
+    dense_like,
+    forms,
     given,
+    laid_out,
     layout_of,
+    register,
     tile_for,
-    variant,
 )
-from tcm_fast.kernels._triton import Variant, launch, or_reference, runs_triton, tl, triton
+from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -90,7 +95,7 @@ def _constants(shape, is_channels_last, has_bias):
 
 def _fwd(x, skip, scale, bias):
     layout = layout_of(x)
-    x, skip = (v.contiguous(memory_format=layout) for v in (x, skip))
+    x, skip = laid_out(layout, x, skip)
     out = torch.empty_like(x)
     constants, grid = _constants(x.shape, layout == torch.channels_last, bias is not None)
     bias = None if bias is None else bias.contiguous()
@@ -99,47 +104,29 @@ def _fwd(x, skip, scale, bias):
     return out
 
 
-def _bwd(grad_out, scale, wants_bias):
+def _launch_bwd(grad_out, scale, wants_bias, scales):
+    """The gradients of x, grad_out itself unless it `scales`, and of the bias, in fp32."""
     layout = layout_of(grad_out)
-    grad_out = grad_out.contiguous(memory_format=layout)
-    grad_x = torch.empty_like(grad_out)
+    (grad_out,) = laid_out(layout, grad_out)
+    grad_x = torch.empty_like(grad_out) if scales else grad_out
     constants, grid = _constants(grad_out.shape, layout == torch.channels_last, wants_bias)
     n, c, h, w = grad_out.shape
     rows = grid[0] if wants_bias else 0
     sums = torch.empty((rows, c), dtype=torch.float32, device=grad_out.device)
     launch(
-        _residual_bwd_kernel,
-        grid,
-        grad_out,
-        grad_x,
-        sums,
-        n * h * w,
-        scale,
-        **constants,
-        SCALES=True,
-    )
+        _residual_bwd_kernel, grid, grad_out, grad_x, sums, n * h * w, scale, **constants,
+        SCALES=scales,
+    )  # fmt: skip
     return grad_x, sums.sum(0)
 
 
-def _bias_grad(grad_out):
+def _bwd(grad_out, scale, wants_bias):
+    return _launch_bwd(grad_out, scale, wants_bias, True)
+
+
+def _bias_bwd(grad_out):
     """Of a residual without a factor: its gradient is grad_out, only the bias has one of its own."""
-    layout = layout_of(grad_out)
-    grad_out = grad_out.contiguous(memory_format=layout)
-    constants, grid = _constants(grad_out.shape, layout == torch.channels_last, True)
-    n, c, h, w = grad_out.shape
-    sums = torch.empty((grid[0], c), dtype=torch.float32, device=grad_out.device)
-    launch(
-        _residual_bwd_kernel,
-        grid,
-        grad_out,
-        grad_out,
-        sums,
-        n * h * w,
-        1.0,
-        **constants,
-        SCALES=False,
-    )
-    return sums.sum(0)
+    return _launch_bwd(grad_out, 1.0, True, False)[1]
 
 
 _SITES = ((32, 256, 0.7071), (64, 192, 1.0), (8, 768, 1.0))
@@ -149,31 +136,21 @@ def specialisations(capability: int) -> list[Variant]:
     """Forms in which DDPM++ on CIFAR-10 and ADM at 64 x 64 use the kernels, in channels_last."""
     variants = []
     scalars = {"pixels": "i32", "scale": "fp32"}
-    for size, c, scale in _SITES:
-        for dtype in DTYPES.values():
-            for has_bias in (True, False):
-                constants, grid = _constants((64, c, size, size), True, has_bias)
-                for kernel, pointers, more in (
-                    (
-                        _residual_fwd_kernel,
-                        {"x": dtype, "skip": dtype, "bias": dtype, "out": dtype},
-                        {},
-                    ),
-                    (
-                        _residual_bwd_kernel,
-                        {"grad_out": dtype, "grad_x": dtype, "grad_bias": "fp32"},
-                        {"SCALES": scale != 1},
-                    ),
-                ):
-                    if scale == 1 and not has_bias and more:
-                        continue  # the gradient is what came in
-                    variants.append(
-                        variant(
-                            f"{size}x{size}x{c}{' bias' if has_bias else ''} {dtype}", kernel,
-                            pointers, scalars, constants | more, programs=grid[0] * grid[1],
-                            aligned=("pixels",),
-                        )
-                    )  # fmt: skip
+    for (size, c, scale), dtype, has_bias in product(_SITES, DTYPES.values(), (True, False)):
+        constants, grid = _constants((64, c, size, size), True, has_bias)
+        fwd = dict.fromkeys(("x", "skip", "bias", "out"), dtype)
+        bwd = {"grad_out": dtype, "grad_x": dtype, "grad_bias": "fp32"}
+        kernels = [
+            (_residual_fwd_kernel, fwd, {}),
+            (_residual_bwd_kernel, bwd, {"SCALES": scale != 1}),
+        ]
+        if scale == 1 and not has_bias:
+            del kernels[1]  # the gradient is what came in
+        site = f"{size}x{size}x{c}{' bias' if has_bias else ''} {dtype}"
+        programs = grid[0] * grid[1]
+        variants += forms(
+            site, scalars, constants, *kernels, programs=programs, aligned=("pixels",)
+        )
     return variants
 
 
@@ -191,41 +168,8 @@ def _bwd_by_reference(grad_out, scale, wants_bias):
     return grad_x, grad_bias
 
 
-def _bias_grad_by_reference(grad_out):
+def _bias_bwd_by_reference(grad_out):
     return grad_out.sum((0, 2, 3), dtype=torch.float32)
-
-
-_fwd = or_reference(_fwd, _fwd_by_reference)
-_bwd = or_reference(_bwd, _bwd_by_reference)
-_bias_grad = or_reference(_bias_grad, _bias_grad_by_reference)
-
-
-torch.library.define(
-    "tcm_fast::residual_fwd", "(Tensor x, Tensor skip, float scale, Tensor? bias) -> Tensor"
-)
-torch.library.define(
-    "tcm_fast::residual_bwd", "(Tensor grad_out, float scale, bool wants_bias) -> (Tensor, Tensor)"
-)
-torch.library.define("tcm_fast::residual_bias_grad", "(Tensor grad_out) -> Tensor")
-torch.library.impl("tcm_fast::residual_fwd", ("cpu", "cuda"), _fwd)
-torch.library.impl("tcm_fast::residual_bwd", ("cpu", "cuda"), _bwd)
-torch.library.impl("tcm_fast::residual_bias_grad", ("cpu", "cuda"), _bias_grad)
-
-
-@torch.library.register_fake("tcm_fast::residual_fwd")
-def _(x, skip, scale, bias):
-    return torch.empty_like(x.contiguous(memory_format=layout_of(x)))
-
-
-@torch.library.register_fake("tcm_fast::residual_bwd")
-def _(grad_out, scale, wants_bias):
-    grad_x = torch.empty_like(grad_out.contiguous(memory_format=layout_of(grad_out)))
-    return grad_x, grad_out.new_empty(grad_out.shape[1], dtype=torch.float32)
-
-
-@torch.library.register_fake("tcm_fast::residual_bias_grad")
-def _(grad_out):
-    return grad_out.new_empty(grad_out.shape[1], dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
@@ -239,17 +183,25 @@ def _backward(ctx, grad_out):
     if ctx.scale != 1:
         grad_x, grad_bias = torch.ops.tcm_fast.residual_bwd(grad_out, ctx.scale, wants_bias)
     elif wants_bias:
-        grad_bias = torch.ops.tcm_fast.residual_bias_grad(grad_out)
+        grad_bias = torch.ops.tcm_fast.residual_bias_bwd(grad_out)
     return grad_x, grad_x, None, grad_bias.to(ctx.bias_dtype) if wants_bias else None
 
 
-def _refuse(ctx, *_):
-    raise NotImplementedError("residual: has no second derivative, got a double backward")
+def _fake_bias(grad_out):
+    return grad_out.new_empty(grad_out.shape[1], dtype=torch.float32)
 
 
-torch.library.register_autograd("tcm_fast::residual_fwd", _backward, setup_context=_save)
-torch.library.register_autograd("tcm_fast::residual_bwd", _refuse)
-torch.library.register_autograd("tcm_fast::residual_bias_grad", _refuse)
+_fwd = register(
+    "residual_fwd(Tensor x, Tensor skip, float scale, Tensor? bias) -> Tensor",
+    _fwd, _fwd_by_reference, lambda x, *_: dense_like(x), save=_save, backward=_backward,
+)  # fmt: skip
+_bwd = register(
+    "residual_bwd(Tensor grad_out, float scale, bool wants_bias) -> (Tensor, Tensor)",
+    _bwd, _bwd_by_reference, lambda grad, *_: (dense_like(grad), _fake_bias(grad)),
+)  # fmt: skip
+_bias_bwd = register(
+    "residual_bias_bwd(Tensor grad_out) -> Tensor", _bias_bwd, _bias_bwd_by_reference, _fake_bias
+)
 
 
 # -- public function ------------------------------------------------------------------------------

@@ -17,13 +17,15 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 PhaseName = Literal["edm", "ect", "tcm", "ict", "cd"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 Weighting = Literal["inv_dt", "inv_cout_sq", "inv_cout", "inv_sqrt_dt", "one"]
 
+T_MIN, T_MAX = 0.002, 80.0  # lowest and highest noise level
+R_MIN = 1e-6  # smallest inner noise level: its target is the image
 PHASES: tuple[str, ...] = typing.get_args(PhaseName)
 PRESETS = Path(__file__).parent / "presets"
 
@@ -109,29 +111,25 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """What every training phase has: length, optimizer, averages."""
+    """What every training phase has: length, optimizer, EMA."""
+
+    warmup_images: ClassVar[int] = 0  # pre-training alone warms up
 
     images: int = 0
     """Length of the phase in images."""
     batch_size: int = 512
     """Images per optimizer step, over all ranks and micro-batches."""
-    optimizer: Literal["radam", "adam", "adamw"] = "radam"
+    optimizer: Literal["radam", "adam"] = "radam"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_images: int = 0
-    """The learning rate rises linearly over this many images."""
     decay_start: int | None = None
     """The learning rate falls as 1/sqrt(i) after this many iterations."""
-    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
-    """Memory of the optimizer's moments: bf16 takes half, 8bit a quarter; both are rounded at random."""
     grad_clip: float | None = None
     """Largest norm of the gradient over all parameters."""
     dropout: float = 0.0
     ema: tuple[str, ...] = ("constant:0.9999",)
-    """Weight averages: constant:BETA, halflife:IMAGES or power:GAMMA. The first one is sampled and
-    handed to the next phase."""
+    """EMA of the weights: constant:BETA, halflife:IMAGES or power:GAMMA. The first one is sampled, and the
+    next phase starts from it."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__.removesuffix("Config").lower()
@@ -139,15 +137,17 @@ class PhaseConfig:
         require(self.batch_size >= 1, f"{name}.batch_size: must be positive, got {self.batch_size}")
         require(self.lr > 0, f"{name}.lr: must be positive, got {self.lr}")
         require(0 <= self.dropout < 1, f"{name}.dropout: must lie in [0, 1), got {self.dropout}")
-        require(len(self.ema) > 0, f"{name}.ema: needs at least one average, got none")
+        require(len(self.ema) > 0, f"{name}.ema: needs at least one EMA, got none")
 
 
 @dataclass(frozen=True)
 class EdmConfig(PhaseConfig):
     """Pre-training: denoising at every noise level (Karras et al. 2022)."""
 
-    optimizer: Literal["radam", "adam", "adamw"] = "adam"
+    optimizer: Literal["radam", "adam"] = "adam"
     lr: float = 1e-3
+    warmup_images: int = 0  # type: ignore[misc]
+    """The learning rate rises linearly over this many images."""
     t_mean: float = -1.2
     """Mean of ln t."""
     t_std: float = 1.2
@@ -170,48 +170,39 @@ class ConsistencyConfig(PhaseConfig):
     """Mean of ln t."""
     t_std: float = 2.0
     """Standard deviation of ln t."""
-    t_min: float = 0.002
-    t_max: float = 80.0
-    c: float = 1e-8
+    huber_c: float = 1e-8
     """Constant of the pseudo-Huber distance."""
     weighting: Weighting = "inv_dt"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__.removesuffix("Config").lower()
-        require(
-            0 < self.t_min < self.t_max,
-            f"{name}.t_min: must lie in (0, t_max={self.t_max:g}), got {self.t_min:g}",
-        )
         require(self.t_std > 0, f"{name}.t_std: must be positive, got {self.t_std}")
-        require(self.c >= 0, f"{name}.c: must not be negative, got {self.c}")
+        require(self.huber_c >= 0, f"{name}.huber_c: must not be negative, got {self.huber_c}")
 
 
 @dataclass(frozen=True)
 class RatioConfig(ConsistencyConfig):
     """What the phases share whose pairs have a ratio r/t that rises in stages."""
 
-    r_min: float = 1e-6
-    """Smallest inner noise level; the original ECT has 0."""
+    r_min: ClassVar[float] = R_MIN
     q: float = 2.0
     """r/t approaches 1 as 1 - 1/q^(stage+1)."""
-    double: int = 25_000
-    """Iterations per stage of that schedule."""
-    limit: float = 0.999
+    stage_iterations: int = 25_000
+    """Iterations of each stage of that schedule."""
+    max_ratio: float = 0.999
     """The ratio r/t stops here."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__.removesuffix("Config").lower()
-        require(
-            0 <= self.r_min < self.t_min,
-            f"{name}.r_min: must lie in [0, t_min={self.t_min:g}), got {self.r_min:g}",
-        )
         require(self.q > 1, f"{name}.q: must be greater than 1, got {self.q}")
-        require(self.double >= 1, f"{name}.double: must be at least 1, got {self.double}")
         require(
-            0 < self.limit < 1,
-            f"{name}.limit: the ratio r/t must stay in (0, 1), got {self.limit}",
+            self.stage_iterations >= 1,
+            f"{name}.stage_iterations: must be at least 1, got {self.stage_iterations}",
+        )
+        require(
+            0 < self.max_ratio < 1, f"{name}.max_ratio: must lie in (0, 1), got {self.max_ratio}"
         )
 
 
@@ -220,15 +211,20 @@ class EctConfig(RatioConfig):
     """Stage 1: consistency training over all noise levels ("Consistency Models Made Easy")."""
 
     truncate: bool = True
-    """Draw ln t from [ln t_min, ln t_max] only; the original ECT does not."""
+    """Draw t from [0.002, 80] only, and let r be at least 1e-6; the original ECT does neither."""
     images: int = 350_000 * 512
     dropout: float = 0.2
+
+    @property
+    def r_min(self) -> float:  # type: ignore[override]
+        """Smallest inner noise level."""
+        return R_MIN if self.truncate else 0.0
 
 
 @dataclass(frozen=True)
 class TcmConfig(RatioConfig):
     """Stage 2: truncated consistency training (Lee et al., ICLR 2025). ln t is Student-t distributed
-    with location t_mean, scale t_std and df degrees of freedom, truncated to [ln t_prime, ln t_max]."""
+    with location t_mean and scale t_std, truncated to [ln t_prime, ln 80]."""
 
     lr: float = 5e-5
     batch_size: int = 1024
@@ -236,25 +232,27 @@ class TcmConfig(RatioConfig):
     dropout: float = 0.2
     t_mean: float = 0.0
     t_std: float = 0.2
-    df: float = 0.01
+    student_t_df: float = 0.01
+    """Degrees of freedom of that distribution."""
     t_prime: float = 1.0
-    """Where the student ends: below it the frozen stage-1 network is the consistency function."""
-    rho: float = 0.25
-    """Share of the global batch that lies exactly at t_prime."""
+    """The student's lowest noise level: below, the frozen stage-1 network is the consistency function."""
+    boundary_fraction: float = 0.25
+    """Share of the global batch that is put exactly at t_prime, rho."""
     boundary_weight: float = 0.1
     """Weight of the boundary loss, w_b."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.t_min <= self.t_prime < self.t_max,
-            f"tcm.t_prime: must lie in [t_min={self.t_min:g}, t_max={self.t_max:g}), "
-            f"got {self.t_prime:g}",
+            T_MIN <= self.t_prime < T_MAX,
+            f"tcm.t_prime: must lie in [{T_MIN:g}, {T_MAX:g}), got {self.t_prime:g}",
         )
-        require(self.df > 0, f"tcm.df: must be positive, got {self.df}")
         require(
-            0 < self.rho < 1,
-            f"tcm.rho: the boundary's share must lie in (0, 1), got {self.rho}",
+            self.student_t_df > 0, f"tcm.student_t_df: must be positive, got {self.student_t_df}"
+        )
+        require(
+            0 < self.boundary_fraction < 1,
+            f"tcm.boundary_fraction: must lie in (0, 1), got {self.boundary_fraction}",
         )
         require(
             self.boundary_weight >= 0,
@@ -273,7 +271,7 @@ class IctConfig(ConsistencyConfig):
     """Noise levels at the start."""
     s1: int = 1280
     """Noise levels at the end."""
-    c: float = 0.0
+    huber_c: float = 0.0
     """Constant of the pseudo-Huber distance; 0 is 0.00054 sqrt(C H W)."""
 
 
@@ -284,7 +282,7 @@ class CdConfig(EctConfig):
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How samples are judged during training."""
+    """How samples are evaluated during training."""
 
     features: str = ""
     """Feature space of the Fréchet distance: digits, random, inception:WEIGHTS or a TorchScript file;
@@ -295,7 +293,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What happens when numbers go bad. A step whose loss or gradient is not finite changes nothing."""
+    """What happens where a loss or gradient is NaN or Inf. Such a step changes nothing."""
 
     bad_steps: int = 20
     """After this many such steps in a row the last good checkpoint is loaded, or the phase begins again
@@ -340,26 +338,29 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
     phases: tuple[PhaseName, ...] = ("edm", "ect", "tcm")
-    """Phases to run, in order; each starts from the previous one's first average."""
+    """Phases to run, in order; each starts from the first EMA of the one before."""
     seed: int = 0
     precision: Precision = "fp32"
     micro_batches: int = 1
-    """Cut each rank's share of the batch into this many passes; the result is the same. Doubled where
-    memory does not suffice."""
-    memory: Literal["given", "auto"] = "given"
-    """auto: choose micro_batches and the three fields below so that the run fits, the cheapest first."""
+    """Cut each rank's share of the batch into this many passes; the result is the same. Doubled where a
+    step runs out of memory."""
+    memory: Literal["manual", "auto"] = "manual"
+    """auto: choose micro_batches, recompute_norms, recompute_blocks and offload so that the run fits, the
+    cheapest first."""
     memory_limit: str = ""
     """What auto has to fit into, such as 8GiB; by default the device's memory."""
     recompute_norms: bool = False
-    """Compute normalisations and activations again in the backward pass instead of keeping them."""
+    """Activation checkpointing of normalisations and SiLU: they are computed again in the backward pass."""
     recompute_blocks: int | None = None
-    """Compute whole blocks again, those at this resolution or above."""
+    """Activation checkpointing of whole blocks, those at this resolution or above."""
     offload: bool = False
-    """Keep moments and averages in the host's memory; they visit the device piece by piece."""
+    """Keep moments and EMA in the host's memory; they are copied to the device piece by piece."""
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """Memory of the optimizer's moments: bf16 takes half, 8bit a quarter; both are stochastically rounded."""
     max_steps: int | None = None
     """Stop each phase after this many optimizer steps."""
-    max_hours: float | None = None
-    """Save and stop after this time; --resume auto goes on."""
+    stop_after: float | None = None
+    """Save and stop after so many hours; --resume auto goes on."""
     log_every: int = 50
     """Steps between log lines."""
     save_every: int = 5000
@@ -369,13 +370,13 @@ class Config:
     grid_every: int = 2000
     """Steps between sample grids."""
     snapshot_every: int = 0
-    """Steps between snapshots of the power-function averages, from which `tcm-fast ema` makes averages
-    of other widths; 0 for none."""
-    keep: int = 2
+    """Steps between snapshots of the power-function EMA, from which `tcm-fast ema` makes EMA of other
+    widths; 0 for none."""
+    keep_checkpoints: int = 2
     """Checkpoints kept besides the last of each phase."""
     milestone_every: int = 0
     """Steps between checkpoints that are kept for good; 0 for none."""
-    best: Literal["", "frechet"] = ""
+    keep_best: Literal["", "frechet"] = ""
     """Keep the checkpoint with the smallest Fréchet distance (measured whenever one is saved), too."""
     device: str = "auto"
     """cuda, cpu, or auto: a GPU where there is one."""
@@ -390,7 +391,7 @@ class Config:
     first step."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batches", "log_every", "save_every", "grid_every", "keep"):
+        for name in ("micro_batches", "log_every", "save_every", "grid_every", "keep_checkpoints"):
             require(
                 getattr(self, name) >= 1, f"{name}: must be at least 1, got {getattr(self, name)}"
             )
@@ -399,8 +400,8 @@ class Config:
                 getattr(self, name) >= 0, f"{name}: must not be negative, got {getattr(self, name)}"
             )
         require(
-            self.max_hours is None or self.max_hours > 0,
-            f"max_hours: must be positive, got {self.max_hours}",
+            self.stop_after is None or self.stop_after > 0,
+            f"stop_after: must be positive, got {self.stop_after}",
         )
         require(
             self.recompute_blocks is None or self.recompute_blocks >= 1,
@@ -416,7 +417,7 @@ class Config:
 
     @property
     def is_lean(self) -> bool:
-        """Whether any lever trades time for memory."""
+        """Whether any memory optimization that takes time is on."""
         recomputes = self.recompute_norms or self.recompute_blocks is not None
         return recomputes or self.offload or self.micro_batches > 1
 
@@ -458,38 +459,82 @@ def load_preset(name: str) -> Config:
 
 
 def load_config(path: str | Path) -> Config:
-    """Read a configuration from TOML, or from the JSON that a run has saved."""
+    """Read a configuration from TOML, or from the JSON that a run has saved. In TOML, `base = "cifar10"`
+    starts from a preset, and the table `[consistency]` holds what ect, tcm and cd have in common."""
     path = Path(path)
+    values = _read(path)
+    if path.suffix == ".json":
+        return from_dict(Config, from_earlier(values))
+    while (base := values.pop("base", None)) is not None:
+        require(base in preset_names(), f"base: {suggest(str(base), preset_names())}, got {base!r}")
+        values = _over(_read(PRESETS / f"{base}.toml"), values)
+    common = values.pop("consistency", {})
+    for name in ("ect", "tcm", "cd") if common else ():
+        values[name] = _over(common, values.get(name, {}))
+    return from_dict(Config, values)
+
+
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"config: no such file: {path}")
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {path} cannot be read: {error}") from None
-    return from_dict(Config, from_earlier(values) if path.suffix == ".json" else values)
 
+
+def _over(below: Any, above: Any) -> Any:
+    """Two tables as one: what is above counts, table by table."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _over(below.get(key), value) for key, value in above.items()}
+
+
+RENAMED = {
+    "max_hours": "stop_after", "keep": "keep_checkpoints", "best": "keep_best", "double": "stage_iterations",
+    "limit": "max_ratio", "c": "huber_c", "df": "student_t_df", "rho": "boundary_fraction",
+}  # fmt: skip
+"""Fields of a run or a phase that had other names in earlier versions."""
 
 NO_EFFECT = object()
 GONE: dict[str, Any] = {
-    "engine": "ddp",
-    "gradients": "fp32",
-    "guard.factor": 0.5,
-    "guard.spike": 10.0,
-    **{f"{phase}.weight_norm": "exact" for phase in PHASES},
-    **{f"ict.{name}": NO_EFFECT for name in ("q", "double", "limit", "truncate", "r_min")},
-    "tcm.truncate": NO_EFFECT,
-}
-"""Fields of earlier versions, and the value of each that is still what happens."""
+    "engine": "ddp", "gradients": "fp32", "guard.factor": 0.5, "guard.spike": 10.0, "tcm.truncate": NO_EFFECT,
+    **{f"ict.{name}": NO_EFFECT for name in ("q", "stage_iterations", "max_ratio", "truncate", "r_min")},
+    **{f"{name}.warmup_images": 0 for name in PHASES if name != "edm"},
+    **{
+        f"{name}.{field}": value
+        for name in PHASES
+        for field, value in {
+            "weight_norm": "exact", "eps": 1e-8, "weight_decay": 0.0, "t_min": T_MIN, "t_max": T_MAX,
+        }.items()
+    },
+}  # fmt: skip
+"""Fields of earlier versions that are gone, and the value of each that is still what happens."""
 
 
 def from_earlier(values: Any) -> Any:
-    """What an earlier version saved, as this one reads it: without the fields that are gone. ValueError
-    for a value of theirs that is no longer supported."""
+    """What an earlier version saved, as this one reads it. ValueError for what is no longer supported."""
     if not isinstance(values, dict):
         return values
-    values = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
-    for path, kept in GONE.items():
+    values = {
+        RENAMED.get(key, key): {RENAMED.get(k, k): v for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        for key, value in values.items()
+    }
+    if values.get("memory") == "given":
+        values["memory"] = "manual"
+    phases = {name: values[name] for name in PHASES if isinstance(values.get(name), dict)}
+    gone = dict(GONE)
+    for name in {*phases} - {"ict"}:  # the original ECT's two differences are one option now
+        gone[f"{name}.r_min"] = R_MIN if phases[name].get("truncate", True) else 0.0
+    moments = {name: table.pop("moments") for name, table in phases.items() if "moments" in table}
+    if moments:
+        used = values.get("phases", PHASES)
+        values["moments"], *others = dict.fromkeys(moments.get(n, "fp32") for n in used)
+        require(not others, f"moments: must be the same in all phases, got {moments}")
+    for path, kept in gone.items():
         section, _, name = path.rpartition(".")
         table = values.get(section) if section else values
         if not isinstance(table, dict) or name not in table:
@@ -529,7 +574,8 @@ def from_dict(cls: type, values: Any, where: str = "") -> Any:
     label = where.rstrip(".") or "config"
     if not isinstance(values, dict):
         raise ValueError(f"{label}: must be a table of fields, got {values!r}")
-    hints = typing.get_type_hints(cls)
+    kinds = typing.get_type_hints(cls)
+    hints = {field.name: kinds[field.name] for field in dataclasses.fields(cls)}
     arguments = {}
     for key, value in values.items():
         if key not in hints:

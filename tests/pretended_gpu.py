@@ -81,13 +81,19 @@ def configured(
     for phase in phases:
         values[phase] |= {"batch_size": batch, "images": batch * steps, **(of_phase or {})}
         if (
-            "double" in values[phase]
-        ):  # ratio stages, and with them kinds of batches, change meanwhile
-            values[phase]["double"] = max(1, steps // 6)
+            "stage_iterations" in values[phase]
+        ):  # ratio stages, and with them kinds of batches, change
+            values[phase]["stage_iterations"] = max(1, steps // 6)
     values["network"] |= network or {}
     values["data"] |= {"source": str(folder / "images.npz"), "resolution": None}
     values["eval"] |= {"features": "", **settings.pop("eval", {})}
-    values |= {"phases": phases, "device": "cuda", "best": "", "max_steps": None, "memory": "given"}
+    values |= {
+        "phases": phases,
+        "device": "cuda",
+        "keep_best": "",
+        "max_steps": None,
+        "memory": "manual",
+    }
     values |= {"log_every": 10, "save_every": 25, "grid_every": 30, **settings}
     return from_dict(Config, values)
 
@@ -109,14 +115,14 @@ def train(folder: Path, **settings: Any) -> str:
 
 def trained(trainer: Trainer) -> int:
     """The most bytes that a step's tensors take in a whole run."""
-    step, peaks = trainer._step, [0]
+    step, peaks = trainer.step, [0]
 
     def watched(*args: Any) -> None:
         torch.cuda.reset_peak_memory_stats()
         step(*args)
         peaks.append(torch.cuda.max_memory_allocated())
 
-    trainer._step = watched  # type: ignore[method-assign]
+    trainer.step = watched  # type: ignore[method-assign]
     trainer.run()
     return max(peaks)
 
@@ -124,7 +130,7 @@ def trained(trainer: Trainer) -> int:
 def stop_and_resume(folder: Path) -> str:
     config = configured(folder, phases=("ect", "tcm"), steps=40)
     trainer = Trainer(config, folder / "run")
-    trained, step = 0, trainer._step
+    trained, step = 0, trainer.step
 
     def interrupted(*args: Any) -> None:
         nonlocal trained
@@ -133,7 +139,7 @@ def stop_and_resume(folder: Path) -> str:
         if trained == 50:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer._step = interrupted  # type: ignore[method-assign]
+    trainer.step = interrupted  # type: ignore[method-assign]
     try:
         trainer.run()
     except Interrupted:
@@ -261,8 +267,8 @@ def cases() -> dict[str, Callable[[Path], str]]:
     for (preset, (size, network)), precision, (option, changes), graph in itertools.product(
         PRESETS.items(), PRECISIONS, OPTIONS.items(), ("auto", "off")
     ):
-        own = {k: v for k, v in changes.items() if k not in ("moments", "ema")}
-        of_phase = {k: v for k, v in changes.items() if k in ("moments", "ema")}
+        own = {k: v for k, v in changes.items() if k != "ema"}
+        of_phase = {k: v for k, v in changes.items() if k == "ema"}
         found[f"train {preset} {precision} {option} graph={graph}"] = partial(
             train, preset=preset, size=size, network=network, precision=precision,
             cuda_graph=graph, of_phase=of_phase, **own,

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tcm_fast.cli.main import STOPPED, parse
+from tcm_fast.cli import STOPPED
+from tcm_fast.cli.main import parse
 
 FOLDER = Path(__file__).parents[1] / "deploy"
 INSTRUCTIONS = {

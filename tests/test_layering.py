@@ -1,11 +1,16 @@
-"""Imports point one way, are absolute, and the command line starts without torch."""
+"""Imports point one way, are absolute, and the command line starts without torch; phases are known to
+their objectives alone."""
 
 import ast
+import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tcm_fast.config import PHASES, Config, PhaseConfig
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = """
@@ -13,10 +18,10 @@ _C < kernels < config < runtime < data, networks < optim, objectives < checkpoin
 < evaluation, planning < training < interchange, drop_in < cli < __init__, __main__
 """
 OPERATIONS = """
-_backend < _triton < philox < dropout, precondition, _philox_triton
-< group_norm_silu, qkv_attention, consistency_loss, noise_pair, denoise_to_uint8, eight_bit
-< normalized_copy < fused_step, _pointwise
-< pixel_norm_mp_silu, mp_cat_mp_silu, modulate_mp_silu, mp_sum, resample, residual < __init__
+_backend < _triton < _common < philox < dropout, precondition, _philox_triton
+< group_norm_silu, qkv_attention, consistency_loss, noise_pair, denoise_to_uint8, eight_bit,
+normalized_copy, pixel_norm_mp_silu, mp_cat_mp_silu, modulate_mp_silu, mp_sum, resample, residual
+< fused_step < __init__
 """
 
 
@@ -66,9 +71,28 @@ def test_imports_point_one_way(path):
         assert not {name for name in names if name.startswith("tcm_fast.benchmarks")}
 
 
+def test_outside_its_folder_nobody_asks_which_optimizer_it_is():
+    kinds = {"FusedOptimizer", "PiecewiseOptimizer", "TorchOptimizer", "GradScaler", "LossScale"}
+    for path in sources("tcm_fast", "benchmarks"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if getattr(getattr(node, "func", None), "id", "") == "isinstance":
+                asked = set(re.findall(r"\w+", ast.unparse(node.args[1])))
+                assert not asked & kinds or path.parent.name == "optim", f"{path}:{node.lineno}"
+
+
 def test_nothing_imports_the_tests():
     for path in sources("tcm_fast", "kernels", "benchmarks", "tests"):
         assert not {"tests", "kernels"} & {name.split(".")[0] for name in imported(path)}, path
+
+
+def test_long_files_say_why():
+    """No module above 450 lines but those of the table "Long files" in CONTRIBUTING.md."""
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Long files")[1]
+    named = set(re.findall(r"`([\w/]+\.py)`", table.split("\n## ")[0]))
+    for path in sources("tcm_fast", "kernels", "benchmarks"):
+        lines = path.read_text(encoding="utf-8").count("\n")
+        name = path.relative_to(ROOT).as_posix()
+        assert lines <= 450 or name in named, f"{name} has {lines} lines"
 
 
 def test_a_wrong_import_would_be_noticed(tmp_path):
@@ -80,6 +104,52 @@ def test_a_wrong_import_would_be_noticed(tmp_path):
     wrong.write_text("from . import trainer\n")
     with pytest.raises(AssertionError, match="a relative import"):
         imported(wrong)
+
+
+def known_phases(path: Path) -> list[str]:
+    """Where a file knows a phase: by its name as a string (but in a `Literal` of choices), by the class of
+    its configuration, or by asking whether there is one of its fields."""
+    sections = [type(Config().phase(name)) for name in PHASES]
+    classes = {cls.__name__ for section in sections for cls in section.__mro__} - {"PhaseConfig"}
+    classes -= {"object"}
+    common = {f.name for f in dataclasses.fields(PhaseConfig)}
+    own = {f.name for section in sections for f in dataclasses.fields(section)} - common
+    found = []
+
+    def look(node: ast.AST) -> None:
+        if isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "Literal":
+            return
+        asks = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr"
+        if asks and isinstance(node.args[1], ast.Constant) and node.args[1].value in own:
+            found.append(f"{path}:{node.lineno}: getattr {node.args[1].value}")
+        if isinstance(node, ast.Constant) and node.value in PHASES:
+            found.append(f"{path}:{node.lineno}: {node.value}")
+        if isinstance(node, ast.Name) and node.id in classes:
+            found.append(f"{path}:{node.lineno}: {node.id}")
+        for child in ast.iter_child_nodes(node):
+            look(child)
+
+    look(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def test_only_objectives_and_configurations_know_a_phase():
+    """And tables of others' formats."""
+    free = {"objectives", "config.py", "interchange"}
+    for path in sources("tcm_fast"):
+        if path.relative_to(ROOT / "tcm_fast").parts[0] not in free:
+            assert not known_phases(path)
+
+
+def test_a_file_that_knows_a_phase_would_be_noticed(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        'if phase == "tcm" or isinstance(c, RatioConfig) or getattr(c, "t_prime", 0):\n    pass\n'
+        'to: Literal["edm"]\n'
+    )
+    assert [text.rpartition(": ")[2] for text in known_phases(wrong)] == [
+        "tcm", "RatioConfig", "getattr t_prime",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ["tcm_fast", "tcm_fast.config", "tcm_fast.cli.main"])

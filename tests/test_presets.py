@@ -15,7 +15,7 @@ from tcm_fast.config import load_preset, preset_names
 from tcm_fast.data.dataset import load_images
 from tcm_fast.kernels._backend import extension
 from tcm_fast.networks import build_network
-from tcm_fast.optim.fused import learning_rate
+from tcm_fast.optim.schedules import learning_rate
 from tcm_fast.sampling.sampler import sample
 from tcm_fast.training import phase_builder, sample_monitor
 from tcm_fast.training.trainer import Trainer, TrainingError
@@ -51,9 +51,20 @@ def test_imagenet64_recipes(size):
     assert edm.ema == ("power:16.97", "power:6.94")
     assert ect.ema == tcm.ema == ("power:16.97",)
     for stage in (ect, tcm):
-        assert (stage.q, stage.double, stage.limit, stage.c) == (4, 10_000, 0.9961, 0.06)
+        assert (stage.q, stage.stage_iterations, stage.max_ratio, stage.huber_c) == (
+            4,
+            10_000,
+            0.9961,
+            0.06,
+        )
         assert stage.weighting == "inv_cout_sq"
-    assert (tcm.t_prime, tcm.rho, tcm.boundary_weight, tcm.df, tcm.t_std) == (
+    assert (
+        tcm.t_prime,
+        tcm.boundary_fraction,
+        tcm.boundary_weight,
+        tcm.student_t_df,
+        tcm.t_std,
+    ) == (
         1,
         0.25,
         0.1,

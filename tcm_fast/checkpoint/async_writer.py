@@ -29,7 +29,7 @@ class CheckpointWriter:
 
     `submit` copies the tensors to host memory (pinned beside a GPU, used again by the next save) in the
     stream's order, so training may change them at once. `poll` hands a copy that has arrived to the
-    thread: the thread itself never talks to the device, where a graph may be captured meanwhile.
+    thread: the thread itself issues no CUDA call, since a graph may be captured meanwhile.
 
     Args:
         run: the run's folder.
@@ -71,7 +71,7 @@ class CheckpointWriter:
                 self._thread.start()
 
     def poll(self) -> Saved | None:
-        """Get on; the end of a save, told once. Costs next to nothing and never waits."""
+        """Start writing what has arrived; return how a save ended, once. Never waits."""
         self._start()
         if self._thread is None or self._thread.is_alive():
             return None
@@ -120,11 +120,11 @@ class CheckpointWriter:
 
 
 class NotFinite(ValueError):
-    """Weights that are not finite: no state to go on from."""
+    """NaN/Inf among the weights: no state to resume from."""
 
 
 def check_finite(contents: Contents) -> None:
-    """NotFinite unless the networks that are trained hold finite numbers alone."""
+    """NotFinite where a network has NaN/Inf weights."""
     for name, (tensors, _) in contents.files.items():
         if name == "optimizer":
             continue

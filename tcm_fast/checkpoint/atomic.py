@@ -62,15 +62,16 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: dict[
     save_file(tensors, path, metadata={KEY: json.dumps(header)})
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Any], Tensors]:
-    """Header and tensors of one of our safetensors files."""
+def read_tensors(path: Path, *, header_only: bool = False) -> tuple[dict[str, Any], Tensors]:
+    """Header and tensors of one of our safetensors files. FileNotFoundError where it is missing, ValueError
+    where it is damaged, not ours, or of another version's format."""
     if not path.is_file():
         raise FileNotFoundError(f"network: no such file: {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = None if text is None else json.loads(text)
+            names = [] if header_only else file.keys()
+            header = json.loads((file.metadata() or {}).get(KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"network: {path} is truncated, damaged or not a safetensors file ({reason(error)})"
@@ -86,22 +87,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], Tensors]:
             "another version of tcm_fast?)"
         )
     return header, tensors
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """What one of our files says of itself, without its tensors. ValueError where it is not ours."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "null"))
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"network: {path} is truncated, damaged or not a safetensors file ({reason(error)})"
-        ) from error
-    if not isinstance(header, dict):
-        raise ValueError(
-            f"network: {path} was not written by tcm_fast (it has no {KEY!r} metadata)"
-        )
-    return header
 
 
 def check_fit(what: str, expected: Tensors, given: Tensors) -> None:

@@ -4,13 +4,13 @@ A run keeps its checkpoints in folders of their own:
 
     RUN/checkpoints/PHASE-IMAGES/
         model.safetensors       the student
-        ema-0.safetensors ...   its averages; the first one is sampled
+        ema-0.safetensors ...   its EMAs; the first one is sampled
         stage1.safetensors      the frozen network of stage 2
         optimizer.safetensors   moments and step counts, by parameter name
         state.json              progress, configuration, versions, size and SHA-256 of each file
 
 Every network file carries what rebuilds the network (metadata key "tcm_fast"). state.json is
-written last and the folder gets its name when everything is on the disk: what bears the name is
+written last and the folder gets its name when everything is on the disk: a folder of that name is
 complete.
 """
 
@@ -40,8 +40,8 @@ from tcm_fast.checkpoint.atomic import (
 )
 from tcm_fast.checkpoint.optimizer_state import flatten_optimizer, kind_of, restore_optimizer
 from tcm_fast.checkpoint.run_folder import (
+    ATTEMPTS,
     FOLDER,
-    LOOKS,
     STATE,
     check_sizes,
     file_hash,
@@ -80,14 +80,14 @@ def save_network(
         net: the network; its state dict is written as it is (dtype included).
         metadata: phase, t_prime, images, iterations, class_names (any may be missing), and whatever
             else is JSON.
-        state: values that take the place of the network's own, by state-dict name: an average.
+        state: values that take the place of the network's own, by state-dict name: an EMA.
 
     Raises:
         OSError: the file cannot be written.
         ValueError: `state` does not fit the network.
     """
     with replacing(path) as temporary:
-        _write_network(temporary, net, metadata, state)
+        write_tensors(temporary, *_contents_of(net, metadata, state))
 
 
 def load_network(path: str | Path, device: str | torch.device = "cpu") -> Precond:
@@ -98,7 +98,7 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> Precon
 
     Args:
         path: a .safetensors file, a checkpoint's folder, or a run (its newest complete checkpoint).
-            Of a checkpoint the first average is taken, and the model itself where there is none.
+            Of a checkpoint the first EMA is taken, and the model itself where there is none.
 
     Raises:
         FileNotFoundError: no such file, or a run without a complete checkpoint.
@@ -127,15 +127,15 @@ def load_stage1(path: str | Path, device: str | torch.device = "cpu") -> Precond
 
 def _open_network(path: Path) -> tuple[Path, dict[str, Any], Tensors]:
     """The network file that a path stands for, its header and its tensors. A run may be training: what
-    it deletes while we look is looked for anew."""
-    for look in range(LOOKS):
+    it deletes meanwhile is looked up again."""
+    for attempt in range(ATTEMPTS):
         file = None
         try:
             file = _network_file(path)
             _verify_listed(file)
             return file, *network_file(file)
         except (FileNotFoundError, ValueError):
-            if not path.is_dir() or (file and file.is_file()) or look == LOOKS - 1:
+            if not path.is_dir() or (file and file.is_file()) or attempt == ATTEMPTS - 1:
                 raise
     raise AssertionError
 
@@ -149,12 +149,6 @@ def _network_file(path: Path) -> Path:
         path = newest(found, f"network: {path} is neither a network file nor")
     files = read_state(path)["files"]
     return path / ("ema-0.safetensors" if "ema-0.safetensors" in files else "model.safetensors")
-
-
-def _write_network(
-    path: Path, net: Precond, metadata: Mapping[str, Any], state: Mapping[str, torch.Tensor] | None
-) -> None:
-    write_tensors(path, *_contents_of(net, metadata, state))
 
 
 def _contents_of(
@@ -246,7 +240,7 @@ def collect(
         networks: "model" (whose parameters the optimizer holds), "ema-0", ..., "stage1"; a pair is
             a network with state-dict values that take the place of its own.
         optimizer: its state is stored by the names of the model's parameters.
-        info: phase, t_prime, images, iterations, class_names of model and averages. Other networks
+        info: phase, t_prime, images, iterations, class_names of model and EMAs. Other networks
             keep their own `info`.
         state: what else a resumed run has to know, as JSON.
 
@@ -387,12 +381,12 @@ def _prune(run: Path, phase: str, keep: int, best: str) -> None:
     complete = [(f.path, s) for f, s in scan(run) if f.ok and s["phase"] == phase]
     latest = {state["images"]: path for path, state in complete}
     rolling = [path for path, state in complete if not state["milestone"]]
-    judged = [
+    scored = [
         (state["metrics"][best], -state["sequence"], path)
         for path, state in complete
         if latest[state["images"]] == path and state.get("metrics", {}).get(best) is not None
     ]
-    old = {*rolling[:-keep]} - {path for *_, path in sorted(judged)[:1]}
+    old = {*rolling[:-keep]} - {path for *_, path in sorted(scored)[:1]}
     for path, state in complete:
         if path in old or latest[state["images"]] != path:
             # Renamed first: a half-deleted folder must not bear a checkpoint's name.

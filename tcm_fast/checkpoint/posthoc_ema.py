@@ -1,12 +1,12 @@
-"""Snapshots of power-function averages, and averages of other widths made from them after training
+"""Snapshots of power-function EMAs, and EMAs of other widths reconstructed from them after training
 ("post-hoc EMA": Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models",
 section 3 and appendix C).
 
     RUN/snapshots/PHASE-IMAGES-ema-K.safetensors
 
-A power-function average gives the weights of iteration i the share (γ+1) i^γ / n^(γ+1). Shares of any
-other γ are nearly a linear combination of those of several snapshots, so the average is the same
-combination of the averages. Before a phase's first iteration the weights count as those it began with.
+A power-function EMA gives the weights of iteration i the share (γ+1) i^γ / n^(γ+1). Shares of any
+other γ are nearly a linear combination of those of several snapshots, so the EMA is the same
+combination of the snapshots. Before a phase's first iteration the weights count as those it began with.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tcm_fast.checkpoint.atomic import read_header
+from tcm_fast.checkpoint.atomic import read_tensors
 from tcm_fast.checkpoint.format import network_file, save_network
 from tcm_fast.networks import Precond, build_network
 
@@ -28,7 +28,7 @@ WIDEST = math.sqrt(1 / 12)  # γ = 0: every iteration alike
 
 
 def gamma_of_width(width: float) -> float:
-    """γ of the average whose profile has this standard deviation, as a share of the iterations so far:
+    """γ of the EMA whose profile has this standard deviation, as a share of the iterations so far:
     width² = (γ+1) / ((γ+2)² (γ+3)).
 
     Raises:
@@ -65,12 +65,12 @@ def combination(
 
 
 def save_snapshot(
-    run: Path, net: Precond, average: dict[str, torch.Tensor], index: int, gamma: float
+    run: Path, net: Precond, ema: dict[str, torch.Tensor], index: int, gamma: float
 ) -> Path:
-    """Keep an average for good, parameters in fp16. `net.info` tells where training stands."""
+    """Keep a snapshot of an EMA, parameters in fp16; `net.info` has the images and iterations so far."""
     info = net.info
     path = Path(run) / FOLDER / f"{info['phase']}-{info['images']:09d}-ema-{index}.safetensors"
-    state = {name: value.to(torch.float16) for name, value in average.items()}
+    state = {name: value.to(torch.float16) for name, value in ema.items()}
     save_network(path, net, metadata={**info, "gamma": gamma}, state=state)
     return path
 
@@ -90,10 +90,10 @@ def find_snapshots(run: str | Path) -> list[Snapshot]:
     """All snapshots of a run, in the order of their names."""
     found = []
     for path in sorted((Path(run) / FOLDER).glob("*.safetensors")):
-        header = read_header(path)
+        header, _ = read_tensors(path, header_only=True)
         keys = ("phase", "images", "iterations", "gamma")
         if any(header.get(key) is None for key in keys):
-            raise ValueError(f"ema: {path} is not a snapshot of an average")
+            raise ValueError(f"ema: {path} is not a snapshot of an EMA")
         found.append(Snapshot(path, *(header[key] for key in keys)))
     return found
 
@@ -101,21 +101,21 @@ def find_snapshots(run: str | Path) -> list[Snapshot]:
 def reconstruct(
     run: str | Path, width: float, *, phase: str | None = None, images: int | None = None
 ) -> tuple[Precond, float]:
-    """The network with the average of another width.
+    """The network with the EMA of another width.
 
     Args:
         run: a folder with snapshots.
-        width: relative standard deviation of the average, in (0, 0.288].
+        width: relative standard deviation of the EMA, in (0, 0.288].
         phase: whose snapshots; may be left out where there is one phase only.
-        images: stand of the training at which to end, one at which there is a snapshot; None is the
+        images: number of training images at which to end, one with a snapshot; None is the
             last.
 
     Returns:
-        The network in fp32, and the relative error of the average's profile.
+        The network in fp32, and the relative error of the EMA's profile.
 
     Raises:
         FileNotFoundError: no snapshots.
-        ValueError: a phase or stand without snapshots, or a width out of range.
+        ValueError: a phase or number of images without snapshots, or a width out of range.
     """
     gamma = gamma_of_width(width)
     found = find_snapshots(run)
@@ -127,13 +127,13 @@ def reconstruct(
     if phase is None and len(phases) > 1:
         raise ValueError(f"ema: --phase must say which, got none ({run} has {', '.join(phases)})")
     found = [s for s in found if phase in (None, s.phase)]
-    stands = sorted({snapshot.images for snapshot in found})
-    if not stands:
+    counts = sorted({snapshot.images for snapshot in found})
+    if not counts:
         raise ValueError(f"ema: phase must be one of {', '.join(phases)}, got {phase}")
-    end = stands[-1] if images is None else images
-    if end not in stands:
+    end = counts[-1] if images is None else images
+    if end not in counts:
         raise ValueError(
-            f"ema: images must be one of {', '.join(map(str, stands))}, where there is a snapshot, "
+            f"ema: images must be one of {', '.join(map(str, counts))}, where there is a snapshot, "
             f"got {end}"
         )
     found = [snapshot for snapshot in found if snapshot.images <= end]

@@ -12,7 +12,7 @@ from tcm_fast.checkpoint.atomic import FORMAT, TEMPORARY, reason, sync
 
 STATE = "state.json"
 FOLDER = "checkpoints"
-LOOKS = 10  # at a folder in which somebody else writes
+ATTEMPTS = 10  # at reading a folder in which another process writes
 
 
 class Found(NamedTuple):
@@ -109,7 +109,7 @@ def open_run(out: str | Path, resume: bool | str | Path = False) -> Opened:
 def scan(run: Path) -> list[tuple[Found, dict[str, Any]]]:
     """`find_checkpoints` with the state of each (empty where it cannot be read)."""
     entries = _scan(run)
-    for _ in range(LOOKS):
+    for _ in range(ATTEMPTS):
         # A writer may have renamed what we were about to read, or, while we read the folder, put its
         # new checkpoint where we had been and taken the old one from where we had not.
         gone = not all(found.ok or found.path.exists() for found, _ in entries)

@@ -15,7 +15,6 @@ with suppress(ModuleNotFoundError):  # only the command line's parsing needs it
     from tyro.conf import Positional
 
 EVAL_ROWS = {
-    "Fréchet distance": "frechet",
     "confidently classified": "confident",
     "... of uniform noise": "confident_noise",
     "distance to nearest training image, median": "nearest",
@@ -27,7 +26,7 @@ EVAL_ROWS = {
 
 @dataclass
 class Eval:
-    """Judge a network: Fréchet distance, recognisable samples, memorised samples."""
+    """Evaluate a network: Fréchet distance, recognisable samples, memorised samples."""
 
     source: Positional[Path]
     """A run, a checkpoint or a network file."""
@@ -79,15 +78,18 @@ def run_eval(args: Eval) -> int:
     from rich.table import Table
 
     from tcm_fast.evaluation import metrics
+    from tcm_fast.objectives import is_consistency
     from tcm_fast.runtime.distributed import join
 
     if args.num < 0 or args.num == 1:
-        raise ValueError(f"num: must be at least 2, or 0 for as many as suit, got {args.num}")
+        raise ValueError(
+            f"num: must be at least 2, or 0 for as many as there are images to compare with, got {args.num}"
+        )
     workers = join(args.device)
-    net, images, space = to_judge(args, "eval", workers.device)
+    net, images, space = load_for_evaluation(args, "eval", workers.device)
     if args.denoising:
-        return judge_denoising(args, net, images, space) if workers.is_main else 0
-    steps = (None,) if net.info["phase"] == "edm" else args.steps
+        return print_denoising(args, net, images, space) if workers.is_main else 0
+    steps = args.steps if is_consistency(net.info["phase"]) else (None,)
     shared = workers if workers.world > 1 else None
     reports = {
         n: metrics.evaluate_network(
@@ -97,22 +99,30 @@ def run_eval(args: Eval) -> int:
     }
     if not workers.is_main:
         return 0
-    table = Table(title=f"{args.source}: {next(iter(reports.values())).num} samples, {space.name}")
+    first = next(iter(reports.values()))
+    table = Table(title=f"{args.source}: {first.num} samples, {space.name}")
     table.add_column("")
     for n in reports:
         table.add_column(
             "Heun" if n is None else f"{n} step{'s' if n > 1 else ''}", justify="right"
         )
     table.add_column("real", justify="right")
+    rows: dict[str, list[float | None]] = {
+        name: [*(r.metrics[name] for r in reports.values()), real]
+        for name, real in first.metrics_real.items()
+    }
     for label, name in EVAL_ROWS.items():
-        values = [getattr(r, name) for r in reports.values()]
-        values.append(getattr(next(iter(reports.values())), f"{name}_real", None))
+        rows[label] = [getattr(r, name) for r in reports.values()]
+        rows[label].append(getattr(first, f"{name}_real", None))
+    for label, values in rows.items():
         table.add_row(label, *("" if v is None else f"{v:.3f}" for v in values))
     Console().print(table)
     return 0
 
 
-def to_judge(args: Eval | SearchTimes, command: str, device: Any) -> tuple[Any, Any, Any]:
+def load_for_evaluation(
+    args: Eval | SearchTimes, command: str, device: Any
+) -> tuple[Any, Any, Any]:
     """The network, the images to compare with and the feature space that a command names."""
     from tcm_fast.checkpoint.format import load_network
     from tcm_fast.data.dataset import load_images
@@ -138,7 +148,7 @@ def to_judge(args: Eval | SearchTimes, command: str, device: Any) -> tuple[Any, 
     return load_network(args.source, device=device), images, feature_space(features, device=device)
 
 
-def judge_denoising(args: Eval, net: Any, images: Any, space: Any) -> int:
+def print_denoising(args: Eval, net: Any, images: Any, space: Any) -> int:
     from rich.console import Console
     from rich.table import Table
 
@@ -159,7 +169,7 @@ def judge_denoising(args: Eval, net: Any, images: Any, space: Any) -> int:
         cells = [f"{reading.distances[t]:.3g}" if t in reading.distances else "" for t in times]
         table.add_row(f"{reading.images:,}", *cells)
     Console().print(table)
-    if phase != "tcm":
+    if net.info["t_prime"] is None:
         print(denoising.advise(readings))
     if args.plot is not None:
         denoising.plot(readings, args.plot)
@@ -171,7 +181,7 @@ def run_search(args: SearchTimes) -> int:
     from tcm_fast.evaluation.second_time import search_second_time
     from tcm_fast.runtime.distributed import pick_device
 
-    net, images, space = to_judge(args, "search-times", pick_device(args.device))
+    net, images, space = load_for_evaluation(args, "search-times", pick_device(args.device))
     found = search_second_time(
         net, images, space, num=args.num, seed=args.seed, lowest=args.lowest,
         tried=lambda t, distance: print(f"t = {t:<8.3g} {distance:.4g}", flush=True),

@@ -27,7 +27,7 @@ SHAPES = {"cifar10": (32, 3, 10, 50_000), "imagenet64": (64, 3, 1000, 1_281_167)
 
 @dataclass
 class Plan:
-    """Say what fits into a card's memory, how long a recipe takes there, and what fits into some hours."""
+    """What fits into a GPU's memory, how long a recipe takes, the longest schedule for a time budget."""
 
     preset: str | None = None
     """The recipe: see `tcm-fast plan --help` for the names."""
@@ -41,8 +41,8 @@ class Plan:
     """A card's memory, such as 8GiB, where the card is another."""
     gpus: int = 1
     """How many of them."""
-    hours: float | None = None
-    """Find the largest schedule that so many hours hold."""
+    time_budget: float | None = None
+    """Find the longest schedule that fits in so many hours."""
     price_per_hour: float | None = None
     """Of one GPU, in any currency."""
     prices: Path | None = None
@@ -60,11 +60,12 @@ def run_plan(args: Plan) -> int:
     from rich.console import Console
 
     from tcm_fast.config import require
-    from tcm_fast.planning.memory_planner import choose_levers, plan_run
-    from tcm_fast.training.time_budget import calibrate, fit_hours
+    from tcm_fast.planning.memory_planner import choose_optimizations, plan_run
+    from tcm_fast.training.time_budget import calibrate, fit_time_budget
 
     require(
-        args.hours is None or args.hours > 0, f"hours: must be positive, got {args.hours or 0:g}"
+        args.time_budget is None or args.time_budget > 0,
+        f"time_budget: must be positive, got {args.time_budget or 0:g}",
     )
     require(args.gpus >= 1, f"gpus: must be at least 1, got {args.gpus}")
     price = args.price_per_hour
@@ -79,15 +80,16 @@ def run_plan(args: Plan) -> int:
     card, console = pick_card(args), Console()
     if card.on_gpu and card.memory and not card.usable:
         raise ValueError(f"gpu-memory: {card.name} leaves nothing for tensors")
-    settings = choose_levers(args.settings, shape, card, gpus=args.gpus)
+    settings = choose_optimizations(args.settings, shape, card, gpus=args.gpus)
     rates: dict[str, float] = {}
     if args.calibrate:
         require(bool(args.settings.data.source), "calibrate: needs images, give --data")
         rates = {name: calibrate(settings, name) for name in settings.phases}
     plan = plan_run(settings, shape, card, gpus=args.gpus, rates=rates)
-    title = f"{args.preset or settings.network.name} on {_many(args.gpus)}{card.name}"
+    gpus = f"{args.gpus} x " if args.gpus > 1 else ""
+    title = f"{args.preset or settings.network.name} on {gpus}{card.name}"
     console.print(memory_table(plan, title))
-    console.print(_levers(plan), soft_wrap=True, highlight=False)
+    console.print(_memory_optimizations(plan), soft_wrap=True, highlight=False)
     if card.has_rates:
         console.print(time_table(plan, price))
         basis = "measured here" if rates else card.basis
@@ -102,15 +104,21 @@ def run_plan(args: Plan) -> int:
         )
     for warning in warnings_for(plan, shape):
         console.print(warning, soft_wrap=True, highlight=False)
-    if args.hours is not None:
-        require(card.has_rates, "hours: need the card's speed, add --gpu NAME")
-        fitted = fit_hours(args.settings, shape, card, args.hours, gpus=args.gpus, auto=True)
-        console.print(schedule_table(fitted, f"What {args.hours:g} h hold (computed, not run)"))
-        if fitted.seconds > 0 and plan.seconds <= args.hours * 3600:
+    if args.time_budget is not None:
+        require(card.has_rates, "time_budget: need the card's speed, add --gpu NAME")
+        fitted = fit_time_budget(
+            args.settings, shape, card, args.time_budget, gpus=args.gpus, auto=True
+        )
+        console.print(
+            schedule_table(
+                fitted, f"Longest schedule that fits in {args.time_budget:g} h (computed, not run)"
+            )
+        )
+        if fitted.seconds > 0 and plan.seconds <= args.time_budget * 3600:
             console.print("The whole recipe fits.")
         console.print(
             f"To run it: tcm-fast train --preset {args.preset or 'NAME'} --data IMAGES "
-            f"--hours {args.hours:g} --memory auto",
+            f"--time-budget {args.time_budget:g} --memory auto",
             soft_wrap=True,
             highlight=False,
         )
@@ -191,6 +199,8 @@ def time_table(plan: RunPlan, price: float | None) -> Table:
 
 def schedule_table(plan: RunPlan, title: str) -> Table:
     """A scaled recipe: what was changed."""
+    from tcm_fast.objectives import OBJECTIVES
+
     table = new_table(title)
     table.add_column("")
     for phase in plan.phases:
@@ -207,11 +217,10 @@ def schedule_table(plan: RunPlan, title: str) -> Table:
     table.add_row("steps", *(f"{p.images // p.batch_size:,}" for p in chosen))
     table.add_row("learning rate", *(f"{p.lr:.2g}" for p in chosen))
     table.add_row("dropout", *(f"{p.dropout:g}" for p in chosen))
-    table.add_row("average", *(p.ema[0] for p in chosen))
-    for name, label in (
-        ("q", "q"), ("double", "doubling interval"), ("limit", "limit of r/t"), ("t_prime", "t'"),
-    ):  # fmt: skip
-        values = [getattr(p, name, None) for p in chosen]
+    table.add_row("EMA", *(p.ema[0] for p in chosen))
+    schedules = [OBJECTIVES[p.name].schedule(config.phase(p.name)) for p in plan.phases]
+    for label in dict.fromkeys(label for schedule in schedules for label in schedule):
+        values = [schedule.get(label) for schedule in schedules]
         table.add_row(label, *("" if v is None else f"{v:.4g}" for v in values))
     return table
 
@@ -229,17 +238,17 @@ def warnings_for(plan: RunPlan, shape: ImageShape) -> list[str]:
     return found
 
 
-def _levers(plan: RunPlan) -> str:
-    from tcm_fast.planning.memory_planner import chosen_levers
+def _memory_optimizations(plan: RunPlan) -> str:
+    from tcm_fast.planning.memory_planner import chosen_optimizations
 
-    found = chosen_levers(plan.config)
+    found = chosen_optimizations(plan.config)
     if not found:
-        return "Levers: none needed."
+        return "Memory optimizations: none needed."
     flags = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
         for name, value in found.items()
     ]
-    return f"Levers: {' '.join(flags)} (or --memory auto)"
+    return f"Memory optimizations: {' '.join(flags)} (or --memory auto)"
 
 
 def duration(seconds: float) -> str:
@@ -248,10 +257,6 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / unit:.0f} {name}" if unit < 3600 else f"{seconds / unit:.1f} {name}"
     return f"{seconds / 86400:.1f} days"
-
-
-def _many(gpus: int) -> str:
-    return f"{gpus} x " if gpus > 1 else ""
 
 
 def new_table(title: str) -> Table:

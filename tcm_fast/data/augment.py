@@ -1,5 +1,5 @@
 """EDM's augmentation of small sets (Karras et al. 2022, appendix F.2): flips, scaling, rotation,
-anisotropic scaling and translation, with the parameters that the network is told of, so that they do not
+anisotropic scaling and translation, with the parameters as an input of the network, so that they do not
 leak into what it generates.
 
 An image's augmentation is a function of the key alone, (seed, step, sample number): the same whatever the
@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.philox import philox_bits, philox_normal
 
 AUGMENT_DIM = 9
@@ -28,7 +28,7 @@ SYM6 = (
 )  # fmt: skip
 
 
-def augment(images: torch.Tensor, key: DropoutKey, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+def augment(images: torch.Tensor, key: PhiloxKey, p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Augment a batch, each transformation of each image with probability p; mirror every second one.
 
     Args:
@@ -72,7 +72,7 @@ def augment(images: torch.Tensor, key: DropoutKey, p: float) -> tuple[torch.Tens
     return torch.where(is_moved, moved, flipped), labels
 
 
-def _draws(key: DropoutKey) -> tuple[torch.Tensor, torch.Tensor]:
+def _draws(key: PhiloxKey) -> tuple[torch.Tensor, torch.Tensor]:
     """Uniform [N,12] in [0, 1) and unit Gaussian [N,4] numbers, fp32."""
     bits = philox_bits(key.seed, key.step, UNIFORM_LAYER, key.sample, 3).flatten(1)
     uniform = (bits >> 8 & 0xFFFFFF).to(torch.float32) / (1 << 24)

@@ -1,19 +1,12 @@
-"""Image formats: what a source holds, how one image becomes uint8, and the zip that EDM reads.
+"""Image formats: what a source holds.
 
 A source is either arrays (npz, CIFAR-10's binary archive) or encoded files (folder, zip, parquet),
-which `tcm_fast.data.dataset` decodes in parallel. Nothing is ever extracted to disk, and nothing pickled is
+which `tcm_fast.data.decode` decodes in parallel. Nothing is ever extracted to disk, and nothing pickled is
 ever read.
-
-One rule for all image modes. A picture is turned upright as its EXIF orientation says; an animation
-is its first frame; 16-bit grey becomes 8-bit as round(v/257); transparency is composited on white.
-Modes 1, L, LA and 16-bit grey are grey, all others (palettes too) are RGB. A set in which every
-image is grey has one channel, any other three. (Pillow itself reduces 16-bit colour to its high
-byte, and takes 16-bit grey with transparency for colour.)
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -21,7 +14,6 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import compress
@@ -29,7 +21,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from tcm_fast.data.arrays import choose_arrays, to_uint8
 from tcm_fast.data.labels import (
@@ -95,56 +86,6 @@ def open_source(source: Path, reading: Reading = AS_IT_IS) -> ImageArrays | Imag
         if source.name.lower().endswith(suffix):
             return reader(source, reading)
     raise ValueError(f"data: {source} is not a kind of source that is known: {KINDS}")
-
-
-# ---- one image ----------------------------------------------------------------------------------
-
-
-def decode(encoded: bytes, resolution: int | None = None) -> np.ndarray:
-    """Decode an image file to uint8 [H,W] (grey) or [H,W,3], by the rule at the top of this module;
-    `resolution` resizes it to a square as `fit` does. Raises whatever Pillow stumbles over."""
-    with Image.open(io.BytesIO(encoded)) as opened:
-        image = ImageOps.exif_transpose(opened) if "exif" in opened.info else opened
-        image = _to_grey_or_rgb(image)
-        return np.asarray(image if resolution is None else fit(image, resolution))
-
-
-def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
-    """Mode L or RGB, transparency composited on white."""
-    if image.mode.startswith("I"):
-        image = _reduce_16_bit(image)
-    elif image.mode == "F":
-        raise ValueError("floating-point images have no fixed range")
-    channel_mode = "L" if image.mode in GREY_MODES else "RGB"
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba)
-        return image.getchannel("R") if channel_mode == "L" else image.convert("RGB")
-    return image if image.mode == channel_mode else image.convert(channel_mode)
-
-
-def _reduce_16_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey to mode L; 65535/255 = 257. Pillow opens some such files as 32-bit integers."""
-    values = np.asarray(image).astype(np.int64)
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ValueError("integer images of more than 16 bits have no fixed range")
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        values[values == transparent] = 65535
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-
-
-def fit(image: Image.Image, resolution: int) -> Image.Image:
-    """Resize an L or RGB image to resolution × resolution as ADM does (Dhariwal & Nichol 2021):
-    box halvings while the shorter side is at least twice too long, bicubic, centre crop."""
-    while min(image.size) >= 2 * resolution:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = resolution / min(image.size)
-    size = round(image.width * scale), round(image.height * scale)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
 
 
 # ---- folders and zips ---------------------------------------------------------------------------
@@ -301,7 +242,7 @@ def _instead(names: list[str]) -> str:
 
 
 def _read_npz(source: Path, reading: Reading) -> ImageArrays:
-    """Images and labels of an npz (`image_arrays` says of which names, layouts and types). Pickled
+    """Images and labels of an npz (`tcm_fast.data.arrays` says of which names, layouts and types). Pickled
     content is refused."""
     if not zipfile.is_zipfile(source):
         raise ValueError(f"data: {source} is not an npz file")
@@ -482,54 +423,3 @@ _READERS: dict[str, Callable[[Path, Reading], ImageArrays | ImageFiles]] = {
     ".tar.gz": _read_cifar10,
     ".parquet": _open_parquet,
 }
-
-
-# ---- writing ------------------------------------------------------------------------------------
-
-
-def write_zip(
-    destination: Path,
-    images: np.ndarray,
-    labels: np.ndarray | None,
-    class_names: tuple[str, ...],
-    pool: Executor,
-) -> None:
-    """Write an uncompressed zip of PNGs as EDM reads it: 00000/img00000000.png, ..., dataset.json.
-
-    The same images give the same bytes. The file appears under its name only when it is complete.
-
-    Args:
-        images: uint8 [N,R,R,C], C 1 or 3.
-        labels: int64 [N] or None.
-        pool: encodes PNGs in parallel.
-    """
-    names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(images))]
-    pairs = None if labels is None else [[n, int(k)] for n, k in zip(names, labels, strict=True)]
-    metadata = {"labels": pairs} | ({"class_names": class_names} if pairs else {})
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for start in range(0, len(images), 1024):  # bounds what is encoded but not written
-                    part = slice(start, start + 1024)
-                    for name, png in zip(names[part], pool.map(_png, images[part]), strict=True):
-                        _add_entry(archive, name, png)
-                _add_entry(archive, "dataset.json", json.dumps(metadata).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(destination)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def _add_entry(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    entry.create_system = 3  # Unix, wherever it is written
-    entry.external_attr = 0o644 << 16
-    archive.writestr(entry, content)

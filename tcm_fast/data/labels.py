@@ -53,7 +53,7 @@ class Labelled:
 
 
 def say(text: str) -> None:
-    """Tell the user; not an error."""
+    """Warn the user."""
     warnings.warn(f"data: {text}", stacklevel=2)
 
 

@@ -78,7 +78,7 @@ def write_packed(
         decode: an item of `files` -> its name and the image uint8 [R,R] or [R,R,3], or what went wrong.
         parallel: maps a function over items, in order.
         resolution: height and width of the images.
-        about: what tells this set from another; kept in packed.json.
+        about: what identifies the set; kept in packed.json.
         refuse: called with the images that could not be read, "name (why)", where there are some; raises
             unless they may be left out.
 

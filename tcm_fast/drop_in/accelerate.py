@@ -1,12 +1,12 @@
-"""Fused operations inside networks that somebody else wrote, and back again.
+"""Fused operations inside other projects' networks, and back again.
 
     report = tcm_fast.accelerate(model)     # in place; print(report)
     ...
     tcm_fast.restore(model)
 
-A module that is served gets a sub-class of its own class, whose forward method uses the fused
+A supported module gets a sub-class of its own class, whose forward method uses the fused
 operations. Parameters, buffers, names, hooks and `isinstance` stay as they are; so does what has been
-built on them: optimizers, averages, checkpoints.
+built on them: optimizers, EMA, checkpoints.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tcm_fast.drop_in.known_blocks import (
     TORCH_PROCESSORS,
     AttentionProcessor,
     Block,
+    attends_to_tokens,
     attention_obstacle,
     known_attention,
     known_block,
-    serves_tokens,
     sub_modules,
 )
 from tcm_fast.drop_in.norm_silu import (
@@ -79,9 +79,9 @@ class Report:
 def accelerate(
     model: nn.Module, *, memory_format: torch.memory_format | str | None = "auto"
 ) -> Report:
-    """Replace, in place, what the fused operations cover in a network, whoever wrote it.
+    """Replace, in place, what the fused operations cover in any network.
 
-    Served are the blocks of the U-Nets of EDM, ECT, TCM, EDM2, FastGen and PhysicsNeMo, of diffusers
+    Supported are the blocks of the U-Nets of EDM, ECT, TCM, EDM2, FastGen and PhysicsNeMo, of diffusers
     `ResnetBlock2D` and `Attention` over pixels, and in any module GroupNorm, together with the SiLU that
     follows it in an `nn.Sequential`. A block is known by its class name and parts, and replaced only
     where it computes what the published one does: both are tried on random weights, on the CPU.
@@ -172,9 +172,9 @@ def _obstacle(module: nn.Module, block: Block) -> str:
     """Why a known block cannot be replaced, "" where it can."""
     if isinstance(module, torch.jit.ScriptModule):
         return "is TorchScript"
-    listeners = [path for path, child in sub_modules(module, block.inside) if has_hooks(child)]
-    if listeners:
-        return f"somebody listens to its {', '.join(listeners)} (forward or backward hooks)"
+    hooked = [path for path, child in sub_modules(module, block.inside) if has_hooks(child)]
+    if hooked:
+        return f"has forward or backward hooks on {', '.join(hooked)}"
     return block.obstacle(module)
 
 
@@ -186,10 +186,10 @@ def _replace_processor(path: str, module: Any, report: Report, done: set[nn.Modu
         why = ""
     elif name not in TORCH_PROCESSORS:
         why = f"has the processor {name}"
-    elif serves_tokens(module):
-        why = "attends to tokens, which torch's own fused attention serves"
+    elif attends_to_tokens(module):
+        why = "attends to tokens, for which torch's own attention is fused already"
     elif norm is not None and has_hooks(norm):
-        why = "somebody listens to its group_norm (forward or backward hooks)"
+        why = "has forward or backward hooks on group_norm"
     else:
         why = attention_obstacle(module)
     if why:

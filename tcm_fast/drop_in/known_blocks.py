@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.modulate_mp_silu import modulate_mp_silu
 from tcm_fast.kernels.mp_sum import MP_SILU, mp_sum
@@ -28,7 +28,7 @@ class Block:
     """A class of other people's.
 
     label: what the report calls it. class_name: what they call it. parts: attributes it has.
-    obstacle: module -> why this one is not served, "" where it is.
+    obstacle: module -> why this one is not supported, "" where it is.
     forward: (module, *arguments of their forward) -> their result.
     example: module -> arguments of a small trial.
     inside: names of the sub-modules that are no longer called, whose hooks would no longer run.
@@ -112,7 +112,7 @@ def dropped(module: Any, x: torch.Tensor, p: float) -> dict[str, Any]:
         return {}
     bits = torch.randint(2**31, (2,), device=x.device)
     sample = torch.arange(len(x), device=x.device)
-    key = DropoutKey(seed=bits[0], step=bits[1], sample=sample)
+    key = PhiloxKey(seed=bits[0], step=bits[1], sample=sample)
     return {"dropout_p": p, "dropout_key": key}
 
 
@@ -307,7 +307,7 @@ TORCH_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0")  # that compute softmax
 
 class AttentionProcessor:
     """In place of the processor of a diffusers `Attention` over the pixels of an image: one product for
-    q, k and v, then the fused attention. What it does not serve goes to `original`."""
+    q, k and v, then the fused attention. What it does not support goes to `original`."""
 
     def __init__(self, original: Any):
         self.original = original
@@ -346,7 +346,7 @@ class AttentionProcessor:
 
 
 def attention_obstacle(attn: Any) -> str:
-    """Why the attention of a diffusers module is not served, "" where it is."""
+    """Why the attention of a diffusers module is not supported, "" where it is."""
     if attn.spatial_norm is not None:
         return "has a spatial normalisation"
     if getattr(attn, "norm_q", None) is not None or getattr(attn, "norm_k", None) is not None:
@@ -367,7 +367,7 @@ def known_attention(module: Any) -> bool:
     return "Attention" in names and has(module, *ATTENTION_PARTS)
 
 
-def serves_tokens(attn: Any) -> bool:
+def attends_to_tokens(attn: Any) -> bool:
     """Whether an attention is one of a transformer's, over tokens instead of pixels."""
     return attn.group_norm is None and not attn.residual_connection
 

@@ -19,7 +19,7 @@ from tcm_fast.drop_in.known_blocks import (
 
 
 def is_norm(module: Any) -> bool:
-    """Whether a module is a group normalisation that the fused operation stands for, without SiLU."""
+    """Whether a module is a group normalisation that the fused operation can replace, without SiLU."""
     if not isinstance(module, nn.Module):
         return False
     block = known_block(module)
@@ -27,12 +27,8 @@ def is_norm(module: Any) -> bool:
     return is_known and not norm_obstacle(module) and not activates(module)
 
 
-def is_silu(module: Any) -> bool:
-    return type(module) is nn.SiLU
-
-
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to a module's calls."""
+    """Whether a module has forward or backward hooks."""
     return any(
         getattr(module, f"_{kind}")
         for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -44,7 +40,7 @@ def sequential_runs(sequence: nn.Sequential) -> dict[int, int]:
     modules = list(sequence)
     runs = {}
     for i, (norm, act) in enumerate(itertools.pairwise(modules)):
-        if is_norm(norm) and is_silu(act) and not has_hooks(norm) and not has_hooks(act):
+        if is_norm(norm) and type(act) is nn.SiLU and not has_hooks(norm) and not has_hooks(act):
             drops = len(modules) > i + 2 and type(modules[i + 2]) is nn.Dropout
             runs[i] = 3 if drops and not has_hooks(modules[i + 2]) else 2
     return runs

@@ -1,6 +1,6 @@
-"""How well a network denoises in one call, over the noise level: where a consistency model has settled, when
-stage 1 can stop and where t' can lie (Lee et al. 2025, section 3: while stage 1 learns to generate from high
-noise levels, what it knew of low ones is forgotten).
+"""How well a network denoises in one call, over the noise level: where a consistency model has converged,
+when stage 1 can stop and where t' can lie (Lee et al. 2025, section 3: while stage 1 learns to generate
+from high noise levels, what it knew of low ones is forgotten).
 
 Real images are noised to t and denoised in one call; the distance at t is the Fréchet distance of the results
 to those images. Images and noise are the same at every t and every time, so that the numbers of one run
@@ -22,15 +22,15 @@ from tcm_fast.data.dataset import ImageData
 from tcm_fast.evaluation.features import FeatureSpace
 from tcm_fast.evaluation.metrics import frechet_distance
 from tcm_fast.kernels.denoise_to_uint8 import to_uint8
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import noise_pair
 from tcm_fast.networks import Precond
-from tcm_fast.sampling.sampler import T
+from tcm_fast.sampling.solvers import T
 
 TIMES = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, T)
 FEW = 256  # images of the readings that training takes
 EVENT = "denoising"  # of a run's log
-STILL = 0.05  # relative change over the last third of a phase below which a distance has settled
+STILL = 0.05  # relative change over the last third of a phase below which a distance has converged
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def _denoised(
         part = images[start : start + batch_size].permute(0, 3, 1, 2).contiguous().to(device)
         sample = torch.arange(start, start + len(part), device=device)
         level = torch.full((len(part),), t, device=device, dtype=torch.float64)
-        key = DropoutKey(seed=seed, step=0, sample=sample)
+        key = PhiloxKey(seed=seed, step=0, sample=sample)
         noised = noise_pair(part, level, None, key, sigma_data=net.sigma_data)
         one_hot = None
         if net.label_dim:
@@ -154,11 +154,11 @@ def advise(readings: Sequence[Reading]) -> str:
         default=readings[0],
     )
     change = {t: last.distances[t] / max(before.distances[t], 1e-12) - 1 for t in last.distances}
-    settled = [t for t in sorted(change) if change[t] > -STILL]
-    if not settled:
+    converged = [t for t in sorted(change) if change[t] > -STILL]
+    if not converged:
         return "denoising still improves at every noise level: let stage 1 go on"
-    if len(settled) == len(change):
-        return "denoising has settled at every noise level: stage 1 can stop"
+    if len(converged) == len(change):
+        return "denoising has converged at every noise level: stage 1 can stop"
     low = next(i for i, t in enumerate(sorted(change)) if change[t] <= -STILL)
     if not low:
         return (
@@ -168,7 +168,7 @@ def advise(readings: Sequence[Reading]) -> str:
     worse = [t for t in sorted(change)[:low] if change[t] > STILL]
     forgets = f"it is being forgotten at t = {worse[-1]:g} and below; " if worse else ""
     return (
-        f"denoising has settled up to t = {t_prime:g} and improves above: {forgets}stage 1 can stop, and "
+        f"denoising has converged up to t = {t_prime:g} and improves above: {forgets}stage 1 can stop, and "
         f"stage 2 begin with --tcm.t-prime {t_prime:g}"
     )
 

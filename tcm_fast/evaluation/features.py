@@ -109,24 +109,14 @@ def feature_space(name: str, *, device: str | torch.device = "cpu") -> FeatureSp
     """The space that a configuration names.
 
     Args:
-        name: `digits`; `random`; `inception:WEIGHTS`; or a TorchScript file.
+        name: `digits`, `random`, `inception:WEIGHTS` or another of `FEATURE_SPACES`; or a TorchScript file.
 
     Raises:
         ValueError, FileNotFoundError: there is no such space here; the message says why.
     """
-    kind, _, path = name.partition(":")
-    if name == "digits":
-        return digits_feature_space()
-    if name == "random":
-        return random_feature_space(device=device)
-    if kind == "inception":
-        if not path:
-            raise ValueError(
-                "features: inception needs a file of weights, inception:FILE, got none "
-                "(torch-fidelity's is weights-inception-2015-12-05-6726825d.pth)"
-            )
-        return inception_feature_space(path, device=device)
-    return feature_space_from_file(name, device=device)
+    kind, colon, argument = name.partition(":")
+    make = FEATURE_SPACES.get(kind + colon)
+    return feature_space_from_file(name, device=device) if make is None else make(argument, device)
 
 
 def feature_space_from_file(
@@ -186,7 +176,10 @@ def inception_feature_space(
     """
     weights = Path(weights)
     if not weights.is_file():
-        raise FileNotFoundError(f"features: the weights of inception are missing, got {weights}")
+        raise FileNotFoundError(
+            f"features: the weights of inception are missing, got inception:{weights} "
+            "(torch-fidelity's are weights-inception-2015-12-05-6726825d.pth)"
+        )
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
@@ -243,7 +236,7 @@ def random_feature_space(seed: int = 0, *, device: str | torch.device = "cpu") -
 
 
 def _initialise(layers: Iterable[nn.Module], generator: torch.Generator) -> None:
-    """He initialisation from a generator of one's own: the global one is nobody's to draw from."""
+    """He initialisation from a generator, so that torch's global one does not move."""
     for layer in layers:
         assert isinstance(layer, nn.Conv2d | nn.Linear)
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
@@ -414,3 +407,11 @@ def digits_feature_space() -> FeatureSpace:
         resolution=8,
         classifier=lambda scaled: softmax(logits(scaled) / temperature, axis=1),
     )
+
+
+FEATURE_SPACES: dict[str, Callable[[str, str | torch.device], FeatureSpace]] = {
+    "digits": lambda _, device: digits_feature_space(),
+    "random": lambda _, device: random_feature_space(device=device),
+    "inception:": lambda weights, device: inception_feature_space(weights, device=device),
+}
+"""By name, with a colon where an argument follows: that argument and a device -> a space."""

@@ -1,10 +1,8 @@
 """How good samples are: Fréchet distances, recognisable samples, memorised samples.
 
 A Fréchet distance compares two sets of images by the mean and covariance of their features. Which
-features is a `FeatureSpace`'s business: a small classifier for the built-in digits, trained on the
-spot; a network that the user brings as a file; Inception for numbers that compare with published
-ones. Every number comes beside a yardstick, the same number for real images, since its absolute
-value says little: a Fréchet distance of finite sets is biased upwards by an amount that grows as
+features, the `FeatureSpace` says. Every number comes beside the same number for real images, since its
+absolute value says little: a Fréchet distance of finite sets is biased upwards by an amount that grows as
 the sets shrink (Chong & Forsyth 2020), so both sides always have equally many images.
 """
 
@@ -12,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +92,13 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
+FRECHET = "Fréchet distance"
+Metric = Callable[[np.ndarray, np.ndarray], float]
+METRICS: dict[str, Metric] = {FRECHET: frechet_distance}
+"""Metrics by name: features [N,D] of samples and [M,D] of real images -> a number. `evaluate` and `tcm-fast
+eval` apply all of them."""
+
+
 # ---- memorising ---------------------------------------------------------------------------------
 
 
@@ -147,7 +153,7 @@ def _nearest(
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` finds; `_real` is the same number for real images, the yardstick.
+    """What `evaluate` finds; `_real` is the same number for real images.
 
     Confidences are None in a space without a classifier.
     """
@@ -155,10 +161,11 @@ class Report:
     space: str
     num: int
     """Samples, and images they are compared with."""
-    frechet: float
     num_real: int
-    """Images on either side of `frechet_real`."""
-    frechet_real: float
+    """Images on either side of `metrics_real`."""
+    metrics: dict[str, float]
+    """Samples against real images, by the names of `METRICS`."""
+    metrics_real: dict[str, float]
     """Half of the real images against the other half."""
     confident: float | None
     """Share of samples whose class has a probability of at least 0.9."""
@@ -179,6 +186,14 @@ class Report:
     however smooth the samples are (Yoon et al. 2023)."""
     copied_real: float
 
+    @property
+    def frechet(self) -> float:
+        return self.metrics[FRECHET]
+
+    @property
+    def frechet_real(self) -> float:
+        return self.metrics_real[FRECHET]
+
 
 def evaluate(
     samples: Images,
@@ -187,11 +202,11 @@ def evaluate(
     *,
     held_out: ImageData | None = None,
 ) -> Report:
-    """Judge samples against the images that their network was trained on, and images held out from
+    """Evaluate samples against the images that their network was trained on, and images held out from
     it.
 
     With held-out images (those of `digits:train` are `digits:test`, and need not be given) samples
-    are compared with these, and so is the training set, which is the yardstick of every number.
+    are compared with these, and so is the training set: the `_real` of every number.
     Without, they are compared with the training set itself, as for published numbers;
     `frechet_real` is then that of its two halves, and a real image's nearest training image the
     nearest other one.
@@ -215,15 +230,17 @@ def evaluate(
                 f"evaluate: {name} must be two or more of the shape of the training images, "
                 f"{list(train.images.shape[1:])}, got {list(images.shape)}"
             )
-    real = _judge_real(train, held_out, space, min(len(samples), len((held_out or train).images)))
+    num = min(len(samples), len((held_out or train).images))
+    real = _evaluate_real(train, held_out, space, num, tuple(METRICS.items()))
     distances = nearest_distances(samples[:NEAREST_NUM], train.images, device=space.device)
+    features = space.features(samples[:num])
     threshold = float(np.quantile(real.distances[:, 0], 0.01))
     return Report(
         space=space.name,
-        num=len(real.features),
-        frechet=frechet_distance(space.features(samples[: len(real.features)]), real.features),
+        num=num,
         num_real=real.num,
-        frechet_real=real.frechet,
+        metrics={name: metric(features, real.features) for name, metric in METRICS.items()},
+        metrics_real=real.metrics,
         confident=_share_confident(space, samples),
         confident_real=real.confident,
         confident_noise=real.confident_noise,
@@ -249,7 +266,7 @@ def evaluate_network(
     workers: Workers | None = None,
 ) -> Report:
     """`evaluate` of `num` samples of a network in `steps` steps; 0 is as many as there are images
-    to compare them with. Several processes (`workers`) share the drawing, the main one judges, and all
+    to compare them with. Several processes (`workers`) share the drawing, the main one evaluates, and all
     get its report, which does not depend on their number."""
     num = num or len((held_out or _held_out_digits(train) or train).images)
     if workers is None:
@@ -276,17 +293,18 @@ class _Real:
 
     features: np.ndarray
     num: int
-    frechet: float
+    metrics: dict[str, float]
     confident: float | None
     confident_noise: float | None
     distances: np.ndarray
 
 
 @functools.lru_cache(maxsize=1)
-def _judge_real(
-    train: ImageData, held_out: ImageData | None, space: FeatureSpace, num: int
-) -> _Real:
-    """Judge real images, kept for the next evaluation of the same run."""
+def _evaluate_real(
+    train: ImageData, held_out: ImageData | None, space: FeatureSpace, num: int,
+    metrics: tuple[tuple[str, Metric], ...],
+) -> _Real:  # fmt: skip
+    """The same numbers of real images, kept for the next evaluation of the same run."""
     generator = np.random.default_rng(0)
     reference = held_out or train
     chosen = generator.permutation(len(reference.images))[:num]
@@ -304,7 +322,7 @@ def _judge_real(
     return _Real(
         features=features,
         num=count,
-        frechet=frechet_distance(*sides),
+        metrics={name: metric(*sides) for name, metric in metrics},
         confident=_share_confident(space, reference.images),
         confident_noise=_share_confident(space, noise),
         distances=distances,

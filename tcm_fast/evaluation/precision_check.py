@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from tcm_fast.data.dataset import ImageData
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import network_input, noise_pair
 from tcm_fast.kernels.precondition import denoise
 from tcm_fast.networks import Precond
-from tcm_fast.networks.precision import cast_names, in_precision
+from tcm_fast.networks.precision import in_precision
 from tcm_fast.objectives.noise_levels import inner_level
 from tcm_fast.runtime.arithmetic import PRECISIONS, tf32
 
@@ -120,7 +120,7 @@ def _differences(
     dtype = wide if precision == "float64" else PRECISIONS[precision]
     net = in_precision(net, dtype) if dtype != wide else net
     sample = torch.arange(len(images), device=images.device)
-    key = DropoutKey(seed=seed, step=0, sample=sample)
+    key = PhiloxKey(seed=seed, step=0, sample=sample)
     found = []
     for t in times:
         level = torch.full((len(images),), t, device=images.device, dtype=torch.float64)
@@ -139,7 +139,7 @@ def _rounding_to_tf32(net: Precond) -> Precond:
     """A copy whose convolutions and linear layers round their operands as tensor cores do."""
     rounded = copy.deepcopy(net)
     modules = dict(rounded.model.named_modules())
-    for name in cast_names(rounded.model):
+    for name in rounded.model.cast_names():
         path, _, leaf = name.rpartition(".")
         if leaf == "weight":
             modules[path].weight.data = _to_tf32(modules[path].weight.data)

@@ -14,7 +14,9 @@ from tcm_fast.data.dataset import ImageData
 from tcm_fast.evaluation.features import FeatureSpace
 from tcm_fast.evaluation.metrics import frechet_distance
 from tcm_fast.networks import Precond
-from tcm_fast.sampling.sampler import T, sample
+from tcm_fast.objectives import is_consistency
+from tcm_fast.sampling.sampler import sample
+from tcm_fast.sampling.solvers import T
 
 LOWEST, COARSE, ROUNDS = 0.1, 7, 3
 
@@ -44,7 +46,7 @@ def search_second_time(
         ValueError: a pre-trained network, whose second step has no such time; a range without times.
     """
     info = getattr(net, "info", {})
-    if info.get("phase") == "edm":
+    if not is_consistency(info.get("phase")):
         raise ValueError("search-times: needs a consistency model, got a pre-trained network")
     lowest = lowest or max(LOWEST, info.get("t_prime") or 0.0)
     if not 0 < lowest < T / 2:

@@ -3,54 +3,30 @@
     snapshots of EDM, EDM2, ECT, TCM (network-snapshot-*.pkl), their training states (.pt) and state
     dicts (.pth), FastGen's checkpoints (.pth)
 
-Their names are ours (DESIGN: `model.enc.32x32_block0.norm0.weight`), so that what has to be found out is
-the architecture: it follows from the names and shapes; what leaves no trace there, dropout and the like,
-comes from the constructor's arguments that a snapshot records.
+Their tensors have our names (`model.enc.32x32_block0.norm0.weight`); the architecture follows from names
+and shapes.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tcm_fast.checkpoint.format import save_network
-from tcm_fast.interchange.safe_pickle import Record, Refused, shown
-from tcm_fast.interchange.torch_format import FileTensor, read
-from tcm_fast.networks import Precond, build_network
+from tcm_fast.interchange.foreign import Found, find_network
+from tcm_fast.interchange.safe_pickle import Refused, shown
+from tcm_fast.interchange.torch_format import read
+from tcm_fast.networks import Precond, build_network, recognise
+from tcm_fast.networks.recognition import Weights
 
-MAX_MODULES = 100_000
-MAX_DEPTH = 40
-CONSISTENCY, DIFFUSION = "ECMPrecond", ("EDMPrecond", "Precond", "EDM2Precond")
 OTHER_PRECONDITIONING = ("VPPrecond", "VEPrecond", "iDDPMPrecond")
+DIFFUSION = ("EDMPrecond", "Precond", "EDM2Precond")
 # Weights of other projects' extra outputs, which sampling and training do without.
 DROPPED = re.compile(r"model\.logvar_|noise_scheduler\.")
-POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")
-
-Tensors = Mapping[str, FileTensor]
-
-
-@dataclass
-class Found:
-    """A network in somebody's file. `tensors` have our names; `options` are of the constructor."""
-
-    tensors: dict[str, FileTensor]
-    weights: str
-    """Which of the file's networks it is: "ema", "net", ..."""
-    preconditioning: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    loss: dict[str, Any] = field(default_factory=dict)
-    """Options of the loss that it was trained by, its class as "class"."""
-    dropped: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    """The other networks in the file."""
-    is_shifted: bool = False
-    """Whether the preconditioning shifts the noise level in eval mode, as ECT's does."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +149,7 @@ def training_info(
 
 
 def _phase(found: Found) -> tuple[str | None, float | None]:
-    """The phase that a file tells of, and t' of a truncated network."""
+    """The phase that a file says, and t' of a truncated network."""
     loss = found.loss.get("class")
     if loss in ("EDMLoss", "EDM2Loss"):
         return "edm", None
@@ -185,171 +161,26 @@ def _phase(found: Found) -> tuple[str | None, float | None]:
     return ("edm", None) if found.preconditioning in DIFFUSION else (None, None)
 
 
-# ---- the network in the file ----------------------------------------------------------------------
-
-
-def find_network(content: Any, weights: str | None = None) -> Found:
-    """The network in what a file holds.
-
-    Raises:
-        Refused: there is none, or not the one that was asked for.
-    """
-    candidates = dict(_candidates(content))
-    if not candidates:
-        raise Refused("it holds no network, neither a snapshot's nor a state dict")
-    order = sorted(candidates, key=lambda name: (not name.startswith("ema"), name != "net"))
-    chosen = weights or order[0]
-    if chosen not in candidates:
-        raise Refused(f"it has no network {chosen!r}, but {', '.join(order)}")
-    network = candidates[chosen]
-    others = [name for name in order if name != chosen]
-    if isinstance(network, Record):
-        tensors: dict[str, FileTensor] = {}
-        _collect(network, "", tensors, [0], 0)
-        # ECT and TCM have a class of one name; what tells them apart is in the source, as text.
-        found = Found(
-            tensors, chosen, network.kind[:80], _arguments(network), others=others,
-            is_shifted=network.kind == CONSISTENCY and "sigma - self.sigma_min" in network.source,
-        )  # fmt: skip
-    else:
-        tensors = {
-            name: t for name, t in network.items()
-            if isinstance(name, str) and isinstance(t, FileTensor)
-        }  # fmt: skip
-        found = Found(tensors, chosen, others=others)
-    loss = content.get("loss_fn") if isinstance(content, dict) else None
-    if isinstance(loss, Record):
-        found.loss = {"class": loss.kind, **loss.state}
-    found.tensors = {_our_name(name): tensor for name, tensor in found.tensors.items()}
-    return found
-
-
-def _candidates(content: Any) -> list[tuple[str, Any]]:
-    """Networks by the names that the file gives them: modules, or dictionaries of tensors."""
-    if _is_network(content):
-        return [("net", content)]
-    if not isinstance(content, dict):
-        return []
-    inside = content.get("model") if isinstance(content.get("model"), dict) else None
-    if inside is not None and not _is_network(inside):  # FastGen's
-        content = inside
-    averages = content.get("ema")
-    if isinstance(averages, dict) and isinstance(averages.get("emas"), list):  # EDM2's states
-        stds = averages.get("stds")
-        stds = stds if isinstance(stds, list) else []
-        named = {f"ema-{std:g}": v for std, v in zip(stds, averages["emas"], strict=False)
-                 if isinstance(std, float)}  # fmt: skip
-        content = content | named
-    names = [n for n in content if isinstance(n, str) and re.fullmatch(r"[\w.\-]{1,40}", n)]
-    return [(name, content[name]) for name in names if _is_network(content[name])]
-
-
-def _is_network(value: Any) -> bool:
-    if isinstance(value, Record):
-        return isinstance(value.state.get("_modules"), dict) and _has_encoder(value, 0)
-    return isinstance(value, dict) and any(
-        isinstance(name, str) and re.search(r"(^|\.)enc\.\d+x\d+_conv\.weight$", name)
-        for name in value
-    )
-
-
-def _has_encoder(module: Record, depth: int) -> bool:
-    """Whether a module, or one in it, has the encoder of a U-Net."""
-    children = module.state.get("_modules")
-    if not isinstance(children, dict) or depth > 3:
-        return False
-    inner = (child for child in children.values() if isinstance(child, Record))
-    return "enc" in children or any(_has_encoder(child, depth + 1) for child in inner)
-
-
-def _collect(
-    module: Record, prefix: str, out: dict[str, FileTensor], visited: list[int], depth: int
-) -> None:
-    """The state dict of a module that was not built."""
-    visited[0] += 1
-    if depth > MAX_DEPTH or visited[0] > MAX_MODULES:
-        raise Refused("its modules are nested too deeply")
-
-    def attribute(name: str) -> dict:
-        value = module.state.get(name, {})
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise Refused(f"a module's {name} is no dictionary")
-        return value
-
-    unsaved = module.state.get("_non_persistent_buffers_set", set())
-    if not isinstance(unsaved, set):
-        raise Refused("a module's _non_persistent_buffers_set is no set")
-    buffers = {k: v for k, v in attribute("_buffers").items() if k not in unsaved}
-    for name, value in {**attribute("_parameters"), **buffers}.items():
-        if isinstance(value, FileTensor):
-            out[prefix + name] = value
-    for name, child in attribute("_modules").items():
-        if isinstance(child, Record):
-            _collect(child, f"{prefix}{name}.", out, visited, depth + 1)
-
-
-def _arguments(network: Record) -> dict[str, Any]:
-    """The recorded arguments of a constructor by name."""
-    named = network.state.get("_init_kwargs")
-    options = dict(named) if isinstance(named, dict) else {}
-    given = network.state.get("_init_args")
-    options |= dict(zip(POSITIONAL, given if isinstance(given, tuple | list) else (), strict=False))
-    return options
-
-
-def _our_name(name: str) -> str:
-    """`unet.` of EDM2's own snapshots is our `model.`; wrappers of torch's are left off."""
-    if not re.fullmatch(r"[\w.\-]{1,200}", name):
-        raise Refused(f"a weight has the name {shown(name)}")
-    name = re.sub(r"^(module\.|_orig_mod\.|net\.)+", "", name)
-    name = re.sub(r"^unet\.", "model.", name)
-    return name if re.match(r"model\.|logvar_|noise_scheduler\.", name) else f"model.{name}"
-
-
-# ---- its architecture -------------------------------------------------------------------------------
-
-
 def architecture(found: Found) -> dict[str, Any]:
     """The arguments of `build_network` for a network, from its names and shapes and its options.
 
     Raises:
         Refused: the network is not one of ours; the message says by what.
     """
-    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
     if found.preconditioning in OTHER_PRECONDITIONING:
         raise Refused(
-            f"its preconditioning is {found.preconditioning}; only EDM's is served, of which EDM has "
+            f"its preconditioning is {found.preconditioning}; only EDM's is supported, of which EDM has "
             "published a network for each of its data sets"
         )
-    stems = [
-        m for name in shapes if (m := re.fullmatch(r"model\.enc\.(\d+)x\1_conv\.weight", name))
-    ]
-    if len(stems) != 1 or len(shapes[stems[0][0]]) != 4:
-        raise Refused("its network has no first convolution model.enc.RxR_conv.weight")
-    resolution = int(stems[0][1])
-    is_edm2 = any(name.endswith(".conv_res0.weight") for name in shapes)
-    levels = _levels(shapes, resolution, "conv_res1" if is_edm2 else "conv1")
-    attention = "attn_qkv" if is_edm2 else "qkv"
-    spec: dict[str, Any] = {
-        "img_resolution": resolution,
-        "img_channels": shapes[stems[0][0]][1] - is_edm2,
-        "sigma_data": float(_number(found.options, "sigma_data", 0.5)),
-        "num_blocks": levels[0].blocks,
-        "attn_resolutions": [
-            level.resolution
-            for level in levels
-            if f"model.enc.{level.name}_block0.{attention}.weight" in shapes
-        ],
-        "dropout": float(_number(found.options, "dropout", 0.0)),
-    }
-    if len({level.blocks for level in levels}) > 1:
-        raise Refused("its levels have different numbers of blocks")
-    spec |= (_edm2 if is_edm2 else _edm)(found, shapes, levels, shapes[stems[0][0]][0])
-    rates = _option(found.options, "dropout_resolutions", "dout_resolutions")
-    if rates is not None:
-        known = [level.resolution for level in levels]
-        spec["dropout_resolutions"] = [res for res in _whole_numbers(rates) if res in known]
-    spec["label_dropout"] = float(_number(found.options, "label_dropout", 0.0))
+    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+    weights = Weights(shapes, found.options, lambda name: found.tensors[name].load(), shown)
+    try:
+        spec = recognise(weights)
+        spec["sigma_data"] = float(weights.number("sigma_data", 0.5))
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    if "logvar_linear.weight" in shapes and "logvar_fourier.freqs" in shapes:
+        spec["logvar_channels"] = shapes["logvar_linear.weight"][1]
     for name in ("img_resolution", "img_channels", "label_dim"):
         recorded = found.options.get(name, spec[name])
         if recorded != spec[name]:
@@ -357,135 +188,6 @@ def architecture(found: Found) -> dict[str, Any]:
                 f"{name} is {shown(recorded)} by its arguments, {spec[name]} by its weights"
             )
     return spec
-
-
-@dataclass(frozen=True)
-class _Level:
-    resolution: int
-    blocks: int
-    width: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.resolution}x{self.resolution}"
-
-
-def _levels(shapes: Mapping[str, tuple], resolution: int, last: str) -> list[_Level]:
-    """The levels of the encoder, whose blocks end in the convolution `last`."""
-    levels = []
-    while True:
-        name = f"{resolution}x{resolution}"
-        blocks = 0
-        while f"model.enc.{name}_block{blocks}.{last}.weight" in shapes:
-            blocks += 1
-        if blocks == 0:
-            break
-        width = shapes[f"model.enc.{name}_block0.{last}.weight"][0]
-        levels.append(_Level(resolution, blocks, width))
-        resolution //= 2
-    if not levels:
-        raise Refused("its encoder has no blocks")
-    return levels
-
-
-def _edm(
-    found: Found, shapes: Mapping[str, tuple], levels: list[_Level], stem: int
-) -> dict[str, Any]:
-    """What DDPM++, NCSN++ and ADM have."""
-    foreign = [n for n in shapes if re.search(r"_aux_(up|down|skip)\.|map_noise\.scale|_r\.", n)]
-    if foreign:
-        raise Refused(f"its network has a part that ours lack, {shown(foreign[0])}")
-    for name in ("map_layer0", "map_layer1"):
-        if len(shapes.get(f"model.{name}.weight", ())) != 2:
-            raise Refused(f"its network has no model.{name}.weight")
-    embedding, noise = shapes["model.map_layer0.weight"]
-    is_adm = "model.out_norm.weight" in shapes
-    model_channels = noise if is_adm else stem
-    spec = {
-        "name": "adm",
-        "label_dim": shapes.get("model.map_label.weight", (0, 0))[1],
-        "augment_dim": shapes.get("model.map_augment.weight", (0, 0))[1],
-        "model_channels": model_channels,
-        "channel_mult": _multiples([level.width for level in levels], model_channels),
-        "channel_mult_emb": _multiples([embedding], model_channels)[0],
-    }
-    if is_adm:
-        return spec
-    is_fourier = "model.map_noise.freqs" in shapes
-    is_residual = any("_aux_residual." in name for name in shapes)
-    taps = next(
-        (t for name, t in found.tensors.items() if name.endswith("_down.conv0.resample_filter")),
-        None,
-    )
-    return spec | {
-        "name": "ncsnpp" if is_fourier or is_residual else "ddpmpp",
-        "embedding_type": "fourier" if is_fourier else "positional",
-        "channel_mult_noise": _multiples([noise], model_channels)[0],
-        "encoder_type": "residual" if is_residual else "standard",
-        "resample_filter": [1, 1] if taps is None else _taps(taps),
-    }
-
-
-def _edm2(
-    found: Found, shapes: Mapping[str, tuple], levels: list[_Level], stem: int
-) -> dict[str, Any]:
-    """What EDM2's networks have."""
-    fixed = {"res_balance": 0.3, "attn_balance": 0.3, "concat_balance": 0.5, "label_balance": 0.5,
-             "clip_act": 256, "resample_filter": [1, 1]}  # fmt: skip
-    for name, value in fixed.items():
-        if found.options.get(name, value) != value:
-            raise Refused(f"its {name} is {shown(found.options[name])}, ours {value}")
-    if "model.emb_fourier.freqs" not in shapes or "model.emb_noise_r.weight" in shapes:
-        raise Refused("its embedding of the noise level is not EDM2's")
-    widths = [level.width for level in levels]
-    model_channels = math.gcd(*widths)
-    recorded = found.options.get("model_channels", model_channels)
-    if type(recorded) is int and recorded > 0 and all(width % recorded == 0 for width in widths):
-        model_channels = recorded
-    spec = {
-        "name": "edm2",
-        "label_dim": shapes.get("model.emb_label.weight", (0, 0))[1],
-        "model_channels": model_channels,
-        "channel_mult": _multiples(widths, model_channels),
-        "channels_per_head": int(_number(found.options, "channels_per_head", 64)),
-    }
-    if "logvar_linear.weight" in shapes and "logvar_fourier.freqs" in shapes:
-        spec["logvar_channels"] = shapes["logvar_linear.weight"][1]
-    return spec
-
-
-def _multiples(widths: list[int], unit: int) -> list[int]:
-    if unit < 1 or any(width % unit for width in widths):
-        raise Refused(f"its widths {widths} are no multiples of {unit}")
-    return [width // unit for width in widths]
-
-
-def _taps(tensor: FileTensor) -> list[int]:
-    """The taps of a resampling filter, which is kept as their normalised outer product [1,1,k,k]."""
-    if len(tensor.shape) != 4 or tensor.shape[2] != tensor.shape[3] or tensor.shape[2] > 16:
-        raise Refused(f"a resampling filter is {list(tensor.shape)}")
-    taps = tensor.load().double()[0, 0].diagonal().clamp(min=1e-12).sqrt()
-    return [max(1, min(round(tap), 1000)) for tap in (taps / taps.min()).nan_to_num(1.0).tolist()]
-
-
-def _option(options: Mapping[str, Any], *names: str) -> Any:
-    return next((options[name] for name in names if options.get(name) is not None), None)
-
-
-def _number(options: Mapping[str, Any], name: str, default: float) -> float:
-    value = options.get(name, default)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise Refused(f"its argument {name} is {shown(value)}, not a number")
-    return value
-
-
-def _whole_numbers(value: Any) -> list[int]:
-    if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
-        raise Refused(f"a list of resolutions is {shown(value)}")
-    return list(value)
-
-
-# ---- its weights ------------------------------------------------------------------------------------
 
 
 def _check(spec: dict[str, Any], found: Found) -> None:

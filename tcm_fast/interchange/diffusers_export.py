@@ -19,6 +19,7 @@ from torch import nn
 
 from tcm_fast.kernels.precondition import denoise, preconditioning
 from tcm_fast.networks import Precond, build_network
+from tcm_fast.networks.adm import DhariwalUNet
 from tcm_fast.sampling.sampler import sample
 
 try:
@@ -158,7 +159,8 @@ PARTS = {  # of a block: ours -> diffusers'
 def as_unet2d(net: Precond) -> Any | None:
     """A UNet2DModel that computes what an ADM network does, or None where its architecture differs."""
     spec = net.spec
-    if spec["name"] != "adm" or spec["channel_mult"][0] != 1 or spec["channel_mult_emb"] != 4:
+    is_adm = isinstance(net.model, DhariwalUNet)
+    if not is_adm or spec["channel_mult"][0] != 1 or spec["channel_mult_emb"] != 4:
         return None
     widths = [spec["model_channels"] * mult for mult in spec["channel_mult"]]
     if min(widths) < 128:  # diffusers has one number of groups for all widths
@@ -175,29 +177,28 @@ def as_unet2d(net: Precond) -> Any | None:
         dropout=spec["dropout"], attention_head_dim=64, norm_num_groups=32, attn_norm_num_groups=32,
         norm_eps=1e-5, resnet_time_scale_shift="scale_shift", num_class_embeds=net.label_dim or None,
     )  # fmt: skip
-    unet.load_state_dict(_unet2d_state(net, resolutions))
+    unet.load_state_dict(_unet2d_state(net))
     return unet.eval()
 
 
-def _unet2d_state(net: Precond, resolutions: list[int]) -> dict[str, torch.Tensor]:
+def _unet2d_state(net: Precond) -> dict[str, torch.Tensor]:
     """The weights of an ADM network by the names that UNet2DModel has for them."""
-    lowest = len(resolutions) - 1
+    network = net.model
+    assert isinstance(network, DhariwalUNet)
     paths = {"map_layer0": "time_embedding.linear_1", "map_layer1": "time_embedding.linear_2",
-             "out_norm": "conv_norm_out", "out_conv": "conv_out"}  # fmt: skip
+             "out_norm": "conv_norm_out", "out_conv": "conv_out", network.stem: "conv_in"}  # fmt: skip
     blocks = {}  # ours -> (diffusers' residual block, its attention)
-    for level, res in enumerate(resolutions):
-        name, up = f"{res}x{res}", lowest - level
-        paths[f"enc.{name}_conv"] = "conv_in"
-        blocks[f"enc.{name}_down"] = f"down_blocks.{level - 1}.downsamplers.0", ""
-        blocks[f"dec.{name}_up"] = f"up_blocks.{up - 1}.upsamplers.0", ""
-        blocks[f"dec.{name}_in0"] = "mid_block.resnets.0", "mid_block.attentions.0"
-        blocks[f"dec.{name}_in1"] = "mid_block.resnets.1", ""
-        for index in range(net.spec["num_blocks"] + 1):
-            for side, path in (("enc", f"down_blocks.{level}"), ("dec", f"up_blocks.{up}")):
-                pair = f"{path}.resnets.{index}", f"{path}.attentions.{index}"
-                blocks[f"{side}.{name}_block{index}"] = pair
+    for path, at in network.places.items():
+        up = len(net.spec["channel_mult"]) - 1 - at.level
+        side = f"down_blocks.{at.level}" if at.side == "enc" else f"up_blocks.{up}"
+        blocks[path] = {
+            "down": (f"down_blocks.{at.level - 1}.downsamplers.0", ""),
+            "up": (f"up_blocks.{up - 1}.upsamplers.0", ""),
+            "in": (f"mid_block.resnets.{at.index}", "mid_block.attentions.0"),
+            "block": (f"{side}.resnets.{at.index}", f"{side}.attentions.{at.index}"),
+        }[at.kind]
     state = {}
-    for full, value in net.model.state_dict().items():
+    for full, value in network.state_dict().items():
         path, _, leaf = full.rpartition(".")
         block, _, part = path.rpartition(".")
         if full == "map_label.weight":

@@ -17,7 +17,8 @@ from torch import nn
 
 from tcm_fast.checkpoint.format import replacing
 from tcm_fast.networks import Precond
-from tcm_fast.sampling.sampler import default_times
+from tcm_fast.objectives import is_consistency
+from tcm_fast.sampling.solvers import default_times
 
 LOGVAR_CHANNELS = 128  # of EDM2's published networks
 
@@ -94,8 +95,10 @@ def export_program(
     """
     path = Path(path)
     info = getattr(net, "info", {})
-    if info.get("phase") == "edm":
-        raise ValueError("export: a pre-trained network (phase edm) is no consistency function")
+    if not is_consistency(phase := info.get("phase")):
+        raise ValueError(
+            f"export: a pre-trained network (phase {phase}) is no consistency function"
+        )
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"export: {path} must end in .pt2 or .onnx")
     levels = times or default_times(steps, info.get("t_prime"))

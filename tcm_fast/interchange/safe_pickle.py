@@ -16,7 +16,7 @@ import io
 import pickletools
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -41,7 +41,7 @@ def shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class Global:
-    """A name that the file refers to; it stands for nothing but itself."""
+    """A name that the file refers to; never looked up."""
 
     module: str
     name: str
@@ -85,10 +85,6 @@ def _key(value: Any) -> Any:
     if isinstance(value, int) and not -(2**60) < value < 2**60:
         raise Refused("a dictionary has a key of more than 60 bits")
     return value
-
-
-def _ordered_dict(pairs: Any = ()) -> dict:
-    return _dict(pairs)
 
 
 def _dict(pairs: Any = ()) -> dict:
@@ -162,7 +158,7 @@ def _array(*_: Any) -> Record:
 
 
 CALLS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "OrderedDict"): _dict,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
     ("copyreg", "_reconstructor"): _plain_object,
     ("copy_reg", "_reconstructor"): _plain_object,
@@ -271,14 +267,15 @@ class Machine:
         """
         self.stack, self.memo = [], {}
         try:
-            for count, (opcode, argument, _) in enumerate(_operations(_Bounded(file))):
+            operations = pickletools.genops(_Bounded(file))  # type: ignore[arg-type]
+            for count, (opcode, argument, _) in enumerate(operations):
                 if count > MAX_OPERATIONS:
                     raise Refused(f"it has more than {MAX_OPERATIONS:,} operations")
-                if opcode == "STOP":
+                if opcode.name == "STOP":
                     return self._pop()
-                operation = _OPERATIONS.get(opcode)
+                operation = _OPERATIONS.get(opcode.name)
                 if operation is None:
-                    raise Refused(f"it uses the operation {opcode}, which is not read")
+                    raise Refused(f"it uses the operation {opcode.name}, which is not read")
                 operation(self, argument)
         except Refused:
             raise
@@ -291,9 +288,8 @@ class Machine:
         raise Refused("it is truncated: the last operation is missing")
 
     def _pop(self) -> Any:
-        value = self.stack.pop()
-        if value is _MARK:
-            raise Refused("it is damaged (a mark where a value is due)")
+        value = self._top()
+        self.stack.pop()
         return value
 
     def _top(self) -> Any:
@@ -327,16 +323,14 @@ class Machine:
             raise Refused(f"it refers to {shown(full)}, which is not data")
         return found
 
-    def _call(self, function: Any, arguments: Any) -> Any:
+    def _call(self) -> None:
+        arguments, function = self._pop(), self._pop()
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise Refused(f"it calls something of type {type(function).__name__}")
         call = self.calls.get((function.module, function.name))
         if call is None:
             raise Refused(f"it calls {shown(function)}, which is not data")
-        return call(*arguments)
-
-    def _new(self, kind: Any, arguments: Any) -> Any:
-        return new_object(_want(kind, Global, "an object's class"))
+        self.stack.append(call(*arguments))
 
     def _build(self, state: Any) -> None:
         target = self._top()
@@ -348,16 +342,12 @@ class Machine:
         elif isinstance(target, Record):
             target.state = {**target.state, **_attributes(state)}
         elif isinstance(target, dict):
-            _attributes(state)  # of the dictionary itself: metadata that nobody needs
+            _attributes(state)  # of the dictionary itself: metadata that is not needed
         else:
             raise Refused(f"it gives attributes to something of type {type(target).__name__}")
 
     def _set_items(self, items: list[Any]) -> None:
-        target = _want(self._top(), dict, "an assignment")
-        if len(items) % 2:
-            raise Refused("it is damaged (a key without a value)")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_key(key)] = value
+        _want(self._top(), dict, "an assignment").update(_pairs(items))
 
     def _append(self, items: list[Any]) -> None:
         _want(self._top(), list, "an append").extend(items)
@@ -367,9 +357,6 @@ class Machine:
 
     def _remember(self, index: int) -> None:
         self.memo[index] = self._top()
-
-    def _recall(self, index: int) -> None:
-        self.stack.append(self.memo[index])
 
     def _push_tuple(self, size: int) -> None:
         if len(self.stack) < size or _MARK in self.stack[len(self.stack) - size :]:
@@ -382,11 +369,6 @@ class Machine:
         if self.persistent is None:
             raise Refused("it refers to something outside itself (a persistent id)")
         self.stack.append(self.persistent(self._pop()))
-
-
-def _operations(file: _Bounded) -> Iterator[tuple[str, Any, Any]]:
-    for opcode, argument, position in pickletools.genops(file):  # type: ignore[arg-type]
-        yield opcode.name, argument, position
 
 
 def _push(machine: Machine, value: Any) -> None:
@@ -403,14 +385,9 @@ def _stack_global(machine: Machine, _: Any) -> None:
     machine.stack.append(machine._global(module, name))
 
 
-def _reduce(machine: Machine, _: Any) -> None:
-    arguments, function = machine._pop(), machine._pop()
-    machine.stack.append(machine._call(function, arguments))
-
-
 def _new_object(machine: Machine, _: Any) -> None:
-    arguments, kind = machine._pop(), machine._pop()
-    machine.stack.append(machine._new(kind, arguments))
+    machine._pop()  # its arguments
+    machine.stack.append(new_object(_want(machine._pop(), Global, "an object's class")))
 
 
 def _new_object_ex(machine: Machine, _: Any) -> None:
@@ -455,10 +432,10 @@ _OPERATIONS: dict[str, Callable[[Machine, Any], Any]] = {
     "SETITEMS": lambda machine, _: machine._set_items(machine._pop_to_mark()),
     **dict.fromkeys(["PUT", "BINPUT", "LONG_BINPUT"], lambda m, index: m._remember(index)),
     "MEMOIZE": lambda machine, _: machine._remember(len(machine.memo)),
-    **dict.fromkeys(["GET", "BINGET", "LONG_BINGET"], lambda m, index: m._recall(index)),
+    **dict.fromkeys(["GET", "BINGET", "LONG_BINGET"], lambda m, index: _push(m, m.memo[index])),
     "GLOBAL": _global_text,
     "STACK_GLOBAL": _stack_global,
-    "REDUCE": _reduce,
+    "REDUCE": lambda machine, _: machine._call(),
     "NEWOBJ": _new_object,
     "NEWOBJ_EX": _new_object_ex,
     "BUILD": lambda machine, _: machine._build(machine._pop()),

@@ -4,24 +4,25 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from tcm_fast.config import load_preset, preset_names, require, suggest
 from tcm_fast.networks.adm import DhariwalUNet
 from tcm_fast.networks.ddpmpp import NCSNpp, SongUNet
 from tcm_fast.networks.edm2 import EDM2UNet
 from tcm_fast.networks.mp_layers import force_rows
 from tcm_fast.networks.precond import Precond
+from tcm_fast.networks.raw_network import RawNetwork
+from tcm_fast.networks.recognition import Weights
 
-__all__ = ["LOGVAR_CHANNELS", "NETWORKS", "Precond", "build_network", "force_rows"]
+__all__ = ["LOGVAR_CHANNELS", "NETWORKS", "Precond", "build_network", "force_rows", "recognise"]
 
 LOGVAR_CHANNELS = 128  # of the log-variance that EDM2 learns in pre-training
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
+NETWORKS: dict[str, Callable[..., RawNetwork]] = {
     "ddpmpp": SongUNet,
     "ncsnpp": NCSNpp,
     "adm": DhariwalUNet,
     "edm2": EDM2UNet,
 }
+"""What `build_network` builds: a family is a class in a file of its own and a line here."""
 _OWN = ("img_resolution", "in_channels", "out_channels", "label_dim")  # what build_network derives
 
 
@@ -83,3 +84,19 @@ def build_network(
     if logvar_channels:
         sizes["logvar_channels"] = logvar_channels
     return Precond(model, **sizes, spec={"name": name, **sizes, **options})
+
+
+def recognise(weights: Weights) -> dict[str, Any]:
+    """The arguments of `build_network` for a network in somebody's file, whose family it is found out.
+
+    Raises:
+        ValueError: it is none of ours; the message says by what.
+    """
+    for network in NETWORKS.values():
+        family: Any = getattr(network, "func", network)  # one with other defaults is a partial
+        if (spec := family.recognise(weights)) is not None:
+            return spec
+    raise ValueError(
+        "its network is of no family that is known here, or has no first convolution "
+        "model.enc.RxR_conv.weight"
+    )

@@ -1,12 +1,13 @@
 """ADM (Dhariwal & Nichol 2021) as EDM trains it on ImageNet-64 (Karras et al. 2022, table 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks.layers import (
     Conv2d,
     GroupNorm,
@@ -15,13 +16,13 @@ from tcm_fast.networks.layers import (
     UNetBlock,
     without_autocast,
 )
-from tcm_fast.networks.recompute import run_block
-from tcm_fast.networks.unet import UNet, level_resolutions
+from tcm_fast.networks.recognition import Weights
+from tcm_fast.networks.unet import EDMUNet, Place, level_resolutions
 
 CHANNELS_PER_HEAD = 64
 
 
-class DhariwalUNet(UNet):
+class DhariwalUNet(EDMUNet):
     """The raw network F(x, c_noise) of ADM.
 
     Args:
@@ -77,75 +78,30 @@ class DhariwalUNet(UNet):
         if self.map_label is not None:
             nn.init.normal_(self.map_label.weight)
 
-        layer = 0
-
-        def block(res: int, c_in: int, c_out: int, **options) -> UNetBlock:
-            nonlocal layer
-            layer += 1
+        def block(layer: int, c_in: int, c_out: int, at: Place) -> UNetBlock:
             return UNetBlock(
                 c_in, c_out, emb_channels,
-                layer=layer - 1, dropout=self.dropout_at(res), adaptive_scale=True, skip_scale=1.0,
-                channels_per_head=CHANNELS_PER_HEAD, resample_proj=False, eps=1e-5, init="kaiming",
-                init_last=0.0, init_attention=1.0, **options,
+                layer=layer, dropout=self.dropout_at(at.resolution), up=at.kind == "up",
+                down=at.kind == "down", attention=at.attends(attn_resolutions), adaptive_scale=True,
+                skip_scale=1.0, channels_per_head=CHANNELS_PER_HEAD, resample_proj=False, eps=1e-5,
+                init="kaiming", init_last=0.0, init_attention=1.0,
             )  # fmt: skip
 
         widths = [model_channels * mult for mult in channel_mult]
-        lowest = resolutions[-1]
-
-        self.enc = nn.ModuleDict()
-        skips: list[int] = []
-        width = in_channels
-        for res, c_out in zip(resolutions, widths, strict=True):
-            if res == img_resolution:
-                width = model_channels * channel_mult[0]
-                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, width, 3, init="kaiming")
-            else:
-                self.enc[f"{res}x{res}_down"] = block(res, width, width, down=True)
-            skips.append(width)
-            for index in range(num_blocks):
-                self.enc[f"{res}x{res}_block{index}"] = block(
-                    res, width, c_out, attention=res in attn_resolutions
-                )
-                skips.append(width := c_out)
-
-        self.dec = nn.ModuleDict()
-        for res, c_out in zip(reversed(resolutions), reversed(widths), strict=True):
-            if res == lowest:
-                self.dec[f"{res}x{res}_in0"] = block(res, width, width, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(res, width, width)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(res, width, width, up=True)
-            for index in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{index}"] = block(
-                    res, width + skips.pop(), c_out, attention=res in attn_resolutions
-                )
-                width = c_out
-        assert not skips
+        stem = Conv2d(in_channels, widths[0], 3, init="kaiming")
+        width = self.assemble(resolutions, widths, num_blocks, stem, widths[0], block)
         self.out_norm = GroupNorm(width, eps=1e-5)
         self.out_conv = Conv2d(width, out_channels, 3, gain=0, init="kaiming")
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        noise_labels: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
-    ) -> torch.Tensor:
-        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the weights' dtype, noise_labels [N]
-        (c_noise), class_labels one-hot [N,label_dim] and augment_labels [N,augment_dim]."""
-        dropout_key = self.key_for(x, dropout_key)
-        emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key).to(x.dtype)
-        skips: list[torch.Tensor] = []
-        for block in self.enc.values():
-            if isinstance(block, UNetBlock):
-                x = run_block(block, [x], emb, dropout_key)
-            else:
-                x = block(x).contiguous(memory_format=self.memory_format)
-            skips.append(x)
-        for block in self.dec.values():
-            merges = block.in_channels != x.shape[1]
-            x = run_block(block, [x, skips.pop()] if merges else [x], emb, dropout_key)
+    @classmethod
+    def owns(cls, names: Collection[str]) -> bool:
+        return "model.out_norm.weight" in names
+
+    @classmethod
+    def own_arguments(cls, weights: Weights, widths: list[int], stem: int) -> dict[str, Any]:
+        return {"name": "adm", **cls.edm_arguments(weights, widths, 0)}
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
         return self.out_conv(self.out_norm(x))
 
     def embed(
@@ -153,9 +109,8 @@ class DhariwalUNet(UNet):
         noise_labels: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
+        dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
-        """The embedding [N,emb_channels] of noise level, class and augmentation."""
         dtype = self.map_layer0.weight.dtype
         with without_autocast(noise_labels.device):
             emb = self.map_noise(noise_labels).to(dtype)

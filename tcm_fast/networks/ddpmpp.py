@@ -1,15 +1,15 @@
 """DDPM++ and NCSN++ as EDM trains them (Song et al. 2021; Karras et al. 2022, table 7)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from tcm_fast.config import require
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks.layers import (
     BOX_FILTER,
     Conv2d,
@@ -20,11 +20,11 @@ from tcm_fast.networks.layers import (
     UNetBlock,
     without_autocast,
 )
-from tcm_fast.networks.recompute import run_block
-from tcm_fast.networks.unet import UNet, level_resolutions
+from tcm_fast.networks.recognition import Weights, filter_taps, multiples
+from tcm_fast.networks.unet import EDMUNet, Place, level_resolutions
 
 
-class SongUNet(UNet):
+class SongUNet(EDMUNet):
     """The raw network F(x, c_noise) of DDPM++, or of NCSN++ (`NCSNpp`).
 
     Args:
@@ -95,87 +95,59 @@ class SongUNet(UNet):
         self.map_layer0 = Linear(noise_channels, emb_channels)
         self.map_layer1 = Linear(emb_channels, emb_channels)
 
-        layer = 0
         taps = tuple(resample_filter)
 
-        def block(res: int, c_in: int, c_out: int, **options) -> UNetBlock:
-            nonlocal layer
-            layer += 1
+        def block(layer: int, c_in: int, c_out: int, at: Place) -> UNetBlock:
+            is_last = at.side == "dec" and at.index == num_blocks
+            attention = at.attends(attn_resolutions if at.side == "enc" or is_last else ())
             return UNetBlock(
                 c_in, c_out, emb_channels,
-                layer=layer - 1, dropout=self.dropout_at(res), resample_filter=taps, **options,
+                layer=layer, dropout=self.dropout_at(at.resolution), up=at.kind == "up",
+                down=at.kind == "down", attention=attention, resample_filter=taps,
             )  # fmt: skip
 
-        widths = [model_channels * mult for mult in channel_mult]
-        lowest = resolutions[-1]
-
-        self.enc = nn.ModuleDict()
-        self.enc[f"{img_resolution}x{img_resolution}_conv"] = Conv2d(in_channels, model_channels, 3)
-        skips = [width := model_channels]
         width_aux = in_channels
-        for res, c_out in zip(resolutions, widths, strict=True):
-            if res != img_resolution:
-                self.enc[f"{res}x{res}_down"] = block(res, width, width, down=True)
-                if encoder_type == "residual":
-                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(
-                        width_aux, width, 3, down=True, fused=True, resample_filter=taps
-                    )
-                    width_aux = width
-                skips.append(width)
-            for index in range(num_blocks):
-                self.enc[f"{res}x{res}_block{index}"] = block(
-                    res, width, c_out, attention=res in attn_resolutions
-                )
-                skips.append(width := c_out)
 
-        self.dec = nn.ModuleDict()
-        for res, c_out in zip(reversed(resolutions), reversed(widths), strict=True):
-            if res == lowest:
-                self.dec[f"{res}x{res}_in0"] = block(res, width, width, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(res, width, width)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(res, width, width, up=True)
-            for index in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{index}"] = block(
-                    res,
-                    width + skips.pop(),
-                    c_out,
-                    attention=index == num_blocks and res in attn_resolutions,
-                )
-                width = c_out
-        assert not skips
+        def residual(width: int) -> Conv2d:
+            nonlocal width_aux
+            width_aux, before = width, width_aux
+            return Conv2d(before, width, 3, down=True, fused=True, resample_filter=taps)
+
+        width = self.assemble(
+            resolutions,
+            [model_channels * mult for mult in channel_mult],
+            num_blocks,
+            Conv2d(in_channels, model_channels, 3),
+            model_channels,
+            block,
+            residual if encoder_type == "residual" else None,
+        )
         name = f"{img_resolution}x{img_resolution}_aux"
         self.dec[f"{name}_norm"] = GroupNorm(width, eps=1e-6)
         self.dec[f"{name}_conv"] = Conv2d(width, out_channels, 3, gain=1e-5)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        noise_labels: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        augment_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
-    ) -> torch.Tensor:
-        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the weights' dtype, noise_labels [N]
-        (c_noise), class_labels one-hot [N,label_dim] and augment_labels [N,augment_dim]."""
-        dropout_key = self.key_for(x, dropout_key)
-        emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key).to(x.dtype)
-        skips: list[torch.Tensor] = []
-        aux = x
-        for block in self.enc.values():
-            if isinstance(block, UNetBlock):
-                x = run_block(block, [x], emb, dropout_key)
-            elif block.fused:
-                x = aux = (x + block(aux)) * math.sqrt(0.5)
-                skips[-1] = x
-                continue
-            else:
-                x = block(x).contiguous(memory_format=self.memory_format)
-            skips.append(x)
-        *blocks, norm, conv = self.dec.values()
-        for block in blocks:
-            merges = block.in_channels != x.shape[1]
-            x = run_block(block, [x, skips.pop()] if merges else [x], emb, dropout_key)
+    @classmethod
+    def owns(cls, names: Collection[str]) -> bool:
+        has_block = any(name.endswith(".conv0.weight") for name in names)
+        return has_block and "model.out_norm.weight" not in names
+
+    @classmethod
+    def own_arguments(cls, weights: Weights, widths: list[int], stem: int) -> dict[str, Any]:
+        spec = cls.edm_arguments(weights, widths, stem)
+        is_fourier = "model.map_noise.freqs" in weights.shapes
+        is_residual = any("_aux_residual." in name for name in weights.shapes)
+        filters = [n for n in weights.shapes if n.endswith("_down.conv0.resample_filter")]
+        noise = weights.shapes["model.map_layer0.weight"][1]
+        return spec | {
+            "name": "ncsnpp" if is_fourier or is_residual else "ddpmpp",
+            "embedding_type": "fourier" if is_fourier else "positional",
+            "channel_mult_noise": multiples([noise], stem)[0],
+            "encoder_type": "residual" if is_residual else "standard",
+            "resample_filter": filter_taps(weights, filters[0]) if filters else [1, 1],
+        }
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        *_, norm, conv = self.dec.values()
         return conv(norm(x))
 
     def embed(
@@ -183,9 +155,8 @@ class SongUNet(UNet):
         noise_labels: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         augment_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
+        dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
-        """The embedding [N,emb_channels] of noise level, class and augmentation."""
         dtype = self.map_layer0.weight.dtype
         with without_autocast(noise_labels.device):
             cos, sin = self.map_noise(noise_labels).chunk(2, 1)

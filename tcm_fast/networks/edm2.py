@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.modulate_mp_silu import modulate_mp_silu
 from tcm_fast.kernels.mp_cat_mp_silu import mp_cat_mp_silu
 from tcm_fast.kernels.mp_sum import mp_sum
@@ -17,22 +19,21 @@ from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.resample import resample
 from tcm_fast.networks.layers import heads, without_autocast
 from tcm_fast.networks.mp_layers import MPConv, MPFourier, mp_silu
+from tcm_fast.networks.raw_network import Block
+from tcm_fast.networks.recognition import Weights, multiples
 from tcm_fast.networks.recompute import after_norm, run_block
-from tcm_fast.networks.unet import UNet, level_resolutions
+from tcm_fast.networks.unet import Place, UNet, level_resolutions
 
 RES_BALANCE = ATTN_BALANCE = 0.3
 CONCAT_BALANCE = LABEL_BALANCE = 0.5
 CLIP = 256.0
 
 
-class Block(nn.Module):
+class EDM2Block(Block):
     """A residual block of the encoder or the decoder, with self-attention after it where asked for.
 
     `resampling` is "up", "down" or None; `layer` keys the block's dropout.
     """
-
-    recompute_norms = recompute_whole = False
-    """What the backward pass computes again, see `tcm_fast.networks.recompute`."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,
         emb: torch.Tensor,
-        key: DropoutKey | None = None,
+        key: PhiloxKey | None = None,
         *,
         skip: torch.Tensor | None = None,
         activated: torch.Tensor | None = None,
@@ -134,6 +135,9 @@ class EDM2UNet(UNet):
         ValueError: a resolution that cannot be halved often enough, widths that cannot be built.
     """
 
+    fp32_modules = ("emb_noise", "emb_label")
+    block_ends_in, attention_begins_with, constant_channels = "conv_res1", "attn_qkv", 1
+
     def __init__(
         self,
         img_resolution: int,
@@ -162,60 +166,52 @@ class EDM2UNet(UNet):
         self.emb_noise = MPConv(widths[0], emb_channels)
         self.emb_label = MPConv(label_dim, emb_channels) if label_dim else None
 
-        layer = 0
-
-        def block(res: int, c_in: int, c_out: int, **options) -> Block:
-            nonlocal layer
-            layer += 1
-            return Block(
+        def block(layer: int, c_in: int, c_out: int, at: Place) -> EDM2Block:
+            return EDM2Block(
                 c_in, c_out, emb_channels,
-                layer=layer - 1, dropout=self.dropout_at(res), channels_per_head=channels_per_head,
-                **options,
+                encoder=at.side == "enc", layer=layer, dropout=self.dropout_at(at.resolution),
+                resampling=at.kind if at.kind in ("up", "down") else None,
+                attention=at.attends(attn_resolutions), channels_per_head=channels_per_head,
             )  # fmt: skip
 
-        self.enc = nn.ModuleDict()
-        width = widths[0]
         # One more channel, of ones, in the place of a bias.
-        self.enc[f"{img_resolution}x{img_resolution}_conv"] = MPConv(in_channels + 1, width, 3)
-        skips = [width]
-        for res, c_out in zip(resolutions, widths, strict=True):
-            if res != img_resolution:
-                self.enc[f"{res}x{res}_down"] = block(
-                    res, width, width, encoder=True, resampling="down"
-                )
-                skips.append(width)
-            for index in range(num_blocks):
-                self.enc[f"{res}x{res}_block{index}"] = block(
-                    res, width, c_out, encoder=True, attention=res in attn_resolutions
-                )
-                skips.append(width := c_out)
-
-        self.dec = nn.ModuleDict()
-        for res, c_out in zip(reversed(resolutions), reversed(widths), strict=True):
-            if res == resolutions[-1]:
-                self.dec[f"{res}x{res}_in0"] = block(
-                    res, width, width, encoder=False, attention=True
-                )
-                self.dec[f"{res}x{res}_in1"] = block(res, width, width, encoder=False)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(
-                    res, width, width, encoder=False, resampling="up"
-                )
-            for index in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{index}"] = block(
-                    res, width + skips.pop(), c_out, encoder=False,
-                    attention=res in attn_resolutions,
-                )  # fmt: skip
-                width = c_out
-        assert not skips
+        stem = MPConv(in_channels + 1, widths[0], 3)
+        width = self.assemble(resolutions, widths, num_blocks, stem, widths[0], block)
         self.out_conv = MPConv(width, out_channels, 3)
+
+    @classmethod
+    def owns(cls, names: Collection[str]) -> bool:
+        return any(name.endswith(".conv_res0.weight") for name in names)
+
+    @classmethod
+    def own_arguments(cls, weights: Weights, widths: list[int], stem: int) -> dict[str, Any]:
+        options, shapes = weights.options, weights.shapes
+        fixed = {"res_balance": RES_BALANCE, "attn_balance": ATTN_BALANCE,
+                 "concat_balance": CONCAT_BALANCE, "label_balance": LABEL_BALANCE,
+                 "clip_act": CLIP, "resample_filter": [1, 1]}  # fmt: skip
+        for name, value in fixed.items():
+            if options.get(name, value) != value:
+                raise ValueError(f"its {name} is {weights.shown(options[name])}, ours {value}")
+        if "model.emb_fourier.freqs" not in shapes or "model.emb_noise_r.weight" in shapes:
+            raise ValueError("its embedding of the noise level is not EDM2's")
+        model_channels = math.gcd(*widths)
+        recorded = options.get("model_channels", model_channels)
+        if type(recorded) is int and recorded > 0 and all(w % recorded == 0 for w in widths):
+            model_channels = recorded
+        return {
+            "name": "edm2",
+            "label_dim": shapes.get("model.emb_label.weight", (0, 0))[1],
+            "model_channels": model_channels,
+            "channel_mult": multiples(widths, model_channels),
+            "channels_per_head": int(weights.number("channels_per_head", 64)),
+        }
 
     def forward(
         self,
         x: torch.Tensor,
         noise_labels: torch.Tensor,
         class_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
+        dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
         """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the compute dtype, noise_labels [N]
         (c_noise) and class_labels one-hot [N,label_dim]."""
@@ -241,7 +237,7 @@ class EDM2UNet(UNet):
         self,
         noise_labels: torch.Tensor,
         class_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
+        dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
         """The embedding [N,emb_channels] of noise level and class."""
         with without_autocast(noise_labels.device):

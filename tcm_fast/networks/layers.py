@@ -12,19 +12,20 @@ from torch import nn
 
 from tcm_fast.config import require
 from tcm_fast.kernels._triton import runs_triton
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.residual import residual
+from tcm_fast.networks.raw_network import Block
 from tcm_fast.networks.recompute import after_norm
 
 BOX_FILTER = (1, 1)
 
 
-def fresh_key(n: int, device: torch.device) -> DropoutKey:
+def fresh_key(n: int, device: torch.device) -> PhiloxKey:
     """A key for `n` samples that nobody else uses, drawn from torch's default CPU generator."""
     seed = torch.randint(2**31, (), device="cpu").to(device, non_blocking=True)
-    return DropoutKey(seed=seed, step=0, layer=0, sample=torch.arange(n, device=device))
+    return PhiloxKey(seed=seed, step=0, layer=0, sample=torch.arange(n, device=device))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -204,7 +205,7 @@ class FourierEmbedding(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], 1)
 
 
-class UNetBlock(nn.Module):
+class UNetBlock(Block):
     """The residual block of DDPM++, NCSN++ and ADM, with self-attention after it where asked for.
 
     forward(x [N,C,H,W], emb [N,emb_channels], dropout_key) -> [N,out_channels,H',W'] with H' = 2H
@@ -220,9 +221,6 @@ class UNetBlock(nn.Module):
         init: of the layers, "xavier" or "kaiming"; `init_last` is the gain of the layers that end a
             branch, `init_attention` that of the q, k, v layer.
     """
-
-    recompute_norms = recompute_whole = False
-    """What the backward pass computes again, see `tcm_fast.networks.recompute`."""
 
     def __init__(
         self,
@@ -267,7 +265,7 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, gain=init_last, init=init)
 
     def forward(
-        self, x: torch.Tensor, emb: torch.Tensor, dropout_key: DropoutKey | None = None
+        self, x: torch.Tensor, emb: torch.Tensor, dropout_key: PhiloxKey | None = None
     ) -> torch.Tensor:
         # Where x also goes past a normalisation, its two gradients meet in that one's kernel.
         run = partial(after_norm, recompute=self.recompute_norms)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tcm_fast.kernels.mp_sum import MP_SILU
+from tcm_fast.kernels._common import MP_SILU
 from tcm_fast.kernels.normalized_copy import normalized_copy, normalized_rows
 
 

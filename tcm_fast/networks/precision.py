@@ -11,33 +11,10 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
 
 from tcm_fast.kernels.normalized_copy import normalized_copy, projected_gradient
-from tcm_fast.networks.mp_layers import MPConv
 from tcm_fast.networks.precond import Precond
-
-ISLANDS = ("map_", "emb_noise", "emb_label")  # the embedding of noise level and class
-
-
-def cast_names(model: nn.Module) -> list[str]:
-    """The parameters that compute in 16 bits, by their names in the raw network."""
-    return [
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear | MPConv) and not path.startswith(ISLANDS)
-        for name, _ in module.named_parameters(recurse=False)
-    ]
-
-
-def normalized_names(model: nn.Module) -> list[str]:
-    """The parameters of which only the direction of each row counts and that are not normalised for good
-    (`in_precision`), by their names in the network."""
-    return [
-        f"{path}.weight"
-        for path, module in model.named_modules()
-        if isinstance(module, MPConv) and module.scaled is None
-    ]
+from tcm_fast.networks.raw_network import RawNetwork
 
 
 class _Derive(torch.autograd.Function):
@@ -97,10 +74,10 @@ def _cast(tensors: list[torch.Tensor], dtypes: list[torch.dtype]) -> list[torch.
     return out
 
 
-def _derived(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+def _derived(model: RawNetwork, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The parameters of the raw network that a step computes with in another form, and its dtype."""
-    narrow = set() if dtype == torch.float32 else set(cast_names(model))
-    rows = set(normalized_names(model))
+    narrow = set() if dtype == torch.float32 else set(model.cast_names())
+    rows = set(model.normalized_names())
     return {
         name: dtype if name in narrow else torch.promote_types(parameter.dtype, torch.float32)
         for name, parameter in model.named_parameters()
@@ -128,8 +105,8 @@ def make_copies(
 
 
 def normalized_parameters(net: Precond) -> list[bool]:
-    """For each parameter of `net`, in their order, whether it is one of the `normalized_names`."""
-    rows = {f"model.{name}" for name in normalized_names(net.model)}
+    """For each parameter of `net`, in their order, whether it is one of the network's `normalized_names`."""
+    rows = {f"model.{name}" for name in net.model.normalized_names()}
     return [name in rows for name, _ in net.named_parameters()]
 
 
@@ -151,7 +128,7 @@ def cast_weights(
             is there, and not when all are, which takes two or three times the gradients' memory.
     """
     parameters = dict(net.model.named_parameters())
-    derived, rows = _derived(net.model, dtype), set(normalized_names(net.model))
+    derived, rows = _derived(net.model, dtype), set(net.model.normalized_names())
     there: list[torch.Tensor | None] = [None] * len(derived)
     if copies is not None:
         order = [name for name, _ in net.named_parameters()]

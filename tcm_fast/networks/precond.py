@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.precondition import denoise, preconditioning
 from tcm_fast.networks.layers import without_autocast
 from tcm_fast.networks.mp_layers import MPConv, MPFourier
+from tcm_fast.networks.raw_network import RawNetwork
 
 
 class Precond(nn.Module):
@@ -29,7 +30,7 @@ class Precond(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: RawNetwork,
         *,
         img_resolution: int,
         img_channels: int,
@@ -54,7 +55,7 @@ class Precond(nn.Module):
         labels: torch.Tensor | None = None,
         *,
         augment_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
+        dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
         """The denoised images D [N,C,H,W], fp32 (float64 for a float64 network).
 
@@ -85,7 +86,7 @@ class Precond(nn.Module):
         labels: torch.Tensor | None = None,
         *,
         augment_labels: torch.Tensor | None = None,
-        dropout_key: DropoutKey | None = None,
+        dropout_key: PhiloxKey | None = None,
         weights: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The network's own output F(x_in, ln(t)/4), x_in = c_in(t) x, in the dtype that its
@@ -111,6 +112,19 @@ class Precond(nn.Module):
             return None
         with without_autocast(t.device):
             return self.logvar_linear(self.logvar_fourier(t.log() / 4)).squeeze(1)
+
+    def log_variance_names(self) -> set[str]:
+        """The names of what `log_variance` computes with, in the state dict."""
+        return {name for name in self.state_dict() if name.startswith("logvar_")}
+
+    def pretraining_names(self) -> set[str]:
+        """The names of the inputs and outputs of pre-training, without which the network computes the
+        same."""
+        layer, names = self.model.augmentation, self.log_variance_names()
+        for path, module in self.named_modules():
+            if layer is not None and module is layer:
+                names |= {f"{path}.{name}" for name in module.state_dict()}
+        return names
 
     @property
     def _weights_dtype(self) -> torch.dtype:
@@ -140,7 +154,7 @@ class Precond(nn.Module):
             raise ValueError(f"labels: must be {expected}, got {list(labels.shape)}")
 
     def _check_augmentation(self, augment_labels: torch.Tensor, n: int) -> None:
-        layer = getattr(self.model, "map_augment", None)
+        layer = self.model.augmentation
         if layer is None:
             raise ValueError(
                 "augment_labels: the network has no input for them (augment_dim 0), "

@@ -16,12 +16,14 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from tcm_fast.networks.raw_network import RawNetwork
 
-def set_recompute(model: nn.Module, *, norms: bool = False, blocks_from: int | None = None) -> int:
+
+def set_recompute(model: RawNetwork, *, norms: bool = False, blocks_from: int | None = None) -> int:
     """Choose what a raw network computes again.
 
     Args:
-        model: a network with `enc` and `dec`, whose blocks are named by their resolution.
+        model: whose `blocks` are meant.
         norms: normalisations and activations of every block that is not recomputed whole.
         blocks_from: whole blocks where they work at this resolution or above; None is none of them.
 
@@ -29,15 +31,10 @@ def set_recompute(model: nn.Module, *, norms: bool = False, blocks_from: int | N
         How many blocks are recomputed whole.
     """
     count = 0
-    for part in (model.enc, model.dec):
-        assert isinstance(part, nn.ModuleDict)
-        for name, module in part.items():
-            block: Any = module
-            if hasattr(block, "recompute_norms"):
-                resolution = int(name.partition("x")[0]) * (2 if name.endswith("_down") else 1)
-                is_whole = blocks_from is not None and resolution >= blocks_from
-                block.recompute_whole, block.recompute_norms = is_whole, norms and not is_whole
-                count += is_whole
+    for block in model.blocks():
+        is_whole = blocks_from is not None and block.resolution >= blocks_from
+        block.recompute_whole, block.recompute_norms = is_whole, norms and not is_whole
+        count += is_whole
     return count
 
 

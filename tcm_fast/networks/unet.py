@@ -1,15 +1,23 @@
-"""What the U-Nets share: which sizes fit, label dropout, the layout of the activations."""
+"""What the U-Nets share: which sizes fit, how the blocks are laid out and named, label dropout, the layout
+of the activations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from tcm_fast.config import require
-from tcm_fast.kernels.dropout import DropoutKey, dropout_mask
-from tcm_fast.networks.layers import fresh_key
+from tcm_fast.kernels.dropout import PhiloxKey, dropout_mask
+from tcm_fast.networks.layers import UNetBlock, fresh_key
+from tcm_fast.networks.raw_network import Block, RawNetwork
+from tcm_fast.networks.recognition import STEM, Weights, encoder_levels, multiples
+from tcm_fast.networks.recompute import run_block
 
 # Beyond the numbers of the dropout layers, which count up from 0, and below those that key noise.
 LABEL_LAYER = 0x7FFF_FFFF
@@ -56,14 +64,44 @@ def level_resolutions(
     return resolutions
 
 
-class UNet(nn.Module):
+@dataclass(frozen=True)
+class Place:
+    """Where a block is. kind: "down", "up", "in" (the two that the decoder begins with) or "block";
+    level: 0 is the highest resolution; index: among the blocks of its kind there."""
+
+    side: str
+    kind: str
+    level: int
+    resolution: int
+    index: int = 0
+
+    @property
+    def path(self) -> str:
+        """EDM's name of the block."""
+        number = self.index if self.kind in ("in", "block") else ""
+        return f"{self.side}.{self.resolution}x{self.resolution}_{self.kind}{number}"
+
+    def attends(self, attn_resolutions: Collection[int]) -> bool:
+        """Whether it has self-attention: the decoder's first block, and those of some resolutions that do
+        not resample."""
+        chosen = self.kind == "block" and self.resolution in attn_resolutions
+        return chosen or (self.kind == "in" and self.index == 0)
+
+
+class UNet(RawNetwork):
     """A raw network F(x, c_noise) with class labels and keyed dropout.
 
     `dropout_resolutions` are the resolutions of the blocks that drop anything; None is all of them.
+    `places` and `stem` are the names of the blocks and of the first convolution.
     """
+
+    block_ends_in, attention_begins_with, constant_channels = "conv1", "qkv", 0
+    """Names of a block's last convolution and of its attention's first; channels added to the image."""
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
+    places: dict[str, Place]
+    stem: str
 
     def __init__(
         self,
@@ -77,19 +115,114 @@ class UNet(nn.Module):
         self.dropout, self.label_dropout = dropout, label_dropout
         self.dropout_resolutions = dropout_resolutions
 
+    def assemble(
+        self,
+        resolutions: Sequence[int],
+        widths: Sequence[int],
+        num_blocks: int,
+        stem: nn.Module,
+        stem_width: int,
+        block: Callable[[int, int, int, Place], Block],
+        residual: Callable[[int], nn.Module] | None = None,
+    ) -> int:
+        """Build the encoder and the decoder.
+
+        Args:
+            resolutions, widths: of the levels, highest resolution first.
+            num_blocks: of an encoder level; a decoder level has one more, each of which takes in the
+                output of an encoder block.
+            stem: the first convolution, to stem_width channels.
+            block: makes a block from its number, its input and output channels and its place.
+            residual: makes from its output channels what brings the image to each lower level (NCSN++).
+
+        Returns:
+            the width of the decoder's output.
+        """
+        self.enc, self.dec, self.places = nn.ModuleDict(), nn.ModuleDict(), {}
+
+        def add(c_in: int, c_out: int, at: Place) -> int:
+            built = block(len(self.places), c_in, c_out, at)
+            built.resolution = at.resolution * (2 if at.kind == "down" else 1)
+            side = self.enc if at.side == "enc" else self.dec
+            side[at.path.partition(".")[2]] = built
+            self.places[at.path] = at
+            return c_out
+
+        first = f"{resolutions[0]}x{resolutions[0]}_conv"
+        self.enc[first], self.stem = stem, f"enc.{first}"
+        skips = [width := stem_width]
+        levels = list(enumerate(zip(resolutions, widths, strict=True)))
+        for level, (res, c_out) in levels:
+            if level > 0:
+                skips.append(add(width, width, Place("enc", "down", level, res)))
+                if residual is not None:
+                    self.enc[f"{res}x{res}_aux_residual"] = residual(width)
+            for index in range(num_blocks):
+                width = add(width, c_out, Place("enc", "block", level, res, index))
+                skips.append(width)
+        for level, (res, c_out) in reversed(levels):
+            if level == len(levels) - 1:
+                for index in range(2):
+                    add(width, width, Place("dec", "in", level, res, index))
+            else:
+                add(width, width, Place("dec", "up", level, res))
+            for index in range(num_blocks + 1):
+                width = add(width + skips.pop(), c_out, Place("dec", "block", level, res, index))
+        assert not skips
+        return width
+
+    @classmethod
+    def recognise(cls, weights: Weights) -> dict[str, Any] | None:
+        stems = [(name, m[1]) for name in weights.shapes if (m := STEM.search(name))]
+        if len(stems) != 1 or len(weights.shapes[stems[0][0]]) != 4 or not cls.owns(weights.shapes):
+            return None
+        stem, resolution = weights.shapes[stems[0][0]], int(stems[0][1])
+        levels = encoder_levels(weights, resolution, cls.block_ends_in)
+        attention = f"_block0.{cls.attention_begins_with}.weight"
+        if len({level.blocks for level in levels}) > 1:
+            raise ValueError("its levels have different numbers of blocks")
+        spec = {
+            "img_resolution": resolution,
+            "img_channels": stem[1] - cls.constant_channels,
+            "num_blocks": levels[0].blocks,
+            "attn_resolutions": [
+                level.resolution
+                for level in levels
+                if f"model.enc.{level.name}{attention}" in weights.shapes
+            ],
+            "dropout": float(weights.number("dropout", 0.0)),
+            **cls.own_arguments(weights, [level.width for level in levels], stem[0]),
+        }
+        rates = weights.resolutions("dropout_resolutions", "dout_resolutions")
+        if rates is not None:
+            known = [level.resolution for level in levels]
+            spec["dropout_resolutions"] = [res for res in rates if res in known]
+        return spec | {"label_dropout": float(weights.number("label_dropout", 0.0))}
+
+    @classmethod
+    def owns(cls, names: Collection[str]) -> bool:
+        """Whether a network with weights of these names is of this family."""
+        raise NotImplementedError
+
+    @classmethod
+    def own_arguments(cls, weights: Weights, widths: list[int], stem: int) -> dict[str, Any]:
+        """`name` and the arguments that the family has beside the common ones, from the widths of the
+        levels and of the first convolution."""
+        raise NotImplementedError
+
     def dropout_at(self, resolution: int) -> float:
         """What a block at this resolution (after resampling) drops."""
         chosen = self.dropout_resolutions is None or resolution in self.dropout_resolutions
         return self.dropout if chosen else 0.0
 
-    def key_for(self, x: torch.Tensor, key: DropoutKey | None) -> DropoutKey | None:
+    def key_for(self, x: torch.Tensor, key: PhiloxKey | None) -> PhiloxKey | None:
         """The given key; a fresh one where something is dropped and none is given."""
         if key is None and self.training and (self.dropout > 0 or self.label_dropout > 0):
             return fresh_key(len(x), x.device)
         return key
 
     def dropped_labels(
-        self, labels: torch.Tensor | None, key: DropoutKey | None, dtype: torch.dtype
+        self, labels: torch.Tensor | None, key: PhiloxKey | None, dtype: torch.dtype
     ) -> torch.Tensor:
         """One-hot labels [N,K], in train mode with the share `label_dropout` of the rows set to 0."""
         assert labels is not None
@@ -108,3 +241,83 @@ class UNet(nn.Module):
         weights = (p for p in self.dec.parameters() if p.ndim == 4 and p.shape[-1] > 1)
         is_channels_last = next(weights).is_contiguous(memory_format=torch.channels_last)
         return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+class EDMUNet(UNet):
+    """What EDM's networks share: DDPM++, NCSN++ and ADM."""
+
+    fp32_modules = ("map_label", "map_augment", "map_layer0", "map_layer1")
+    map_augment: nn.Linear | None
+
+    @property
+    def augmentation(self) -> nn.Linear | None:
+        return self.map_augment
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        noise_labels: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+        dropout_key: PhiloxKey | None = None,
+    ) -> torch.Tensor:
+        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the weights' dtype, noise_labels [N]
+        (c_noise), class_labels one-hot [N,label_dim] and augment_labels [N,augment_dim]."""
+        dropout_key = self.key_for(x, dropout_key)
+        emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key).to(x.dtype)
+        skips: list[torch.Tensor] = []
+        aux = x
+        for block in self.enc.values():
+            if isinstance(block, UNetBlock):
+                x = run_block(block, [x], emb, dropout_key)
+            elif block.fused:  # NCSN++'s residual encoder
+                x = aux = (x + block(aux)) * math.sqrt(0.5)
+                skips[-1] = x
+                continue
+            else:
+                x = block(x).contiguous(memory_format=self.memory_format)
+            skips.append(x)
+        for block in self.dec.values():
+            if isinstance(block, UNetBlock):
+                merges = block.in_channels != x.shape[1]
+                x = run_block(block, [x, skips.pop()] if merges else [x], emb, dropout_key)
+        return self.output(x)
+
+    def embed(
+        self,
+        noise_labels: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        augment_labels: torch.Tensor | None = None,
+        dropout_key: PhiloxKey | None = None,
+    ) -> torch.Tensor:
+        """The embedding [N,emb_channels] of noise level, class and augmentation."""
+        raise NotImplementedError
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """The last normalisation and convolution."""
+        raise NotImplementedError
+
+    @classmethod
+    def edm_arguments(
+        cls, weights: Weights, widths: list[int], model_channels: int
+    ) -> dict[str, Any]:
+        """The arguments that these networks share; model_channels 0 is the width of the noise level's
+        embedding, as in ADM."""
+        shapes = weights.shapes
+        foreign = [
+            n for n in shapes if re.search(r"_aux_(up|down|skip)\.|map_noise\.scale|_r\.", n)
+        ]
+        if foreign:
+            raise ValueError(f"its network has a part that ours lack, {weights.shown(foreign[0])}")
+        for name in ("map_layer0", "map_layer1"):
+            if len(shapes.get(f"model.{name}.weight", ())) != 2:
+                raise ValueError(f"its network has no model.{name}.weight")
+        embedding, noise = shapes["model.map_layer0.weight"]
+        model_channels = model_channels or noise
+        return {
+            "label_dim": shapes.get("model.map_label.weight", (0, 0))[1],
+            "augment_dim": shapes.get("model.map_augment.weight", (0, 0))[1],
+            "model_channels": model_channels,
+            "channel_mult": multiples(widths, model_channels),
+            "channel_mult_emb": multiples([embedding], model_channels)[0],
+        }

@@ -1,4 +1,4 @@
-"""Which noise levels a step uses: their distributions, the pairs t -> r, and the plan of a batch.
+"""Which noise levels a step uses: their distributions by name, the pairs t -> r, and the plan of a batch.
 
 Everything here runs on the host in float64 and is a pure function of (seed, images seen,
 configuration): the device never has to be asked which network a sample needs.
@@ -7,13 +7,15 @@ configuration): the device never has to be asked which network a sample needs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy import special
 
-from tcm_fast.config import EctConfig, EdmConfig, IctConfig, PhaseConfig, RatioConfig, TcmConfig
+from tcm_fast.config import T_MAX, T_MIN, IctConfig, RatioConfig
 
 # Where a sample's target comes from, in the order in which a batch is sorted: each network has one end
 # of the batch, so that either may take some rows too many and its number of rows stay the same.
@@ -70,10 +72,60 @@ def draw_t(
     return np.clip(t, low, high)  # exp(log(x)) can miss x by an ulp
 
 
-def karras_grid(levels: int, t_min: float = 0.002, t_max: float = 80.0) -> np.ndarray:
+def karras_grid(levels: int, t_min: float = T_MIN, t_max: float = T_MAX) -> np.ndarray:
     """levels + 1 noise levels from t_min to t_max, float64 (Karras et al. 2022, eq. 5, rho = 7)."""
     ramp = np.linspace(0, 1, levels + 1)
     return (t_min ** (1 / 7) + ramp * (t_max ** (1 / 7) - t_min ** (1 / 7))) ** 7
+
+
+def ict_levels(config: IctConfig, iteration: int, iterations: int) -> int:
+    """Number of noise levels min(s0 2^floor(k/K'), s1) at iteration k of K (Song & Dhariwal 2023)."""
+    doublings = math.floor(math.log2(config.s1 // config.s0)) + 1
+    period = max(iterations // doublings, 1)
+    return min(config.s0 * 2 ** (iteration // period), config.s1)
+
+
+def ict_grid(config: IctConfig, iteration: int, iterations: int) -> np.ndarray:
+    """The noise levels of iCT at an iteration, float64, rising."""
+    return karras_grid(ict_levels(config, iteration, iterations), T_MIN, T_MAX)
+
+
+Distribution = Callable[[np.ndarray, Any, int, int], np.ndarray]
+"""Uniform numbers in [0, 1) [B], the phase's configuration, the iteration and the number of iterations ->
+noise levels t, float64 [B]."""
+
+
+def lognormal(u: np.ndarray, config: Any, *_: int) -> np.ndarray:
+    """ln t ~ N(t_mean, t_std²)."""
+    return draw_t(u, mean=config.t_mean, std=config.t_std)
+
+
+def truncated_lognormal(u: np.ndarray, config: Any, *_: int) -> np.ndarray:
+    """ln t ~ N(t_mean, t_std²) on [0.002, 80]."""
+    return draw_t(u, mean=config.t_mean, std=config.t_std, low=T_MIN, high=T_MAX)
+
+
+def truncated_student_t(u: np.ndarray, config: Any, *_: int) -> np.ndarray:
+    """ln t ~ Student-t with df degrees of freedom, location t_mean and scale t_std, on [t_prime, 80]."""
+    return draw_t(
+        u, mean=config.t_mean, std=config.t_std, df=config.student_t_df, low=config.t_prime, high=T_MAX
+    )  # fmt: skip
+
+
+def karras(u: np.ndarray, config: IctConfig, iteration: int, iterations: int) -> np.ndarray:
+    """The upper one of two neighbouring levels of iCT's grid, ln t from a discretised normal."""
+    grid = ict_grid(config, iteration, iterations)
+    cdf = special.ndtr((np.log(grid) - config.t_mean) / config.t_std)
+    shares = np.cumsum(np.diff(cdf) / (cdf[-1] - cdf[0]))
+    return grid[np.searchsorted(shares / shares[-1], u, side="right") + 1]
+
+
+DISTRIBUTIONS: dict[str, Distribution] = {
+    "lognormal": lognormal,
+    "truncated_lognormal": truncated_lognormal,
+    "truncated_student_t": truncated_student_t,
+    "karras": karras,
+}
 
 
 # ---- t -> r -------------------------------------------------------------------------------------
@@ -81,8 +133,8 @@ def karras_grid(levels: int, t_min: float = 0.002, t_max: float = 80.0) -> np.nd
 
 def ratio(config: RatioConfig, iteration: int) -> float:
     """r/t far from zero: min(1 - 1/q^(stage+1), limit) with stage = iteration // double (ECT)."""
-    stage = iteration // config.double
-    return min(1 - config.q ** -(stage + 1.0), config.limit)
+    stage = iteration // config.stage_iterations
+    return min(1 - config.q ** -(stage + 1.0), config.max_ratio)
 
 
 def inner_level(t: np.ndarray, ratio: float, r_min: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:
@@ -93,24 +145,6 @@ def inner_level(t: np.ndarray, ratio: float, r_min: float = 1e-6) -> tuple[np.nd
     return r, t - r
 
 
-def ict_levels(config: IctConfig, iteration: int, iterations: int) -> int:
-    """Number of noise levels min(s0 2^floor(k/K'), s1) at iteration k of K (Song & Dhariwal 2023)."""
-    doublings = math.floor(math.log2(config.s1 // config.s0)) + 1
-    period = max(iterations // doublings, 1)
-    return min(config.s0 * 2 ** (iteration // period), config.s1)
-
-
-def _draw_ict(
-    config: IctConfig, levels: int, rng: np.random.Generator, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbouring levels (t, r) of the Karras grid, drawn from a discretised log-normal."""
-    grid = karras_grid(levels, config.t_min, config.t_max)
-    cdf = special.ndtr((np.log(grid) - config.t_mean) / config.t_std)
-    probability = np.diff(cdf) / (cdf[-1] - cdf[0])
-    index = rng.choice(levels, size=count, p=probability)
-    return grid[index + 1], grid[index]
-
-
 # ---- the plan of a batch ------------------------------------------------------------------------
 
 
@@ -119,18 +153,22 @@ class TimePlan:
     """The noise levels of one optimizer step, for every sample of the global batch.
 
     t, r, delta (= t - r): float64 [B]; r and delta are None in pre-training.
+    weighting: float32 [B], the weighting function at (t, r); None while the plan is being made.
     boundary: bool [B], the samples at t'.
     share: float64 [B], a sample's part in the mean over the global batch's boundary samples, or over
         its others: sums over ranks and micro-batches are means over the global batch.
     source: int8 [B], where the target comes from: STUDENT, STAGE1 (r < t') or IMAGE (r = r_min).
+    boundary_weight: of the boundary's mean in the loss.
     """
 
     t: np.ndarray
     r: np.ndarray | None
     delta: np.ndarray | None
+    weighting: np.ndarray | None
     boundary: np.ndarray
     share: np.ndarray
     source: np.ndarray
+    boundary_weight: float = 0.0
 
     def parts(self, count: int) -> list[np.ndarray]:
         """Cut the batch into `count` parts of sample numbers (ranks x micro-batches), equal in size
@@ -142,67 +180,3 @@ class TimePlan:
             )
         order = np.argsort(self.source, kind="stable")
         return [order[part::count] for part in range(count)]
-
-
-def plan_times(
-    config: PhaseConfig,
-    *,
-    seed: int,
-    images_seen: int,
-    iteration: int = 0,
-    iterations: int = 1,
-) -> TimePlan:
-    """The TimePlan of images [images_seen, images_seen + batch_size) of a run.
-
-    Args:
-        config: the phase: EdmConfig, EctConfig (or CdConfig), TcmConfig or IctConfig.
-        seed: of the run and phase.
-        images_seen: images before this step.
-        iteration: optimizer steps before this one, counted on through stage 2.
-        iterations: length of the run in optimizer steps (ict's schedule needs it).
-
-    Raises:
-        ValueError: a batch too small for one boundary sample.
-    """
-    rng = np.random.Generator(np.random.Philox(key=np.array([seed, images_seen], np.uint64)))
-    size = config.batch_size
-    boundary = np.zeros(size, bool)
-    share = np.full(size, 1 / size)
-    source = np.zeros(size, np.int8)
-    if isinstance(config, EdmConfig):
-        t = draw_t(rng.random(size), mean=config.t_mean, std=config.t_std)
-        return TimePlan(t, None, None, boundary, share, source)
-    if isinstance(config, IctConfig):
-        t, r = _draw_ict(config, ict_levels(config, iteration, iterations), rng, size)
-        return TimePlan(t, r, t - r, boundary, share, source)
-
-    assert isinstance(config, RatioConfig)
-    t = _draw_outer(config, rng, size)
-    if isinstance(config, TcmConfig):
-        quota = math.floor(config.rho * size)
-        if quota == 0:
-            raise ValueError(
-                f"batch_size: must leave at least one boundary sample, rho={config.rho:g} of "
-                f"{size} is less than one"
-            )
-        boundary[rng.permutation(size)[:quota]] = True
-        t[boundary] = config.t_prime
-        share = np.where(boundary, 1 / quota, 1 / (size - quota))
-    r, delta = inner_level(t, ratio(config, iteration), config.r_min)
-    if isinstance(config, TcmConfig):
-        source[r < config.t_prime] = STAGE1
-    source[r <= config.r_min] = IMAGE  # the target is y to within r_min: no network is needed
-    return TimePlan(t, r, delta, boundary, share, source)
-
-
-def _draw_outer(config: RatioConfig, rng: np.random.Generator, size: int) -> np.ndarray:
-    u = rng.random(size)
-    if isinstance(config, TcmConfig):
-        return draw_t(
-            u, mean=config.t_mean, std=config.t_std, df=config.df,
-            low=config.t_prime, high=config.t_max,
-        )  # fmt: skip
-    assert isinstance(config, EctConfig)
-    if config.truncate:
-        return draw_t(u, mean=config.t_mean, std=config.t_std, low=config.t_min, high=config.t_max)
-    return draw_t(u, mean=config.t_mean, std=config.t_std)

@@ -1,16 +1,14 @@
-"""Optimizers, learning-rate schedules and weight averages."""
+"""The fused optimizer: all that happens to the weights in a step, in one pass over memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tcm_fast.config import PhaseConfig
 from tcm_fast.kernels._backend import extension_for
 from tcm_fast.kernels.eight_bit import (
     TOP,
@@ -28,171 +26,50 @@ from tcm_fast.kernels.fused_step import (
     in_layout,
     store_step_options,
 )
+from tcm_fast.optim.base import TrainingOptimizer
+from tcm_fast.optim.loss_scale import LossScale
 
-TORCH_KINDS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+TORCH_KINDS: dict[str, Any] = {
     "radam": torch.optim.RAdam,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 SMALL = 4096
 """Elements below which a tensor's moments stay fp32 where others' are 8-bit."""
 
 
-def learning_rate(config: PhaseConfig, images: int, iteration: int) -> float:
-    """Learning rate of the step that starts after `images` images of the phase and `iteration` steps
-    (counted on through stage 2): lr · min(images/warmup, 1) / √max(iteration/decay_start, 1)."""
-    lr = config.lr
-    if config.warmup_images:
-        lr *= min(images / config.warmup_images, 1.0)
-    if config.decay_start:
-        lr /= math.sqrt(max(iteration / config.decay_start, 1.0))
-    return lr
-
-
-def set_rate(group: dict[str, Any], rate: float) -> None:
-    """Give a parameter group its learning rate, in place where a graph reads it from the device."""
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
-
-
-@dataclass(frozen=True)
-class EmaRule:
-    """How an average forgets: constant:BETA, halflife:IMAGES (EDM) or power:GAMMA (EDM2)."""
-
-    kind: str
-    value: float
-
-    @classmethod
-    def parse(cls, text: str) -> EmaRule:
-        """From 'kind:value'. ValueError for anything else."""
-        kind, _, value = text.partition(":")
-        limits = {"constant": (0.0, 1.0), "halflife": (0.0, math.inf), "power": (-1.0, math.inf)}
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if kind not in limits or not limits[kind][0] <= number < limits[kind][1]:
-            raise ValueError(
-                "ema: must be constant:BETA in [0,1), halflife:IMAGES or power:GAMMA > -1, "
-                f"got {text!r}"
-            )
-        return cls(kind, number)
-
-    def beta(self, iteration: int, images: int, batch_size: int) -> float:
-        """The share of the old average that stays.
-
-        Args:
-            iteration: optimizer steps so far, this one included, counted on through stage 2.
-            images: images of this phase so far, this step's included.
-            batch_size: images of this step.
-        """
-        if self.kind == "constant":
-            return self.value
-        if self.kind == "power":  # Karras et al. 2024, eq. 125: relative width independent of i
-            return (1 - 1 / iteration) ** (self.value + 1)
-        halflife = min(self.value, images * 0.05)  # EDM's ramp: at most 5 % of what was seen
-        return 0.5 ** (batch_size / max(halflife, 1e-8))
-
-
-class Ema:
-    """An exponential average of a network's parameters, kept beside them in fp32."""
-
-    def __init__(self, rule: str, parameters: Iterable[torch.nn.Parameter]) -> None:
-        self.rule = EmaRule.parse(rule)
-        self.source = list(parameters)
-        self.average = [p.detach().clone() for p in self.source]
-
-    @torch.no_grad()
-    def update(self, iteration: int, images: int, batch_size: int) -> None:
-        """Move the average towards the parameters, after an optimizer step."""
-        beta = self.rule.beta(iteration, images, batch_size)
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.source], 1 - beta)
-
-
-class LossScale:
-    """The loss scale of a `FusedOptimizer`, which moves it in its step: torch.amp.GradScaler's face and
-    state dict."""
-
-    def __init__(self, control: StepControl) -> None:
-        self.control = control
-
-    def is_enabled(self) -> bool:
-        return self.control.scale is not None
-
-    def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss whose gradients the optimizer divides by the scale again."""
-        return loss if self.control.scale is None else loss * self.control.scale
-
-    def get_scale(self) -> float:
-        """The scale now; waits for the device."""
-        return 1.0 if self.control.scale is None else self.control.scale.item()
-
-    def state_dict(self) -> dict[str, Any]:
-        control = self.control
-        if control.scale is None or control.tracker is None:
-            return {}
-        return {
-            "scale": control.scale.item(),
-            "growth_factor": control.growth,
-            "backoff_factor": control.backoff,
-            "growth_interval": control.interval,
-            "_growth_tracker": control.tracker.item(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` of this or of a GradScaler gave. ValueError where one has a
-        scale and the other none."""
-        control = self.control
-        if bool(state) != self.is_enabled() or control.scale is None or control.tracker is None:
-            if state or self.is_enabled():
-                raise ValueError(f"loss scale: must be saved and in use alike, got {state}")
-            return
-        control.scale.fill_(state["scale"])
-        control.tracker.fill_(state["_growth_tracker"])
-        control.growth = state["growth_factor"]
-        control.backoff = state["backoff_factor"]
-        control.interval = state["growth_interval"]
-
-
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(TrainingOptimizer):
     """torch.optim's RAdam, Adam or AdamW together with what else happens to weights in a step:
-    unscaling, skipping non-finite gradients, clipping, averages, 16-bit copies. All of it in one pass
-    over memory where the extension serves the parameters' device.
+    unscaling, skipping NaN/Inf gradients, clipping, EMAs, 16-bit copies. All of it in one pass over
+    memory where the extension supports the parameters' device.
 
     State and parameter groups are those of the torch optimizer of that kind, so that state dicts go
-    both ways; step counts are kept on the parameters' device. A step with a gradient that is not finite
-    changes nothing and is counted in `skips`.
+    both ways; step counts are kept on the parameters' device. A step with a NaN/Inf gradient changes
+    nothing and is counted in `skips`.
 
     Args:
         params: parameters or groups of them, dense, on one device.
         kind: "radam", "adam" or "adamw".
         lr, betas, eps, weight_decay: torch's; weight decay is L2 but for adamw.
         max_norm: clip the gradient's norm to this; None leaves it.
-        averages: lists of tensors like the parameters, in the order of all groups; `average_betas`
-            says how they move.
+        emas: for each EMA a list of tensors like the parameters, in the order of all groups. Each step
+            updates them in place by `ema_betas`.
         copies: a 16-bit tensor for each parameter, or None for those without; written here and in each
             step.
         normalized: for each parameter [out, ...] whether only the direction of its rows counts (Karras
             et al. 2024). Such a parameter's copy, 16-bit or fp32, is its `normalized_copy`, which the
             network computes with, and its gradient is with respect to that; a step takes it to the
-            parameter and normalises the new rows in place, after the averages have seen them, as in
-            EDM2. The first step takes them as they are.
+            parameter and normalises the new rows in place, after the EMAs have seen them, as in EDM2.
+            The first step takes them as they are.
         scale: of the loss, at first; None does not scale. `growth_interval`: steps until it doubles.
         moments: "bf16" keeps both in half the memory, "8bit" those of tensors of 4096 elements and more in
-            a quarter (`kernels.eight_bit`), rounded at random by `seed` (below 2**32), the step and the
-            element's place, so that they stay unbiased.
-
-    Attributes:
-        average_betas: for the next step, one for each average.
-        loss_scale: what a GradScaler would be.
+            a quarter (`kernels.eight_bit`), stochastically rounded by `seed` (below 2**32), the step and
+            the element's place, so that they stay unbiased.
 
     Raises:
-        ValueError: an option is out of range, averages or copies do not fit the parameters.
+        ValueError: an option is out of range, EMAs or copies do not fit the parameters.
     """
 
     def __init__(
@@ -205,7 +82,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float | None = None,
         max_norm: float | None = None,
-        averages: Sequence[Sequence[torch.Tensor]] = (),
+        emas: Sequence[list[torch.Tensor]] = (),
         copies: Sequence[torch.Tensor | None] | None = None,
         normalized: Sequence[bool] | None = None,
         scale: float | None = None,
@@ -240,19 +117,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.control = StepControl.on(first.device, scale, interval=growth_interval, seed=seed)
         self._moments = moments
         self.loss_scale = LossScale(self.control)
-        self.average_betas: Sequence[float] = ()
+        self.grad_norm = self.control.norm
         self._table, self._tensors = StepTable(), list[StepTensors]()
         super().__init__(params, model.defaults)
         own = [p for group in self.param_groups for p in group["params"]]
-        for k, values in enumerate(averages):
+        for k, values in enumerate(emas):
             if len(values) != len(own):
-                rule = f"averages[{k}] must be {len(own)} tensors, got {len(values)}"
+                rule = f"emas[{k}] must be {len(own)} tensors, got {len(values)}"
                 raise ValueError(f"optimizer: {rule}")
         if copies is not None and len(copies) != len(own):
             raise ValueError(f"optimizer: copies must be {len(own)} tensors, got {len(copies)}")
         if normalized is not None and len(normalized) != len(own):
             raise ValueError(f"optimizer: normalized must be {len(own)}, got {len(normalized)}")
-        self._averages = [list(values) for values in averages]
+        self.emas = emas
         self._copies = [None] * len(own) if copies is None else list(copies)
         self._normalized = [False] * len(own) if normalized is None else list(normalized)
         self._describe()
@@ -260,21 +137,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def skips(self) -> int:
-        """Steps skipped for gradients that were not finite; waits for the device."""
+        """Steps skipped for NaN/Inf gradients; waits for the device."""
         return int(self.control.skips.item())
-
-    @property
-    def grad_norm(self) -> torch.Tensor:
-        """Norm of the last gradient, unscaled and before clipping: fp64 scalar on the device."""
-        return self.control.norm
 
     def _describe(self) -> None:
         """One StepTensors for each parameter, in the order of the groups."""
         owned = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
-        columns = list(zip(*self._averages, strict=True)) or [()] * len(owned)
+        columns = list(zip(*self.emas, strict=True)) or [()] * len(owned)
         self._tensors = [
-            StepTensors(p, averages=averages, copy=copy, group=i, normalized=normalized)
-            for (i, p), averages, copy, normalized in zip(
+            StepTensors(p, emas=values, copy=copy, group=i, normalized=normalized)
+            for (i, p), values, copy, normalized in zip(
                 owned, columns, self._copies, self._normalized, strict=True
             )
         ]
@@ -284,7 +156,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._moments == "fp32":
             return t.param.dtype
         if self._moments == "8bit":
-            moved = [x for x in (t.param, t.copy, *t.averages) if x is not None]
+            moved = [x for x in (t.param, t.copy, *t.emas) if x is not None]
             wide = all(x.data_ptr() % 16 == 0 for x in moved)
             if not (wide and _may_pack(t.param.numel(), t.row)):
                 return t.param.dtype
@@ -303,7 +175,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def write_copies(self) -> None:
-        """Make the copies anew, for weights that somebody else has changed: the bits that a step leaves."""
+        """As the base's: the bits that a step leaves."""
         copied = [
             StepTensors(t.param, copy=t.copy, normalized=t.normalized)
             for t in self._tensors
@@ -313,13 +185,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             fused_step(copied, [StepOptions(0.0)], StepControl.on(copied[0].param.device))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. ValueError once averages, copies or normalized were given: these parameters have
-        none."""
+        """As torch's. ValueError once emas, copies or normalized were given: these parameters have none."""
         if self._tensors:
             given = [t.copy is not None or t.normalized for t in self._tensors]
-            if self._averages or any(given):
+            if self.emas or any(given):
                 raise ValueError(
-                    "optimizer: a group must be there when averages, copies or normalized are given"
+                    "optimizer: a group must be there when emas, copies or normalized are given"
                 )
             super().add_param_group(param_group)
             self._copies += [None] * len(self.param_groups[-1]["params"])
@@ -381,31 +252,29 @@ class FusedOptimizer(torch.optim.Optimizer):
                 setattr(t, key, value)
             t.step = state["step"]
 
-    def store_options(self) -> None:
-        """Bring rates and betas to the device. `step` does it too, but not while a graph is captured or
-        replayed: call this before."""
+    def prepare(self, rate: float | None = None, ema_betas: Sequence[float] | None = None) -> None:
+        super().prepare(rate, ema_betas)
+        self._store_options()
+
+    def _store_options(self) -> None:
         store_step_options(
             self._tensors,
             self._options(),
             self.control,
-            average_betas=self.average_betas,
+            ema_decays=self.ema_betas,
             max_norm=self.max_norm,
             table=self._table,
         )
 
     def capturing(self) -> AbstractContextManager[None]:
-        """Enter this around the capture of a CUDA graph that contains one `step`.
-
-        Raises:
-            ValueError: no step has been taken yet.
-        """
+        """As the base's. ValueError where no step has been taken yet."""
         first = self._tensors[0].param
-        served = first.device.type == "cuda" and extension_for("fused_step", first.device)
-        return self._table.capturing() if served else nullcontext()
+        fused = first.device.type == "cuda" and extension_for("fused_step", first.device)
+        return self._table.capturing() if fused else nullcontext()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take a step, or skip it where a gradient is not finite."""
+        """Take a step, or skip it where a gradient is NaN/Inf."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -415,7 +284,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._tensors,
             self._options(),
             self.control,
-            average_betas=self.average_betas,
+            ema_decays=self.ema_betas,
             max_norm=self.max_norm,
             table=self._table,
         )
@@ -475,60 +344,3 @@ def moment_as(value: torch.Tensor, kind: torch.dtype, t: StepTensors, key: str) 
 
 def _as_list(params: Any) -> list[Any]:
     return [params] if isinstance(params, torch.Tensor) else list(params)
-
-
-def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter],
-    config: PhaseConfig,
-    *,
-    emas: Sequence[Ema] = (),
-    copies: Sequence[torch.Tensor | None] | None = None,
-    normalized: Sequence[bool] | None = None,
-    scale: float | None = None,
-    growth_interval: int = 2000,
-    capturable: bool = False,
-    fused: Callable[..., FusedOptimizer] = FusedOptimizer,
-) -> torch.optim.Optimizer:
-    """The phase's optimizer with its constants: a `FusedOptimizer`, which clips, scales and moves the
-    averages too, where the extension serves the parameters' device; else torch's, which leaves that to
-    others.
-
-    Args:
-        parameters: a network's, on one device.
-        emas: averages of just these parameters.
-        copies, normalized: a `FusedOptimizer`'s; the extension alone does that.
-        scale, growth_interval: the loss scale, None without one.
-        capturable: torch's keeps the step count and the learning rate on the device, for CUDA graphs
-            (the fused one always can be captured).
-        fused: makes the fused optimizer.
-    """
-    weights = list(parameters)
-    constants: dict[str, Any] = {
-        "betas": config.betas,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    device = weights[0].device
-    if extension_for("fused_step", device) is None:
-        assert copies is None
-        assert not any(normalized or ())
-        if fused is not FusedOptimizer:
-            raise ValueError("offload: needs the extension, see tcm-fast doctor")
-        if config.moments != "fp32":
-            raise ValueError(f"moments: {config.moments} needs the extension, see tcm-fast doctor")
-        rate = torch.tensor(config.lr, device=device) if capturable else config.lr
-        kind = TORCH_KINDS[config.optimizer]
-        return kind(weights, lr=rate, capturable=capturable, foreach=True, **constants)
-    return fused(
-        weights,
-        config.optimizer,
-        lr=config.lr,
-        max_norm=config.grad_clip,
-        averages=[ema.average for ema in emas],
-        copies=copies,
-        normalized=normalized,
-        scale=scale,
-        growth_interval=growth_interval,
-        moments=config.moments,
-        **constants,
-    )

@@ -1,5 +1,5 @@
-"""The optimizer step piece by piece, so that what it alone needs does not have to lie on the device: moments
-and averages in pinned host memory.
+"""The optimizer step piece by piece, so that what it alone needs does not have to be on the device: moments
+and EMAs in pinned host memory.
 
     host memory -> slot on the device -> step of that piece -> host memory
 
@@ -26,7 +26,7 @@ PIECES = 8  # at least: what visits the device twice over must be much less than
 PIECE_BYTES = 64 << 20  # of state, at most; a larger parameter is a piece of its own
 ALIGNED = 64  # bytes between the starts of tensors: the kernels' accesses are 16 wide
 SLOTS = 2
-SEED_STEP = 0x9E3779B9  # between the pieces' seeds of random rounding
+SEED_STEP = 0x9E3779B9  # between the pieces' seeds of stochastic rounding
 
 
 @dataclass
@@ -47,13 +47,14 @@ class Piece:
 
 
 class PiecewiseOptimizer(FusedOptimizer):
-    """A `FusedOptimizer` that takes its step piece by piece, with moments and averages in host memory,
-    pinned for CUDA. Same numbers: without clipping bit for bit (but for the random rounding of moments
+    """A `FusedOptimizer` that takes its step piece by piece, with moments and EMAs in host memory, pinned
+    for CUDA. Same numbers: without clipping bit for bit (but for the stochastic rounding of moments
     below fp32, which is keyed by the piece).
 
     Args:
         piece_bytes: state that is on the device at a time, twice; None is an eighth of all, or 64 MiB.
-        others: as `FusedOptimizer`'s. `averages` are the lists to use; they are copies of those given.
+        others: as `FusedOptimizer`'s. The lists of `emas` get the tensors in host memory in place of those
+            given.
     """
 
     def __init__(
@@ -77,20 +78,15 @@ class PiecewiseOptimizer(FusedOptimizer):
             raise ValueError("optimizer: normalized rows must not be cut into pieces")
         self._cut()
 
-    @property
-    def averages(self) -> list[list[torch.Tensor]]:
-        """Lists of tensors like the parameters: what the averages are."""
-        return self._averages
-
     # ---- where things lie -----------------------------------------------------------------------
 
     def _cut(self) -> None:
         """Cut the parameters into pieces, and lay out each one's state."""
         if self.piece_bytes is None:
             elements = [t.param.numel() for t in self._tensors]
-            self.piece_bytes = piece_bytes(elements, len(self._averages), self._moments)
+            self.piece_bytes = piece_bytes(elements, len(self.emas), self._moments)
         for index, t in enumerate(self._tensors):
-            kinds = {f"averages[{k}]": a.dtype for k, a in enumerate(t.averages)}
+            kinds = {f"emas[{k}]": a.dtype for k, a in enumerate(t.emas)}
             kinds |= dict.fromkeys(("exp_avg", "exp_avg_sq"), self._kind_of_moments(t))
             sizes = [_aligned(_size(t.param.numel(), kind)) for kind in kinds.values()]
             if not self._pieces or self._pieces[-1].size + sum(sizes) > self.piece_bytes:
@@ -114,7 +110,7 @@ class PiecewiseOptimizer(FusedOptimizer):
             torch.empty(largest, dtype=torch.uint8, device=device)
             for _ in range(min(SLOTS, len(self._pieces)))
         ]
-        self._move_averages()
+        self._move_emas()
         most = max(piece.grads for piece in self._pieces)
         self._scaled = torch.empty(most, dtype=torch.float32, device=device)
 
@@ -124,18 +120,17 @@ class PiecewiseOptimizer(FusedOptimizer):
             raise ValueError("optimizer: all groups must be there when it is made")
         super().add_param_group(param_group)
 
-    def _move_averages(self) -> None:
+    def _move_emas(self) -> None:
         for piece in self._pieces:
             for index, places in zip(piece.indices, piece.places, strict=True):
                 t = self._tensors[index]
                 views = tuple(
-                    _view(piece.host, places[f"averages[{k}]"], t.param)
-                    for k in range(len(t.averages))
+                    _view(piece.host, places[f"emas[{k}]"], t.param) for k in range(len(t.emas))
                 )
                 for k, view in enumerate(views):
-                    view.copy_(t.averages[k])
-                    self._averages[k][index] = view
-                t.averages = views
+                    view.copy_(t.emas[k])
+                    self.emas[k][index] = view
+                t.emas = views
 
     def _gather(self) -> None:
         """State on the host: what is loaded or new moves there."""
@@ -155,7 +150,7 @@ class PiecewiseOptimizer(FusedOptimizer):
                         view = _view(piece.host, places[key], t.param)
                         setattr(t, key, view)
                     if state.get(key) is not view:
-                        self._wait()
+                        self.wait()
                         view.copy_(
                             moment_as(state[key], view.dtype, t, key)
                         ) if key in state else view.zero_()
@@ -165,7 +160,7 @@ class PiecewiseOptimizer(FusedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take a step, or skip it where a gradient is not finite."""
+        """Take a step, or skip it where a gradient is NaN/Inf."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -182,12 +177,12 @@ class PiecewiseOptimizer(FusedOptimizer):
             t.grad = None  # or its memory would outlive zero_grad
         return loss
 
-    def store_options(self) -> None:
+    def _store_options(self) -> None:
         """Nothing to do ahead: this step is never captured in a graph."""
 
     def _decide(self, grads: list[torch.Tensor]) -> torch.Tensor:
-        """What the gradients are multiplied by: fp32 scalar on the device, NaN where one of them is not
-        finite, so that every piece skips its step. Moves the loss scale as `fused_step` does."""
+        """What the gradients are multiplied by: fp32 scalar on the device, NaN where one of them is NaN/Inf,
+        so that every piece skips its step. Updates the loss scale as `fused_step` does."""
         control = self.control
         norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
         norm = torch.stack(list(norms)).double().square().sum().sqrt()
@@ -224,17 +219,17 @@ class PiecewiseOptimizer(FusedOptimizer):
             torch._foreach_copy_([scaled for scaled, _ in there], [grad for _, grad in there])
             torch._foreach_mul_([scaled for scaled, _ in there], factor)
         assert piece.control is not None
-        averages = [] if there else [a for t in piece.tensors for a in t.averages]
-        before = [average.clone() for average in averages]
+        emas = [] if there else [a for t in piece.tensors for a in t.emas]
+        before = [average.clone() for average in emas]
         fused_step(
             piece.tensors,
             self._options(),
             piece.control,
-            average_betas=self.average_betas,
+            ema_decays=self.ema_betas,
             table=piece.table,
         )
         # Without a gradient nothing tells a piece that the others skip.
-        for average, old in zip(averages, before, strict=True):
+        for average, old in zip(emas, before, strict=True):
             average.copy_(torch.where(factor.isfinite(), average, old))
 
     def _on_device(self, piece: Piece, k: int, slot: int) -> StepTensors:
@@ -245,9 +240,7 @@ class PiecewiseOptimizer(FusedOptimizer):
             own,
             exp_avg=_view(block, places["exp_avg"], own.param),
             exp_avg_sq=_view(block, places["exp_avg_sq"], own.param),
-            averages=tuple(
-                _view(block, places[f"averages[{i}]"], own.param) for i in range(len(own.averages))
-            ),
+            emas=tuple(_view(block, places[f"emas[{i}]"], own.param) for i in range(len(own.emas))),
         )
 
     # ---- copies ---------------------------------------------------------------------------------
@@ -281,32 +274,29 @@ class PiecewiseOptimizer(FusedOptimizer):
             self._free[slot] = torch.cuda.Event()
             self._free[slot].record(outgoing)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait until host memory holds the last step's state: before it is read or written."""
         if self._streams is not None:
             self._streams[1].synchronize()
 
-    def settle(self) -> None:
-        """Wait until host memory holds the last step's state: before it is read or written."""
-        self._wait()
-
     def state_dict(self) -> dict[str, Any]:
-        self._wait()
+        self.wait()
         return super().state_dict()
 
 
-def piece_bytes(elements: Sequence[int], averages: int, moments: str) -> int:
+def piece_bytes(elements: Sequence[int], emas: int, moments: str) -> int:
     """How much state a piece may have, of fp32 parameters of so many elements."""
-    state = sum(4 * averages * count + 2 * moment_size(count, moments) for count in elements)
+    state = sum(4 * emas * count + 2 * moment_size(count, moments) for count in elements)
     return min(state // PIECES, PIECE_BYTES)
 
 
-def piece_sizes(elements: Sequence[int], averages: int, moments: str) -> list[tuple[int, int]]:
+def piece_sizes(elements: Sequence[int], emas: int, moments: str) -> list[tuple[int, int]]:
     """Bytes of (state, scaled gradients) of each piece that fp32 parameters of so many elements are cut
     into."""
-    limit = piece_bytes(elements, averages, moments)
+    limit = piece_bytes(elements, emas, moments)
     pieces: list[tuple[int, int]] = []
     for count in elements:
-        state = averages * _aligned(4 * count) + 2 * _aligned(moment_size(count, moments))
+        state = emas * _aligned(4 * count) + 2 * _aligned(moment_size(count, moments))
         if not pieces or pieces[-1][0] + state > limit:
             pieces.append((0, 0))
         size, grads = pieces[-1]

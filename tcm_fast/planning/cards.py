@@ -36,7 +36,7 @@ class Card:
     measured: bool = False
     on_gpu: bool = True
     has_rates: bool = True
-    """False: only the memory is known, and the rates are those of some card, to compare levers by."""
+    """False: only the memory is known, and the rates are those of some card, for comparisons."""
 
     def flops(self, precision: str) -> float:
         """Operations per second that a step is taken to reach."""

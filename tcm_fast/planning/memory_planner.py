@@ -1,4 +1,4 @@
-"""What fits, and how long it takes: levers, memory by kind and speed of every phase of a run on a card."""
+"""What fits, and how long it takes: memory optimizations, memory by kind and speed of each phase."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
-from tcm_fast.config import Config, ConsistencyConfig
-from tcm_fast.objectives.noise_levels import IMAGE, plan_times
+from tcm_fast.config import Config
+from tcm_fast.objectives import OBJECTIVES
+from tcm_fast.objectives.noise_levels import IMAGE
 from tcm_fast.planning.cards import BANDWIDTH_SHARE, GIB, LAUNCH, PCIE, Card
 from tcm_fast.planning.memory_estimate import (
     DryStep,
@@ -26,12 +28,12 @@ from tcm_fast.runtime.arithmetic import PRECISIONS
 OVERHEAD = (
     1.06  # what an allocator loses between blocks, and what libraries take beside the tensors
 )
-OPTIMIZER_BYTES = 42  # per parameter, of one pass over weights, gradients, moments, average, copy
-LEVERS = ("micro_batches", "recompute_norms", "recompute_blocks", "offload")
+OPTIMIZER_BYTES = 42  # per parameter, of one pass over weights, gradients, moments, EMA, copy
+OPTIMIZATIONS = ("micro_batches", "recompute_norms", "recompute_blocks", "offload")
 
 
 class DoesNotFitError(ValueError):
-    """No choice of levers makes the run fit; the message says what would."""
+    """No choice of memory optimizations makes the run fit; the message says what would."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a card: the configuration with its levers, and its phases."""
+    """A run on a card: the configuration with its optimizations, and its phases."""
 
     config: Config
     card: Card
@@ -87,7 +89,7 @@ def plan_run(
     gpus: int = 1,
     rates: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Memory and speed of a configuration's phases, as they are (see `choose_levers`).
+    """Memory and speed of a configuration's phases, as they are (see `choose_optimizations`).
 
     Args:
         config: of the run.
@@ -146,13 +148,13 @@ def _work_seconds(card: Card, precision: str, step: DryStep, scale: float = 1.0)
 def mean_work(config: Config, name: str) -> float:
     """Work of a phase's average step over that of its last: targets that are images need no network,
     and at the start of the schedule most of them are."""
-    phase, steps = config.phase(name), config.steps(name)
-    if not isinstance(phase, ConsistencyConfig) or steps == 0:
+    kind, phase, steps = OBJECTIVES[name], config.phase(name), config.steps(name)
+    if not kind.is_consistency or steps == 0:
         return 1.0
-    start = config.steps("ect") if name == "tcm" and "ect" in config.phases else 0
+    start = _steps_before(config, name)
 
     def work(iteration: int) -> float:
-        plan = plan_times(
+        plan = kind.plan(
             phase, seed=0, images_seen=0, iteration=start + iteration, iterations=start + steps
         )
         return 3 + float((plan.source != IMAGE).mean())  # forward, backward twice as much, targets
@@ -161,12 +163,19 @@ def mean_work(config: Config, name: str) -> float:
     return float(np.mean([work(int(i)) for i in points])) / work(steps - 1)
 
 
+def _steps_before(config: Config, name: str) -> int:
+    """Steps of the run's consistency phases just before one: its iterations count on from them."""
+    earlier = config.phases[: config.phases.index(name)] if name in config.phases else ()
+    counted = takewhile(lambda before: OBJECTIVES[before].is_consistency, reversed(earlier))
+    return sum(config.steps(before) for before in counted)
+
+
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def choose_levers(config: Config, shape: ImageShape, card: Card, *, gpus: int = 1) -> Config:
-    """The configuration with those levers with which it fits and is fastest. They change no number but
-    by the order of sums; precisions and moments stay as they are.
+def choose_optimizations(config: Config, shape: ImageShape, card: Card, *, gpus: int = 1) -> Config:
+    """The configuration with those memory optimizations with which it fits and is fastest. They
+    change no number but by the order of sums; precisions and moments stay as they are.
 
     Raises:
         DoesNotFitError: it cannot fit; says how much it takes at least, and what would.
@@ -185,22 +194,25 @@ def choose_levers(config: Config, shape: ImageShape, card: Card, *, gpus: int = 
 
 
 def _candidates(config: Config, shape: ImageShape, card: Card, gpus: int) -> Iterator[Config]:
-    """Choices of levers that ought to fit by a first estimate, fastest first; after them the smallest."""
+    """Choices that ought to fit by a first estimate, fastest first; after them the smallest."""
     batches = [config.phase(name).batch_size // gpus for name in config.phases]
     common = math.gcd(*batches)
     cuts = [m for m in range(1, common + 1) if common % m == 0]
     names = dict.fromkeys(config.phases)
-    name = max(names, key=lambda n: (config.phase(n).batch_size, n == "tcm"))  # the largest one
+    # The largest one; of equals that with a frozen network in train mode.
+    name = max(names, key=lambda n: (config.phase(n).batch_size, OBJECTIVES[n].frozen_trains))
     batch = config.phase(name).batch_size // gpus
     found: list[tuple[float, Config]] = []
     smallest = config
     for recompute in _recomputations(shape):
-        levers = replace(config, **recompute)
+        optimizations = replace(config, **recompute)
         few = max(m for m in cuts if batch // m >= min(8, batch))
-        step = dry_step(replace(levers, micro_batches=gpus * few), name, shape, on_gpu=card.on_gpu)
-        fixed, per_image = _activations(levers, name, shape, card, step, gpus)
+        step = dry_step(
+            replace(optimizations, micro_batches=gpus * few), name, shape, on_gpu=card.on_gpu
+        )
+        fixed, per_image = _activations(optimizations, name, shape, card, step, gpus)
         for offload in (False, True) if card.on_gpu else (False,):
-            variant = replace(levers, offload=offload)
+            variant = replace(optimizations, offload=offload)
             held = memory(variant, name, shape, on_gpu=card.on_gpu, step=step)
             rest = held.total - held.activations - held.gradients + fixed
             smallest = replace(variant, micro_batches=cuts[-1])
@@ -266,7 +278,7 @@ def _does_not_fit(
         network = replace(config.network, model_channels=channels)
         tried = replace(config, network=network)
         try:
-            choose_levers_smallest(tried, shape, card)
+            check_smallest(tried, shape, card)
         except DoesNotFitError:
             continue
         except ValueError:
@@ -281,13 +293,13 @@ def _does_not_fit(
     if PRECISIONS[config.precision].itemsize == 4 and card.on_gpu:
         advice.append("--precision fp16 takes about half of the activations")
     return DoesNotFitError(
-        f"plan: {config.network.name} does not fit: with every lever it takes {least / GIB:.2f} GiB, and "
-        f"{card.name} has {card.usable / GIB:.2f} GiB for it; {', '.join(advice)}"
+        f"plan: {config.network.name} does not fit: with every memory optimization it takes "
+        f"{least / GIB:.2f} GiB, and {card.name} has {card.usable / GIB:.2f} GiB for it; {', '.join(advice)}"
     )
 
 
-def choose_levers_smallest(config: Config, shape: ImageShape, card: Card) -> None:
-    """DoesNotFitError unless the run fits with all levers at their end."""
+def check_smallest(config: Config, shape: ImageShape, card: Card) -> None:
+    """DoesNotFitError unless the run fits with all memory optimizations at their end."""
     common = math.gcd(*(config.phase(name).batch_size for name in config.phases))
     tried = replace(
         config, micro_batches=common, recompute_norms=False, recompute_blocks=1, offload=card.on_gpu
@@ -304,8 +316,8 @@ def _card_size(least: int) -> int:
     return next((gib for gib in usual if gib >= size), math.ceil(size))
 
 
-def chosen_levers(config: Config) -> dict[str, Any]:
-    """The levers that are in use, by field."""
+def chosen_optimizations(config: Config) -> dict[str, Any]:
+    """The memory optimizations that are in use, by field."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    given = {name: getattr(config, name) for name in LEVERS}
+    given = {name: getattr(config, name) for name in OPTIMIZATIONS}
     return {name: value for name, value in given.items() if value != defaults[name]}

@@ -22,8 +22,8 @@ from tcm_fast.planning.memory_estimate import ImageShape
 from tcm_fast.planning.memory_planner import (
     DoesNotFitError,
     Plan,
-    choose_levers,
-    choose_levers_smallest,
+    check_smallest,
+    choose_optimizations,
     plan_run,
 )
 
@@ -112,7 +112,9 @@ def rank_cards(config: Config, shape: ImageShape, prices: Prices, *, gpus: int =
         card = find_card(name)
         plan = None
         with suppress(DoesNotFitError):
-            choose_levers_smallest(config, shape, card)  # soon says no, where that is the answer
-            plan = plan_run(choose_levers(config, shape, card, gpus=gpus), shape, card, gpus=gpus)
+            check_smallest(config, shape, card)  # soon says no, where that is the answer
+            plan = plan_run(
+                choose_optimizations(config, shape, card, gpus=gpus), shape, card, gpus=gpus
+            )
         offers.append(Offer(card, price, plan))
     return sorted(offers, key=lambda offer: (offer.cost, offer.price))

@@ -13,15 +13,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tcm_fast.config import Config, ConsistencyConfig, EdmConfig, PhaseConfig, RatioConfig
+from tcm_fast.config import Config, PhaseConfig
+from tcm_fast.objectives import OBJECTIVES
 
-SHARES = {"edm": 0.35, "ect": 0.40, "tcm": 0.25, "ict": 0.65, "cd": 0.40}  # of the time
 SMALLEST_BATCH, SMALLEST_WIDTH = 64, 32
 WIDTH_EXPONENT = 1 / 8  # of the arithmetic: 16 times less of it, a network 1.4 times narrower
 BATCH_EXPONENT = 1 / 3  # of the images: the rest of the shortening falls on the number of steps
 EPOCHS_OF_DROPOUT = 1000  # a network that sees an image less often needs less of it
 TF32_GAP = 0.004  # 1 - r/t from which on tf32's rounding stays well below the signal
-MAX_RATE = 2e-3  # of the consistency phases
 
 
 def scale_width(width: int, arithmetic: float, multiple: int = 32) -> int:
@@ -57,13 +56,10 @@ def scale_recipe(
     scaled: dict[str, Any] = {"phases": phases, "network": network}
     for name in phases:
         phase = config.phase(name)
-        own = _scale_phase(phase, min(images[name], phase.images), narrow, count)
-        if tf32 and isinstance(own, RatioConfig):
-            own = replace(own, limit=min(own.limit, 1 - TF32_GAP))
-        scaled[name] = own
-    if "ect" in scaled and "tcm" in scaled:  # one schedule over both, counted on
-        keep = {"double": scaled["ect"].double, "limit": scaled["ect"].limit, "q": scaled["ect"].q}
-        scaled["tcm"] = replace(scaled["tcm"], **keep)
+        own = _scale_phase(name, phase, min(images[name], phase.images), narrow, count)
+        if tf32:
+            own = OBJECTIVES[name].with_gap(own, TF32_GAP)
+        scaled[name] = OBJECTIVES[name].continued(own, scaled)
     if tf32:
         scaled["precision"] = "tf32"
     steps = [math.ceil(scaled[n].images / scaled[n].batch_size) for n in phases]
@@ -78,50 +74,28 @@ def scale_recipe(
 
 def leaves_signal_to_tf32(config: Config) -> bool:
     """Whether a recipe's pairs are far enough apart for its rounding; ict's are not known to be."""
-    phases = [config.phase(name) for name in config.phases]
-    gaps = [
-        1 - p.limit if isinstance(p, RatioConfig) else 0.0
-        for p in phases
-        if isinstance(p, ConsistencyConfig)
-    ]
+    gaps = [OBJECTIVES[name].smallest_gap(config.phase(name)) for name in config.phases]
     return min(gaps, default=1.0) >= TF32_GAP
 
 
-def _scale_phase(phase: PhaseConfig, images: int, narrow: float, count: int) -> PhaseConfig:
+def _scale_phase(
+    name: str, phase: PhaseConfig, images: int, narrow: float, count: int
+) -> PhaseConfig:
     share = images / phase.images
     if share == 1 and narrow == 1:
         return phase
     power = round(math.log2(phase.batch_size * share**BATCH_EXPONENT))
     batch = min(max(2**power, SMALLEST_BATCH), phase.batch_size)
-    steps, before = max(images // batch, 1), phase.images / phase.batch_size
+    steps = max(images // batch, 1)
     dropout = phase.dropout * min(1.0, images / count / EPOCHS_OF_DROPOUT)
     rate = phase.lr / narrow * math.sqrt(batch / phase.batch_size)
     changes: dict[str, Any] = {
         "images": steps * batch,
         "batch_size": batch,
-        "lr": rate,
         "dropout": round(dropout, 2),
         "ema": tuple(_scale_average(rule, steps) for rule in phase.ema),
     }
-    if isinstance(phase, EdmConfig):
-        changes["warmup_images"] = int(phase.warmup_images * share)
-    elif isinstance(phase, ConsistencyConfig):
-        fewer = before / steps
-        changes["lr"] = max(min(rate * fewer ** (1 / 3), MAX_RATE), min(rate, phase.lr))
-        if isinstance(phase, RatioConfig):
-            changes |= _scale_schedule(phase, steps, before)
-    return replace(phase, **changes)
-
-
-def _scale_schedule(phase: RatioConfig, steps: int, before: float) -> dict[str, Any]:
-    """How close r comes to t, and how fast. The gap 1 - r/t at the end grows as 1/sqrt(steps): what
-    remains to be learnt from pairs so close together drowns in the noise of fewer steps. The schedule
-    reaches it after the same share of the phase."""
-    gap = min((1 - phase.limit) * math.sqrt(before / steps), 0.25)
-    stages = math.log(1 / (1 - phase.limit), phase.q)
-    share = phase.double * stages / before
-    stages = max(math.log(1 / gap, phase.q), 1.0)
-    return {"limit": 1 - gap, "double": max(round(share * steps / stages), 1)}
+    return replace(phase, **changes, **OBJECTIVES[name].shortened(phase, rate, steps, share))
 
 
 def _scale_average(rule: str, steps: int) -> str:
@@ -137,5 +111,6 @@ def images_for(
     seconds: float, rates: Mapping[str, float], phases: tuple[str, ...]
 ) -> dict[str, int]:
     """Images of each phase in a span of time, at so many images per second."""
-    total = sum(SHARES[name] for name in phases)
-    return {name: int(seconds * SHARES[name] / total * rates[name]) for name in phases}
+    shares = {name: OBJECTIVES[name].time_share for name in phases}
+    total = sum(shares.values())
+    return {name: int(seconds * shares[name] / total * rates[name]) for name in phases}

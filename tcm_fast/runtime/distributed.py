@@ -33,7 +33,7 @@ class Workers:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The main process's value, on every process."""
         if self.world == 1:
             return value
@@ -52,7 +52,7 @@ class Workers:
                 result = function()
             except Exception as caught:
                 error = caught
-        result, error = self.share((result, error))
+        result, error = self.broadcast((result, error))
         if error is not None:
             raise error
         return result  # type: ignore[return-value]

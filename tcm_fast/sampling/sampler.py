@@ -7,7 +7,7 @@ keyed by (seed, sampling step, i).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -17,26 +17,33 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tcm_fast.checkpoint.format import load_stage1
+from tcm_fast.kernels._backend import fast_layout
 from tcm_fast.kernels.denoise_to_uint8 import denoise_to_uint8, to_uint8
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import noise_pair
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.kernels.precondition import denoise
 from tcm_fast.networks import Precond
 from tcm_fast.networks.precision import in_precision
+from tcm_fast.objectives import is_consistency
 from tcm_fast.runtime.arithmetic import PRECISIONS, tf32
 from tcm_fast.runtime.cuda_graphs import CaptureError, CudaPlace, GraphCache
 from tcm_fast.runtime.distributed import Workers
+from tcm_fast.sampling.solvers import (
+    HEUN_STEPS,
+    Denoiser,
+    Solver,
+    T,
+    default_times,
+    heun,
+    heun_levels,
+    multistep,
+)
 
-T = 80.0  # the largest noise level, where sampling starts
+LARGEST_BATCH = 2**20  # pixels on a GPU (1024 images at 32x32): more is no faster
 SHARED_BATCH = 256  # images of a batch that processes with GPUs share out
-LOWEST_TIME = 0.821  # where two-step sampling returns to, unless t' is above it
 NOISE_LAYER = 0x80000001  # Philox key of sampling noise; training noise has 0x80000000
-SIGMA_MIN, RHO, HEUN_STEPS = 0.002, 7.0, 18  # Karras et al. 2022, table 1
 
-Noise = Callable[[int], torch.Tensor]  # sampling step -> unit Gaussian [n,C,H,W]
-Denoiser = Callable[[torch.Tensor, float], torch.Tensor]  # x [n,C,H,W], noise level -> D(x,t)
-Solver = Callable[[Noise, Sequence[Denoiser], Sequence[float]], torch.Tensor]
 Labels = int | Sequence[int] | torch.Tensor | None
 
 
@@ -61,9 +68,10 @@ def sample(
 ) -> torch.Tensor:
     """Draw `num` images: x = T z, y = D(x, T); for each further t_i: x = y + t_i z', y = D(x, t_i).
 
-    A network that `net.info` calls pre-trained (phase "edm") is no consistency function: it is
-    sampled by `sample_edm` with as many steps, one of which would give a blur and is refused. Every
-    other network is sampled by the formula above.
+    A network that `net.info` calls pre-trained is no consistency function: it is sampled by
+    the deterministic solver of Karras et al. 2022 (algorithm 1) with `steps` noise levels, 2·steps - 1
+    evaluations; one step would give a blur and is refused. Every other network is sampled by the formula
+    above.
 
     Args:
         net: the network; it is used in eval mode and left in the mode it was in.
@@ -75,7 +83,7 @@ def sample(
             tensor [num,K] is taken row by row.
         times: noise levels of the steps after the first, which is always at T = 80 (a leading 80
             may be given too), strictly falling. By default `default_times`.
-        batch_size: images per network call; by default as many as suit the resolution.
+        batch_size: images per network call; by default as many as fill the device.
         stage1: the stage-1 network of a truncated network, used at times below t'; by default that
             of the checkpoint from which `net` was loaded.
         allow_below_t_prime: where there is no stage-1 network, use `net` there although it was not
@@ -90,7 +98,7 @@ def sample(
         uint8 [num,H,W,C] on the CPU: 127.5 x + 128, clipped to [0, 255] and truncated.
 
     Raises:
-        ValueError: arguments that the network cannot serve; the message says which.
+        ValueError: arguments that the network does not support; the message says which.
     """
     batches = sample_batches(
         net, num, steps=steps, seed=seed, labels=labels, times=times, batch_size=batch_size,
@@ -136,104 +144,61 @@ def sample_batches(
 
     Arguments are checked when it is called, images are computed when they are asked for."""
     nets = [net]
-    if _info(net).get("phase") == "edm":
+    phase = _info(net).get("phase")
+    if not is_consistency(phase):
         if times is not None:
             raise ValueError(
                 "times: apply to consistency networks, but this one is pre-trained only (phase "
-                "edm); give a number of steps"
+                f"{phase}); give a number of steps"
             )
-        solve: Solver = _heun
+        solve: Solver = heun
         levels = heun_levels(HEUN_STEPS if steps is None else steps)
     else:
         levels, solve = _times(steps, times, _info(net).get("t_prime")), multistep
         nets = _networks_at(net, levels, stage1, allow_below_t_prime)
-    return _batches(
-        nets, num, solve, levels, seed=seed, labels=labels, batch_size=batch_size, start=start,
-        device=device, precision=precision, progress=progress, share=share,
-    )  # fmt: skip
+    if num < 1:
+        raise ValueError(f"num: must be at least 1, got {num}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: must lie in [0, 2**32), got {seed}")
+    if not (start >= 0 and start + num <= 2**32):
+        raise ValueError(f"start: images are numbered from 0 to 2**32 - 1, got {start} + {num}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
+    rows = _label_rows(net, num, labels, start)
+    sampler = Sampler(nets, solve, levels, seed=seed, device=device, precision=precision)
 
+    def given(first: int, n: int) -> torch.Tensor | None:
+        if rows is None:
+            return None
+        some = rows[first : first + n].to(sampler.device)
+        if some.ndim == 1:
+            some = torch.nn.functional.one_hot(some, net.label_dim).to(torch.float32)
+        return some
 
-def sample_edm(
-    net: Precond,
-    num: int,
-    *,
-    steps: int = HEUN_STEPS,
-    seed: int = 0,
-    labels: Labels = None,
-    batch_size: int | None = None,
-    start: int = 0,
-    device: str | torch.device | None = None,
-    precision: str | None = None,
-    progress: bool = False,
-) -> torch.Tensor:
-    """Draw images from a diffusion network with the deterministic solver of Karras et al. 2022
-    (algorithm 1): `steps` noise levels, 2·steps - 1 evaluations. The rest is as in `sample`."""
-    batches = _batches(
-        [net], num, _heun, heun_levels(steps), seed=seed, labels=labels, batch_size=batch_size,
-        start=start, device=device, precision=precision, progress=progress,
-    )  # fmt: skip
-    return torch.cat([images for _, images in batches])
+    def generate() -> Iterator[tuple[int, torch.Tensor]]:
+        size = batch_size or sampler.batch_size(given(0, 1))
+        ahead = 0 if sampler.graphs is None else 1  # batches drawn while an earlier one is used
+        with Progress(console=Console(stderr=True), disable=not progress) as bar:
+            task = bar.add_task("sampling", total=num)
+            drawn: deque[tuple[int, Fetched]] = deque()
+            own = range(share[0] * size, num, share[1] * size)
+            for first in own:
+                n = min(size, num - first)
+                numbers = torch.arange(start + first, start + first + n, device=sampler.device)
+                drawn.append((start + first, Fetched(sampler.draw(numbers, given(first, n)))))
+                while len(drawn) > (ahead if first != own[-1] else 0):
+                    number, fetched = drawn.popleft()
+                    yield number, fetched.images()
+                    bar.advance(task, len(fetched.host))
 
-
-def default_times(steps: int, t_prime: float | None = None) -> list[float]:
-    """Noise levels of k-step sampling: T alone, or a geometric sequence from T down to 0.821 (the
-    published two-step time), or to t' where that is higher, since a truncated network ends there.
-
-    Geometric, because equal ratios divide ln t evenly, which is how the networks are told t and how
-    training draws it; equal differences would spend nearly all steps at noise that hides everything
-    but the coarsest shapes. For more than two steps nothing is published for these networks."""
-    if steps < 1:
-        raise ValueError(f"steps: must be at least 1, got {steps}")
-    if steps == 1:
-        return [T]
-    lowest = max(LOWEST_TIME, t_prime or 0.0)
-    ratio = lowest / T
-    return [T * ratio ** (i / (steps - 1)) for i in range(steps - 1)] + [lowest]
-
-
-def heun_levels(steps: int) -> list[float]:
-    """Noise levels of the ODE solver (Karras et al. 2022, eq. 5, rho = 7), from 80 to 0.002,
-    without the final 0. ValueError for fewer than 2 steps."""
-    if steps < 2:
-        raise ValueError(
-            f"steps: a pre-trained network (phase edm) needs at least 2, {HEUN_STEPS} are usual, "
-            f"got {steps}"
-        )
-    first, last = T ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
-    return [(first + i / (steps - 1) * (last - first)) ** RHO for i in range(steps)]
-
-
-def multistep(noise: Noise, denoisers: Sequence[Denoiser], times: Sequence[float]) -> torch.Tensor:
-    """Consistency sampling: denoise, add noise of the next level, denoise again. [n,C,H,W]"""
-    y = denoisers[0](times[0] * noise(0), times[0])
-    for i, (denoiser, t) in enumerate(zip(denoisers[1:], times[1:], strict=True), start=1):
-        y = denoiser(y + t * noise(i), t)
-    return y
-
-
-def heun(noise: Noise, denoise: Denoiser, levels: Sequence[float]) -> torch.Tensor:
-    """The probability-flow ODE dx/dt = (x - D(x,t))/t from levels[0] to 0 with Heun's second-order
-    steps, the last one Euler's. [n,C,H,W]"""
-    x = levels[0] * noise(0)
-    for t, t_next in pairwise([*levels, 0.0]):
-        slope = (x - denoise(x, t)) / t
-        x_next = x + (t_next - t) * slope
-        if t_next > 0:
-            slope_next = (x_next - denoise(x_next, t_next)) / t_next
-            x_next = x + (t_next - t) / 2 * (slope + slope_next)
-        x = x_next
-    return x
-
-
-def _heun(noise: Noise, denoisers: Sequence[Denoiser], levels: Sequence[float]) -> torch.Tensor:
-    return heun(noise, denoisers[0], levels)
+    return generate()
 
 
 def class_numbers(
     net: Precond, num: int, labels: Labels = None, start: int = 0
 ) -> torch.Tensor | None:
     """The class of each image that `sample` draws with these arguments: int64 [num], or None for an
-    unconditional network. ValueError for labels that the network cannot serve."""
+    unconditional network. ValueError for labels that the network does not have."""
     rows = _label_rows(net, num, labels, start)
     return rows if rows is None or rows.ndim == 1 else rows.argmax(1)
 
@@ -321,9 +286,6 @@ def _label_rows(net: Precond, num: int, labels: Labels, start: int) -> torch.Ten
     return given[torch.arange(start, start + num) % len(given)]
 
 
-LARGEST_BATCH = 2**20  # pixels on a GPU (1024 images at 32x32): more is no faster
-
-
 def _default_batch_size(resolution: int, device: torch.device) -> int:
     """Images that occupy a CPU without leaving its caches (2^15 pixels), or the most for a GPU."""
     return max(1, (2**15 if device.type == "cpu" else LARGEST_BATCH) // resolution**2)
@@ -353,7 +315,7 @@ class Sampler:
         device: str | torch.device | None = None,
         precision: str | None = None,
     ) -> None:
-        self.device = torch.device(device) if device is not None else _device_of(nets[0])
+        self.device = torch.device(device or next(nets[0].parameters(), torch.empty(0)).device)
         is_cuda = self.device.type == "cuda"
         self.precision = precision or ("fp16" if is_cuda else "fp32")
         if self.precision not in PRECISIONS:
@@ -373,13 +335,13 @@ class Sampler:
     def _ready(self, net: Precond) -> Precond:
         """The network on the device, with its weights cast."""
         net.to(self.device)
-        if self.device.type == "cuda" and isinstance(net, Precond):
-            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if isinstance(net, Precond):
+            net.to(memory_format=fast_layout(self.device))  # type: ignore[call-overload]
         return in_precision(net, self.dtype) if isinstance(net, Precond) else net
 
     def draw(self, numbers: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Images uint8 [n,H,W,C] on the device, good until the next call. Where they do not fit into
-        memory together they are drawn in halves: the same images.
+        """Images uint8 [n,H,W,C] on the device, valid until the next call. Where they run
+        out of memory they are drawn in halves: the same images.
 
         numbers: int64 [n] on the device; labels: one-hot fp32 [n,K] on the device, or None."""
         tensors = [numbers] if labels is None else [numbers, labels]
@@ -399,11 +361,7 @@ class Sampler:
         return torch.cat([self.draw(*part).clone() for part in parts])
 
     def _draw_together(self, *tensors: torch.Tensor) -> torch.Tensor:
-        with (
-            tf32(self.precision == "tf32"),
-            torch.inference_mode(),
-            _evaluating(self.nets),
-        ):
+        with tf32(self.precision == "tf32"), torch.inference_mode(), _evaluating(self.nets):
             if self.graphs is None:
                 return self._draw(*tensors)
             return self.graphs("draw", self._draw_within, *tensors)
@@ -428,12 +386,11 @@ class Sampler:
     def _multistep(self, numbers: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """`multistep` in as few passes over the images as there are: noise and scaling before the
         network in one, preconditioning and bytes after it in another."""
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         y = torch.zeros((len(numbers), *self.shape), device=self.device)
-        y = y.contiguous(memory_format=layout)
+        y = y.contiguous(memory_format=fast_layout(self.device))
         for step, (net, level) in enumerate(zip(self.nets, self.levels, strict=True)):
             t = y.new_full((len(y),), level)
-            key = DropoutKey(seed=self.seed, step=step, layer=NOISE_LAYER, sample=numbers)
+            key = PhiloxKey(seed=self.seed, step=step, layer=NOISE_LAYER, sample=numbers)
             noisy = noise_pair(y, t, None, key, sigma_data=net.sigma_data, dtype=self.dtype)
             output = net.raw(noisy.input_t, t, labels)
             if step < len(self.levels) - 1:
@@ -441,8 +398,8 @@ class Sampler:
         return denoise_to_uint8(output, noisy.x_t, t, net.sigma_data)
 
     def batch_size(self, labels: torch.Tensor | None) -> int:
-        """Images a call that fill the device: on a GPU as many as take half of its free memory, told
-        from a small batch."""
+        """Images a call that fill the device: on a GPU as many as take half of its free memory,
+        estimated from a small batch."""
         size = _default_batch_size(self.shape[-1], self.device)
         if self.graphs is None:
             return size
@@ -457,60 +414,6 @@ class Sampler:
         free, _ = torch.cuda.mem_get_info(self.device)
         fitting = max(1, int(free / 2 / max(each, 1)))
         return min(size, 1 << (fitting.bit_length() - 1))
-
-
-def _batches(
-    nets: Sequence[Precond],
-    num: int,
-    solve: Solver,
-    levels: Sequence[float],
-    *,
-    seed: int,
-    labels: Labels,
-    batch_size: int | None,
-    start: int,
-    device: str | torch.device | None,
-    precision: str | None,
-    progress: bool,
-    share: tuple[int, int] = (0, 1),
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Check what all solvers share, then go through the images. nets: the network of each level."""
-    if num < 1:
-        raise ValueError(f"num: must be at least 1, got {num}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed: must lie in [0, 2**32), got {seed}")
-    if not (start >= 0 and start + num <= 2**32):
-        raise ValueError(f"start: images are numbered from 0 to 2**32 - 1, got {start} + {num}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
-    rows = _label_rows(nets[0], num, labels, start)
-    sampler = Sampler(nets, solve, levels, seed=seed, device=device, precision=precision)
-
-    def given(first: int, n: int) -> torch.Tensor | None:
-        if rows is None:
-            return None
-        some = rows[first : first + n].to(sampler.device)
-        if some.ndim == 1:
-            some = torch.nn.functional.one_hot(some, nets[0].label_dim).to(torch.float32)
-        return some
-
-    def generate() -> Iterator[tuple[int, torch.Tensor]]:
-        size = batch_size or sampler.batch_size(given(0, 1))
-        ahead = 0 if sampler.graphs is None else 1  # batches drawn while an earlier one is used
-        with Progress(console=Console(stderr=True), disable=not progress) as bar:
-            task = bar.add_task("sampling", total=num)
-            drawn: deque[tuple[int, Fetched]] = deque()
-            own = range(share[0] * size, num, share[1] * size)
-            for first in own:
-                n = min(size, num - first)
-                numbers = torch.arange(start + first, start + first + n, device=sampler.device)
-                drawn.append((start + first, Fetched(sampler.draw(numbers, given(first, n)))))
-                while len(drawn) > (ahead if first != own[-1] else 0):
-                    number, fetched = drawn.popleft()
-                    yield number, fetched.images()
-                    bar.advance(task, len(fetched.host))
-
-    return generate()
 
 
 class Fetched:
@@ -531,11 +434,6 @@ class Fetched:
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.host
-
-
-def _device_of(net: Precond) -> torch.device:
-    tensor = next(net.parameters(), None)
-    return torch.device("cpu") if tensor is None else tensor.device
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a run keeps: its folder, its checkpoints and snapshots, and what happens where that fails."""
+"""What a run saves: its checkpoints and snapshots, and what happens where that fails."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from tcm_fast.checkpoint.run_lock import RunLock
 from tcm_fast.config import Config, save_config, to_dict
 from tcm_fast.runtime.distributed import Workers
 from tcm_fast.training.logger import RunLog, timed
-from tcm_fast.training.phase import FROZEN_FILE, Phase, TrainingError, named_averages
+from tcm_fast.training.micro_batches import MicroBatches
+from tcm_fast.training.phase import Phase, TrainingError, named_ema
 
 FAILED_SAVES = 3  # in a row, that end a run
 
 
-class Keeper:
-    """Saves the phases of a run in its folder, which nobody else may write to meanwhile.
+class CheckpointManager:
+    """Saves the phases of a run in its folder, which is locked for other runs meanwhile.
 
     Every process has one and calls it alike; the main one's writes.
 
@@ -30,8 +31,9 @@ class Keeper:
         out: the run's folder.
         config: of the run.
         workers: its processes.
+        micro: how many passes a batch takes.
         class_names: of the images.
-        measure: the Fréchet distance of a phase's first average, for `best`.
+        measure: the Fréchet distance of a phase's first EMA, for `keep_best`.
 
     Attributes:
         spent: seconds that training waited for saves, under "saving".
@@ -46,10 +48,11 @@ class Keeper:
         out: Path,
         config: Config,
         workers: Workers,
+        micro: MicroBatches,
         class_names: tuple[str, ...],
         measure: Callable[[Phase], float],
     ) -> None:
-        self.out, self.config, self.workers = out, config, workers
+        self.out, self.config, self.workers, self.micro = out, config, workers, micro
         self.class_names, self.measure = list(class_names), measure
         self.spent: Counter[str] = Counter()
         self._failed = 0
@@ -82,41 +85,30 @@ class Keeper:
     def start_phase(self, phase: Phase) -> None:
         """Before the phase's first save."""
         self.settle(waits=True)
-        self._writer = CheckpointWriter(self.out, (FROZEN_FILE.get(phase.name, ""),))
+        self._writer = CheckpointWriter(self.out, (phase.inner.frozen_file,))
 
-    def save(
-        self,
-        phase: Phase,
-        *,
-        micro_batches: int,
-        is_last: bool = False,
-    ) -> None:
-        """A checkpoint of everything, written while training goes on.
-
-        Args:
-            phase: what to save.
-            micro_batches: how many passes a batch takes.
-            is_last: wait for the end, which then has to be a good one.
-        """
+    def save(self, phase: Phase, *, is_last: bool = False) -> None:
+        """A checkpoint of everything, written while training goes on; the last one of a phase is waited for,
+        and has to be written."""
         self.settle(waits=True)
         every = self.config.milestone_every
         is_milestone = phase.step == phase.steps or bool(every and phase.step % every == 0)
-        judged = {"frechet": self.measure(phase)} if self.config.best == "frechet" else {}
+        metrics = {"frechet": self.measure(phase)} if self.config.keep_best == "frechet" else {}
         with timed(self.spent, "saving"):
-            contents = self._contents(phase, judged, micro_batches)
+            contents = self._contents(phase, metrics)
             if self._writer is not None and self.workers.is_main:
                 self._keep_folder()
                 self._writer.submit(
                     contents,
-                    keep=self.config.keep,
+                    keep=self.config.keep_checkpoints,
                     milestone=is_milestone,
-                    best=self.config.best,
+                    best=self.config.keep_best,
                 )
         if is_last:
             self.workers.on_main(lambda: self.settle(waits=True, must=True))
 
     def settle(self, *, waits: bool = False, must: bool = False) -> None:
-        """Hear how the last save ended. One that failed is tried again at the next; several in a row end
+        """Look at how the last save ended. One that failed is tried again at the next; several in a row end
         the run, and so does the last one of a phase (`must`)."""
         if self._writer is None:
             return
@@ -138,7 +130,7 @@ class Keeper:
         self.log.warn("save_failed", f"{saved.error}; training goes on and tries again")
 
     def last_good(self, phase: str) -> Path | None:
-        """The newest checkpoint of a phase that was not written amid bad numbers, on every process."""
+        """The newest checkpoint of a phase that was not saved amid skipped steps, on every process."""
         return self.workers.on_main(lambda: self._last_good(phase))
 
     def _last_good(self, phase: str) -> Path | None:
@@ -152,8 +144,8 @@ class Keeper:
         return None
 
     def snapshot(self, phase: Phase) -> None:
-        """Keep the power-function averages for good."""
-        phase.settle()
+        """Save the power-function EMAs for good."""
+        phase.optimizer.wait()
         for index, ema in enumerate(phase.emas):
             if ema.rule.kind != "power":
                 continue
@@ -161,20 +153,18 @@ class Keeper:
             if self.workers.is_main:
                 net.info = phase.info() | {"class_names": self.class_names}
                 try:
-                    save_snapshot(
-                        self.out, net, named_averages(phase, values), index, ema.rule.value
-                    )
+                    save_snapshot(self.out, net, named_ema(phase, values), index, ema.rule.value)
                 except OSError as error:
                     self.log.warn("snapshot_failed", f"{error}; training goes on without it")
 
-    def _contents(self, phase: Phase, judged: dict[str, float], micro_batches: int) -> Contents:
+    def _contents(self, phase: Phase, metrics: dict[str, float]) -> Contents:
         """What a checkpoint holds."""
-        phase.settle()
+        phase.optimizer.wait()
         networks: dict[str, Any] = {"model": phase.student}
         for number, ema in enumerate(phase.emas):
-            networks[f"ema-{number}"] = phase.student, named_averages(phase, ema.average)
+            networks[f"ema-{number}"] = phase.student, named_ema(phase, ema.average)
         if phase.frozen is not None:
-            networks[FROZEN_FILE[phase.name]] = phase.frozen
+            networks[phase.inner.frozen_file] = phase.frozen
         return collect(
             networks,
             phase.optimizer,
@@ -183,8 +173,8 @@ class Keeper:
                 **phase.counters(),
                 "seed": self.config.seed,
                 "batch_size": phase.config.batch_size,
-                "micro_batches": micro_batches,
-                "metrics": judged,
+                "micro_batches": self.micro.count,
+                "metrics": metrics,
                 "config": to_dict(self.config),
             },
         )

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tcm_fast.objectives.objective import Batch, Objective
+from tcm_fast.objectives.base import Objective
+from tcm_fast.objectives.batch import Batch
 
 NAMED = 3  # rows and parameters that are named
 
 
-def diagnose(objective: Objective, batch: Batch, scale: float = 1.0) -> str:
+def diagnose(objective: Objective[Any], batch: Batch, scale: float = 1.0) -> str:
     """What is not finite first when a batch goes through the objective again, with the weights of now;
     empty where everything is. Changes neither weights nor gradients; waits for the device at every
     module.

@@ -1,4 +1,4 @@
-"""Memory that does not suffice: how many passes a batch is cut into, and what a run has learnt of that."""
+"""How many micro-batches a batch is cut into, raised where a step runs out of memory."""
 
 from __future__ import annotations
 

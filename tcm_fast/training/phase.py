@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from tcm_fast.config import PhaseConfig
 from tcm_fast.evaluation import metrics
 from tcm_fast.networks import Precond
-from tcm_fast.optim.fused import Ema, FusedOptimizer, LossScale
-from tcm_fast.optim.offload import PiecewiseOptimizer
+from tcm_fast.objectives.base import Objective
+from tcm_fast.optim.base import TrainingOptimizer
+from tcm_fast.optim.ema import Ema
+from tcm_fast.optim.torch_optimizer import UnfinishedStepError
 from tcm_fast.runtime.cuda_graphs import GraphCache
-from tcm_fast.training.step_monitor import Gauge, Watch
-
-CONSISTENCY = ("ect", "tcm", "ict", "cd")
-FROZEN_FILE = {"tcm": "stage1", "cd": "teacher"}
+from tcm_fast.training.step_monitor import StepMetrics, StepMonitor
 
 
 class TrainingError(RuntimeError):
@@ -37,11 +36,10 @@ class Phase:
     student: Precond
     frozen: Precond | None
     objective: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | LossScale
+    optimizer: TrainingOptimizer
     emas: list[Ema]
-    gauge: Gauge
-    watch: Watch
+    metrics: StepMetrics
+    monitor: StepMonitor
     graphs: GraphCache | None = None
     """Captured steps; None where every step is started operation by operation."""
     step: int = 0
@@ -50,9 +48,9 @@ class Phase:
     """Iterations before this phase: stage 2 counts on from stage 1."""
     seconds: float = 0.0
     skips: int = 0
-    """Steps so far that were skipped for numbers that were not finite."""
+    """Steps so far that were skipped for a NaN or Inf loss or gradient."""
     cause: str = "the cause is not known"
-    """Where numbers that were not finite came from the last time."""
+    """Where NaN or Inf came from the last time."""
     rollbacks: int = 0
     rate_factor: float = 1.0
     """Of the learning rate, lowered by roll-backs."""
@@ -68,22 +66,13 @@ class Phase:
         return self.first_iteration + self.step
 
     @property
-    def inner(self) -> Any:
-        """The objective without what talks to other processes."""
-        return getattr(self.objective, "module", self.objective)
+    def inner(self) -> Objective[Any]:
+        """The objective without its DistributedDataParallel wrapper."""
+        return typing.cast("Objective[Any]", getattr(self.objective, "module", self.objective))
 
-    def loss(self, losses: Sequence[float] | np.ndarray) -> float:
-        """The loss of mean losses off and on the boundary."""
-        return float(losses[0] + getattr(self.config, "boundary_weight", 0.0) * losses[1])
-
-    def settle(self) -> None:
-        """Wait until averages and moments that live on the host are there."""
-        if isinstance(self.optimizer, PiecewiseOptimizer):
-            self.optimizer.settle()
-
-    def average(self, index: int = 0) -> Precond:
-        """A copy of the student with the weights of one of its averages, in eval mode."""
-        self.settle()
+    def ema_network(self, index: int = 0) -> Precond:
+        """A copy of the student with the weights of one of its EMAs, in eval mode."""
+        self.optimizer.wait()
         values = self.emas[index].average
         net = copy.deepcopy(self.student)
         for parameter, value in zip(net.parameters(), values, strict=True):
@@ -95,7 +84,7 @@ class Phase:
         """What a network file says of its training."""
         return {
             "phase": self.name,
-            "t_prime": getattr(self.config, "t_prime", None),
+            "t_prime": self.inner.lowest_time(self.config),
             "images": self.images,
             "iterations": self.iteration,
         }
@@ -110,8 +99,8 @@ class Phase:
             "rollbacks": self.rollbacks,
             "rate_factor": self.rate_factor,
             "widest_spread": self.widest_spread,
-            "streak": self.watch.streak,
-            "scaler": self.scaler.state_dict(),
+            "streak": self.monitor.streak,
+            "scaler": self.optimizer.loss_scale.state_dict(),
         }
 
     def restore_counters(self, state: dict[str, Any]) -> None:
@@ -121,57 +110,31 @@ class Phase:
         self.rollbacks = state.get("rollbacks", 0)
         self.rate_factor = state.get("rate_factor", 1.0)
         self.widest_spread = state.get("widest_spread", 0.0)
-        self.watch.streak = state.get("streak", 0)
+        self.monitor.streak = state.get("streak", 0)
         if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+            self.optimizer.loss_scale.load_state_dict(state["scaler"])
 
     def lower(self, what: str, factor: float) -> str:
         """Lower the learning rate or the loss scale for good; says what it is now."""
-        if what == "scale" and self.scaler.is_enabled():
-            state = self.scaler.state_dict()
+        scale = self.optimizer.loss_scale
+        if what == "scale" and scale.is_enabled():
+            state = scale.state_dict()
             state["scale"] *= factor
-            self.scaler.load_state_dict(state)
+            scale.load_state_dict(state)
             return f"the loss scale at {state['scale']:g}"
         self.rate_factor *= factor
         return f"the learning rate at {self.rate_factor:g} of its schedule"
 
     def take_step(self) -> torch.Tensor:
-        """The optimizer's step from the gradients that are there, or none where they are not finite;
-        returns their norm, on the device."""
-        if isinstance(self.optimizer, FusedOptimizer):
+        """The optimizer's step from the gradients that are there, or none where they are NaN/Inf; returns
+        their norm, on the device. TrainingError where it cannot be repeated."""
+        try:
             self.optimizer.step()
-            return self.optimizer.grad_norm
-        return self._take_torch_step()
-
-    def _take_torch_step(self) -> torch.Tensor:
-        assert not isinstance(self.scaler, LossScale)
-        self.scaler.unscale_(self.optimizer)
-        weights, clip = list(self.student.parameters()), self.config.grad_clip
-        grads = [p.grad for p in weights if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        if clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(weights, clip, norm, foreach=True)
-        # Torch's optimizers cannot skip on the device. In a graph nothing can be asked of it: what a
-        # gradient spoils there, a roll-back mends.
-        if self.graphs is not None or bool(norm.isfinite()):
-            try:
-                self.scaler.step(self.optimizer)
-            except torch.OutOfMemoryError:
-                raise TrainingError(
-                    f"{self.name}: out of memory in the optimizer's step, half of which may be done: go on "
-                    "with --resume auto and more --micro-batches, or --memory auto"
-                ) from None
-            if self.graphs is None:
-                self.move_averages()
-        self.scaler.update()
-        return norm
-
-    def move_averages(self) -> None:
-        """Move the averages towards the weights of a step that is about to be counted, where the
-        optimizer does not."""
-        size = self.config.batch_size
-        for ema in self.emas:
-            ema.update(self.iteration + 1, self.images + size, size)
+        except UnfinishedStepError as error:
+            raise TrainingError(
+                f"{self.name}: {error}: go on with --resume auto and more --micro-batches, or --memory auto"
+            ) from None
+        return self.optimizer.grad_norm
 
 
 @dataclass
@@ -189,10 +152,9 @@ def load_weights(student: Precond, previous: Precond, phase: str) -> None:
     """Start a phase from another network's weights, but for the log-variance that pre-training alone
     learns. ValueError where the networks differ."""
     ours, theirs = student.state_dict(), previous.state_dict()
-    own = {name: value for name, value in ours.items() if name.startswith("logvar_")}
-    # Inputs and outputs of pre-training, without which a network computes the same.
-    unused = ("model.map_augment.", "logvar_")
-    theirs = own | {n: v for n, v in theirs.items() if n in ours or not n.startswith(unused)}
+    own = {name: ours[name] for name in student.log_variance_names()}
+    unused = previous.pretraining_names()
+    theirs = own | {n: v for n, v in theirs.items() if n in ours or n not in unused}
     wrong = [
         f"{name} is {list(theirs[name].shape) if name in theirs else 'missing'}, "
         f"must be {list(value.shape)}"
@@ -205,7 +167,7 @@ def load_weights(student: Precond, previous: Precond, phase: str) -> None:
     student.load_state_dict(theirs)
 
 
-def named_averages(phase: Phase, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An average's tensors by parameter name."""
+def named_ema(phase: Phase, values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An EMA's tensors by parameter name."""
     names = [name for name, _ in phase.student.named_parameters()]
     return dict(zip(names, values, strict=True))

@@ -16,22 +16,22 @@ from tcm_fast.runtime.distributed import Workers
 from tcm_fast.sampling.image_io import save_grid
 from tcm_fast.sampling.sampler import sample
 from tcm_fast.training.logger import RunLog, timed
-from tcm_fast.training.phase import CONSISTENCY, Phase
+from tcm_fast.training.phase import Phase
 
 COLLAPSED = 0.25  # share of their widest spread below which one-step samples are nearly alike
 INFLATED = 1.1  # multiple of the data's spread above which they have left the data
 GRID = 64  # images of a sample grid, at most: its rows are full
 
 
-class Gallery:
-    """Draws and judges samples of a run's phases. Every process has one and calls it alike.
+class SampleMonitor:
+    """Draws and evaluates samples of a run's phases. Every process has one and calls it alike.
 
     Args:
         out: the run's folder.
         config: of the run.
         data: its images.
         space: where distances are measured, or None.
-        workers: its processes; the main one's draws and judges, all sample for it.
+        workers: its processes; the main one draws and evaluates, all sample for it.
         log: of the run.
         spent: where the time goes, under "pictures".
     """
@@ -50,20 +50,20 @@ class Gallery:
         self.workers, self.log, self.spent = workers, log, spent
 
     def draw(self, phase: Phase, net: Precond | None = None) -> None:
-        """Samples of the first average as a picture; a warning where they are all alike. Training goes on
+        """Samples of the first EMA as a picture; a warning where they are all alike. Training goes on
         where memory for them is short, or the disk is full."""
         if not self.workers.is_main:
             return
         with timed(self.spent, "pictures"):
             try:
-                self._draw(phase, net or phase.average())
+                self._draw(phase, net or phase.ema_network())
             except torch.OutOfMemoryError:
                 self.log.warn(
                     "grid_failed", "out of memory for a grid of samples; training goes on"
                 )
 
     def _draw(self, phase: Phase, net: Precond) -> None:
-        steps = 1 if phase.name in CONSISTENCY else None
+        steps = phase.inner.sampling_steps[0]
         classes = phase.student.label_dim
         columns = classes if 0 < classes <= 16 else 8  # a column for each of few classes
         images = sample(net, GRID // columns * columns, steps=steps)
@@ -73,7 +73,7 @@ class Gallery:
                 save_grid(images, self.out / "grids" / name, columns, overwrite=True)
             except OSError as error:
                 self.log.warn("grid_failed", f"{error}; training goes on")
-        if phase.name in CONSISTENCY:
+        if phase.inner.is_consistency:
             self.watch_spread(phase, metrics.spread(images.numpy()))
             self.watch_denoising(phase, net)
 
@@ -94,10 +94,10 @@ class Gallery:
         )
 
     def watch_denoising(self, phase: Phase, net: Precond) -> None:
-        """Log how well the first average denoises in one call, at the noise levels it is trained for."""
+        """Log how well the first EMA denoises in one call, at the noise levels it is trained for."""
         if self.space is None:
             return
-        lowest = getattr(phase.config, "t_prime", None) or 0.0
+        lowest = phase.inner.lowest_time(phase.config) or 0.0
         times = [t for t in denoising.TIMES if t >= lowest]
         found = denoising.distances(net, self.data, self.space, times=times)
         distances = {f"{t:g}": distance for t, distance in found.items()}
@@ -111,21 +111,20 @@ class Gallery:
         )
 
     def frechet_distance(self, phase: Phase) -> float:
-        """Of the first average's samples, for the choice of the best checkpoint."""
-        steps = 1 if phase.name in CONSISTENCY else None
+        """Of the first EMA's samples, for the choice of the best checkpoint."""
+        steps = phase.inner.sampling_steps[0]
         with timed(self.spent, "pictures"):
-            distance = self.evaluate(phase.average(), steps).frechet
+            distance = self.evaluate(phase.ema_network(), steps).frechet
         self.log.write(
             "eval", phase=phase.name, images=phase.images, frechet={str(steps or "heun"): distance}
         )
         return distance
 
-    def judge(self, phase: Phase, net: Precond) -> dict[int | None, metrics.Report]:
+    def final_report(self, phase: Phase, net: Precond) -> dict[int | None, metrics.Report]:
         """Quality by number of steps at the end of a phase; nothing without a feature space."""
         if self.space is None:
             return {}
-        steps: tuple[int | None, ...] = (1, 2) if phase.name in CONSISTENCY else (None,)
-        reports = {k: self.evaluate(net, k) for k in steps}
+        reports = {k: self.evaluate(net, k) for k in phase.inner.sampling_steps}
         frechet = {str(k or "heun"): r.frechet for k, r in reports.items()}
         self.log.write("eval", phase=phase.name, images=phase.images, frechet=frechet)
         return reports

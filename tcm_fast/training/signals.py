@@ -26,16 +26,16 @@ class StopRequest:
     program's main thread may take signals over: elsewhere the clock alone counts.
 
     Args:
-        max_hours: time after which to stop, from now on.
+        stop_after: time after which to stop, from now on.
         has_peers: end this process where no step ends within `GRACE` seconds of a signal. One that
             waits for a process that is gone never comes back to Python, where a signal would be heard.
     """
 
-    def __init__(self, max_hours: float | None = None, *, has_peers: bool = False) -> None:
+    def __init__(self, stop_after: float | None = None, *, has_peers: bool = False) -> None:
         self.signal = ""
         self._first = 0.0
-        self._end = None if max_hours is None else time.monotonic() + 3600 * max_hours
-        self._max_hours, self._has_peers = max_hours, has_peers
+        self._end = None if stop_after is None else time.monotonic() + 3600 * stop_after
+        self._hours, self._has_peers = stop_after, has_peers
         self._handlers: dict[int, Any] = {}
         self._watch: _PeerWatch | None = None
 
@@ -45,7 +45,7 @@ class StopRequest:
         if self.signal:
             return self.signal
         is_over = self._end is not None and time.monotonic() >= self._end
-        return f"--max-hours {self._max_hours:g} are over" if is_over else ""
+        return f"--stop-after {self._hours:g} hours are over" if is_over else ""
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():

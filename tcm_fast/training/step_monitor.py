@@ -1,4 +1,4 @@
-"""Bad numbers: noticed on the device in the step itself, judged on the host now and then.
+"""NaN, Inf and spikes: noted on the device in the step itself, looked at on the host now and then.
 
 A step writes its losses and its gradient's norm into a row on the device; the host reads the rows of
 many steps at once, so that no step waits for it.
@@ -16,17 +16,21 @@ import torch
 
 ROWS = 100  # steps after which the host reads at the latest
 MEMORY = 200  # gradient norms whose median a spike is measured by
-ENOUGH = 20  # norms before there is talk of spikes
+ENOUGH = 20  # norms before spikes are reported
 SPIKE = 10.0  # times the median: a gradient that is reported
 
 
-class Gauge:
+class StepMetrics:
     """Losses [2] and gradient norm of each step since the last reading, on the device.
 
-    Writing keeps its places in memory and can be captured in a graph."""
+    Writing keeps its places in memory and can be captured in a graph.
+
+    Attributes:
+        steps: steps since the last reading; whoever takes one counts it.
+    """
 
     def __init__(self, device: torch.device, rows: int = ROWS) -> None:
-        self.size = rows
+        self.size, self.steps = rows, 0
         self._rows = torch.zeros(rows, 3, dtype=torch.float64, device=device)
         self._next = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -36,16 +40,21 @@ class Gauge:
         self._rows.index_copy_(0, self._next, row[None])
         self._next += 1
 
-    def set_back(self, row: int) -> None:
-        """The next step writes to this row."""
-        self._next.fill_(row)
+    @property
+    def is_full(self) -> bool:
+        return self.steps == self.size
 
-    def read(self, steps: int, over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
-        """float64 [steps,3] of the last `steps` steps, all since the last reading: losses summed over
-        the processes, and norms, which are equal on all. Waits for the device."""
-        rows = self._rows[:steps]
+    def set_back(self) -> None:
+        """Overwrite what a step wrote that failed."""
+        self._next.fill_(self.steps)
+
+    def read(self, over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+        """float64 [steps,3] of the steps since the last reading: losses summed over the processes, and
+        norms, which are equal on all. Waits for the device."""
+        rows = self._rows[: self.steps]
         rows = torch.cat([over_ranks(rows[:, :2].contiguous()), rows[:, 2:]], 1)
         self._next.zero_()
+        self.steps = 0
         return rows.cpu().numpy()
 
 
@@ -62,9 +71,9 @@ class Spike:
 class Reading:
     """What the rows of some steps say.
 
-    rows: as `Gauge.read` gave them.
-    bad: numbers of the steps whose losses or gradient were not finite.
-    streak: how many bad steps in a row the run stands at.
+    rows: as `StepMetrics.read` gave them.
+    bad: the steps whose losses or gradient were NaN or Inf.
+    streak: how many such steps in a row there are by now.
     """
 
     rows: np.ndarray
@@ -85,7 +94,7 @@ class Summary:
 
 
 def summarise(rows: np.ndarray) -> Summary:
-    """Rows as `Gauge.read` gives them."""
+    """Rows as `StepMetrics.read` gives them."""
     is_good = np.isfinite(rows).all(1)
     good = rows[is_good] if is_good.any() else np.full((1, 3), np.nan)
     return Summary(
@@ -96,15 +105,15 @@ def summarise(rows: np.ndarray) -> Summary:
     )
 
 
-class Watch:
-    """Judges the steps of a phase, in their order."""
+class StepMonitor:
+    """Counts NaN/Inf steps in a row, and finds spikes of the gradient's norm."""
 
     def __init__(self) -> None:
         self.streak = 0
         self._norms: deque[float] = deque(maxlen=MEMORY)
 
-    def judge(self, rows: np.ndarray, first: int) -> Reading:
-        """Rows as `Gauge.read` gives them; the first is that of step number `first`."""
+    def update(self, rows: np.ndarray, first: int) -> Reading:
+        """Rows as `StepMetrics.read` gives them; the first is that of step number `first`."""
         is_good = np.isfinite(rows).all(1)
         bad, spikes = [], []
         for number, (row, good) in enumerate(zip(rows, is_good, strict=True), start=first):
@@ -119,7 +128,7 @@ class Watch:
         return Reading(rows, bad, spikes, self.streak)
 
 
-def poison(loss: torch.Tensor) -> torch.Tensor:
-    """1, or NaN for a loss that is not finite: its gradient then is not finite either, whatever the
-    loss lost on its way there, and the optimizer skips it."""
+def nan_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
+    """1, or NaN for a NaN or Inf loss: its gradient then is NaN too, even where the way there would have lost
+    it, and the optimizer skips the step."""
     return 1 + 0 * loss.detach()

@@ -9,7 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tcm_fast.sampling.sampler import HEUN_STEPS
+from tcm_fast.objectives import is_consistency
+from tcm_fast.sampling.solvers import HEUN_STEPS
 from tcm_fast.training.phase import PhaseResult
 
 NEXT = """Next:
@@ -43,10 +44,10 @@ def summary(out: Path, results: list[PhaseResult]) -> None:
         table.add_row("real data", "", "", "", *yardstick)
         table.add_row("noise", "", "", "", "", "", _share(real.confident_noise), "")
         table.caption = (
-            f"* in {HEUN_STEPS} Heun steps" if "edm" in (r.phase for r in judged) else None
+            f"* in {HEUN_STEPS} Heun steps" if any(None in r.reports for r in judged) else None
         )
     Console().print(table)
-    is_pretrained = bool(results) and results[-1].phase == "edm"  # sampled by the solver
+    is_pretrained = bool(results) and not is_consistency(results[-1].phase)  # sampled by the solver
     grid = shlex.quote(str(out / "samples.png"))
     steps = "" if is_pretrained else " --steps 1"
     print(NEXT.format(out=shlex.quote(str(out)), steps=steps, grid=grid))

@@ -12,25 +12,24 @@ from pathlib import Path
 import torch
 
 from tcm_fast.config import Config, phase_name, require, save_config
+from tcm_fast.objectives import OBJECTIVES
 from tcm_fast.planning.cards import Card
 from tcm_fast.planning.memory_estimate import ImageShape
-from tcm_fast.planning.memory_planner import Plan, choose_levers, mean_work, plan_run
+from tcm_fast.planning.memory_planner import Plan, choose_optimizations, mean_work, plan_run
 from tcm_fast.planning.recipes import images_for, leaves_signal_to_tf32, scale_recipe, scale_width
+from tcm_fast.sampling.sampler import HEUN_STEPS
 from tcm_fast.training.phase import PhaseResult
 from tcm_fast.training.trainer import Trainer
 
-FEWEST_STEPS = 100  # of a phase; with fewer nothing is learnt
+FEWEST_STEPS = 100  # of a phase
 ROUNDS = 6  # of speed and length until one fits the other
 RESERVE = 0.02  # of the time: loading, pictures, checkpoints
-JUDGED = 0.03  # of the time at most: samples drawn and compared at the phases' ends
-FEWEST_JUDGED = 256  # samples; a distance of fewer says nothing
-CALLS = {
-    "edm": 35
-}  # of the network for a sample that is judged: 18 Heun steps; else one step and two
+EVALUATED = 0.03  # of the time at most: samples drawn and compared at the phases' ends
+FEWEST_EVALUATED = 256  # samples; a distance of fewer says nothing
 CPU_ROWS = 32  # images of a step that is measured on a CPU
 
 
-def fit_hours(
+def fit_time_budget(
     config: Config,
     shape: ImageShape,
     card: Card,
@@ -43,7 +42,7 @@ def fit_hours(
     fewest: int = FEWEST_STEPS,
     precision: str | None = None,
 ) -> Plan:
-    """The largest schedule of a recipe that the hours hold, on the network that suits it.
+    """The longest schedule of a recipe that fits in so many hours, on a network of suitable width.
 
     Args:
         config: the long recipe.
@@ -51,8 +50,8 @@ def fit_hours(
         card: where it runs; rates are computed for it where they are not given.
         hours: of time, positive.
         rates: images per second, measured on the network of `width`.
-        width: of the network; None is chosen by the arithmetic that the hours hold.
-        auto: choose the levers, too.
+        width: of the network; None is chosen by the operations that fit in the time.
+        auto: choose the optimizations, too.
         fewest: steps of a phase.
         precision: decided already: the recipe's, or tf32 in the place of fp32. None takes tf32 where it is
             faster and the schedule leaves it enough signal.
@@ -60,14 +59,16 @@ def fit_hours(
     Raises:
         ValueError: no time, or too little for the phases' first steps.
     """
-    require(hours > 0, f"hours: must be positive, got {hours:g}")
+    require(hours > 0, f"time_budget: must be positive, got {hours:g}")
     seconds = hours * 3600 * (1 - RESERVE)
     if auto:
         config = replace(config, micro_batches=1)
     whole = plan_run(config, shape, card, gpus=gpus)
     if width is None and whole.seconds <= seconds and not rates:
         if auto:  # the recipe as it is
-            return plan_run(choose_levers(config, shape, card, gpus=gpus), shape, card, gpus=gpus)
+            return plan_run(
+                choose_optimizations(config, shape, card, gpus=gpus), shape, card, gpus=gpus
+            )
         return whole
     if width is None and config.network.model_channels is not None:
         width = scale_width(config.network.model_channels, seconds / whole.seconds)
@@ -95,13 +96,13 @@ def fit_hours(
     if may_change and faster and precision is None and leaves_signal_to_tf32(plan.config):
         plan = fill(True)
     if auto:
-        chosen = choose_levers(plan.config, shape, card, gpus=gpus)
+        chosen = choose_optimizations(plan.config, shape, card, gpus=gpus)
         plan = plan_run(chosen, shape, card, gpus=gpus, rates=known)
     steps = {p.name: p.images // p.batch_size for p in plan.phases}
     name = min(steps, key=lambda n: steps[n])
     require(
         steps[name] >= fewest,
-        f"hours: {hours:g} h hold {steps[name]} steps of phase {name}, at least {fewest} are "
+        f"time_budget: {hours:g} h fit {steps[name]} steps of phase {name}, at least {fewest} are "
         f"needed: {hours * fewest / max(steps[name], 1) * 1.05:.2g} h, or a smaller network",
     )
     return plan
@@ -115,22 +116,29 @@ def calibrate(config: Config, name: str, *, seconds: float = 3.0) -> float:
     if not torch.cuda.is_available() or config.device == "cpu":
         rows = min(rows, CPU_ROWS)
     small = replace(config, **{name: replace(phase, batch_size=rows)}, micro_batches=1)  # type: ignore[arg-type]
-    small = replace(small, phases=(phase_name(name),), snapshot_every=0, memory="given")
+    small = replace(small, phases=(phase_name(name),), snapshot_every=0, memory="manual")
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(small, folder)
         rate = trainer.measure(name, seconds=seconds)
-        trainer.keeper.close()
+        trainer.checkpoints.close()
     return rate / mean_work(config, name)
 
 
-def judge_within(config: Config, rates: Mapping[str, float], seconds: float) -> tuple[Config, str]:
-    """The configuration with as many samples judged as JUDGED of the time holds, and what to say of it. A
-    training image counts as three calls of the network."""
+def _calls(name: str) -> int:
+    """Calls of the network for a sample that is evaluated in all the phase's numbers of steps."""
+    return sum(steps or 2 * HEUN_STEPS - 1 for steps in OBJECTIVES[name].sampling_steps)
+
+
+def evaluate_within(
+    config: Config, rates: Mapping[str, float], seconds: float
+) -> tuple[Config, str]:
+    """The configuration with as many samples as can be evaluated in EVALUATED of the time, and a sentence on
+    it. A training image counts as three calls of the network."""
     if not config.eval.features:
         return config, ""
-    each = sum(CALLS.get(name, 3) / (3 * rates[name]) for name in config.phases)
-    num = int(JUDGED * seconds / each)
-    if num < FEWEST_JUDGED:
+    each = sum(_calls(name) / (3 * rates[name]) for name in config.phases)
+    num = int(EVALUATED * seconds / each)
+    if num < FEWEST_EVALUATED:
         text = "eval: no time for distances; tcm-fast eval measures them afterwards"
         return replace(config, eval=replace(config.eval, features="")), text
     num = min(num, config.eval.num or num)
@@ -162,13 +170,13 @@ def train_within(
     begun = time.monotonic()
     end = begun + hours * 3600 * (1 - RESERVE)
     auto = config.memory == "auto"
-    plan = fit_hours(config, shape, card, hours, auto=auto)
+    plan = fit_time_budget(config, shape, card, hours, auto=auto)
     width, precision = plan.config.network.model_channels, plan.config.precision
     whole = plan.config
     rates: dict[str, float] = {name: calibrate(whole, name) for name in config.phases}
-    config, text = judge_within(config, rates, hours * 3600)
+    config, text = evaluate_within(config, rates, hours * 3600)
     if text:
-        end -= JUDGED * hours * 3600
+        end -= EVALUATED * hours * 3600
         say(text)
     slower = 1.0  # how much longer than planned the last phase took
     results: list[PhaseResult] = []
@@ -179,16 +187,15 @@ def train_within(
         hours_left = max(end - now, 0.0) / 3600 / (1 - RESERVE)
         rest = replace(config, phases=left)
         effective: dict[str, float] = {n: rates[n] / slower for n in left}
-        plan = fit_hours(
+        plan = fit_time_budget(
             rest, shape, card, hours_left, rates=effective, width=width, auto=auto,
             fewest=1 if done else FEWEST_STEPS, precision=precision,
         )  # fmt: skip
         phase = plan.config.phase(name)
-        if name == "tcm" and "ect" in done:  # one schedule over both
-            before = done["ect"].ect
-            phase = replace(phase, double=before.double, limit=before.limit, q=before.q)  # type: ignore[call-arg]
+        before = {earlier: done[earlier].phase(earlier) for earlier in done}
+        phase = OBJECTIVES[name].continued(phase, before)
         # The phases before are as they were: what they left is read by their own settings.
-        own = {before: done[before].phase(before) for before in done} | {name: phase}
+        own = before | {name: phase}
         settings = replace(plan.config, phases=(name,), **own)  # type: ignore[arg-type]
         planned = next(p.seconds for p in plan.phases if p.name == name)
         say(

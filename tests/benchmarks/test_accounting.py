@@ -70,10 +70,10 @@ def test_the_peak_is_of_what_lives_at_once():
         del a
         c = b + 1
         del b
-        assert counting.alive == 1024
+        assert counting.live == 1024
         del c
     assert counting.peak == 2048
-    assert counting.alive == 0
+    assert counting.live == 0
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,12 @@ from tcm_fast.benchmarks.cases import (
     FORMULAS,
     NARROW,
     Case,
-    Provider,
     available_networks,
     cases,
-    check,
-    check_ends,
-    make_call,
     plain,
     work,
-    wrong,
 )
+from tcm_fast.benchmarks.check import Provider, check, check_ends, make_call, wrong
 from tcm_fast.benchmarks.optimizers import check_step
 from tcm_fast.benchmarks.peers import TORCH_KINDS, optimizer_providers, providers
 from tcm_fast.benchmarks.sites import public_operations

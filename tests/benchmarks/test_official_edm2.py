@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tcm_fast.benchmarks.official_edm2 import OfficialStyleEdm2, PlainBlock, weighted_cat
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import build_network, force_rows
-from tcm_fast.networks.edm2 import Block
+from tcm_fast.networks.edm2 import EDM2Block
 from tcm_fast.networks.mp_layers import MPConv
 
 SHAPE = dict(
@@ -140,7 +140,7 @@ def block_pass(kind, count, size, inputs, outputs, encoder, attention, skip):
         if kind == "plain":
             block = PlainBlock(inputs + skip, outputs, 768, p=p, **options)
         else:
-            block = Block(inputs + skip, outputs, 768, dropout=p, **options)
+            block = EDM2Block(inputs + skip, outputs, 768, dropout=p, **options)
             for layer in block.modules():
                 if isinstance(layer, MPConv):
                     layer.scaled = layer.weight.detach().half().requires_grad_()
@@ -154,7 +154,7 @@ def block_pass(kind, count, size, inputs, outputs, encoder, attention, skip):
         merged = features(skip) if skip else None
         emb = torch.randn(n, 768).half().requires_grad_()
         zero = torch.zeros((), dtype=torch.int64)
-        key = DropoutKey(seed=zero, step=zero, sample=torch.arange(n))
+        key = PhiloxKey(seed=zero, step=zero, sample=torch.arange(n))
     with count:
         if kind == "plain":
             y = x if merged is None else weighted_cat(x, merged)

@@ -20,8 +20,9 @@ from tcm_fast.kernels.dropout import dropout
 from tcm_fast.kernels.noise_pair import NOISE_LAYER
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import build_network
-from tcm_fast.objectives.noise_levels import plan_times
-from tcm_fast.objectives.objective import Objective, make_batch
+from tcm_fast.objectives import OBJECTIVES
+from tcm_fast.objectives.batch import make_batch
+from tcm_fast.objectives.tcm import Tcm
 
 SHAPE = dict(
     img_resolution=8, img_channels=2, model_channels=16, channel_mult=(1, 2), num_blocks=1,
@@ -58,13 +59,13 @@ def test_the_parameter_count_is_the_published_one():
 @pytest.mark.parametrize("iteration", [50_000, 100_000])
 def test_loss_and_gradients_are_the_same(weighting, iteration):
     """With dropout on: the baseline gets our counter-based masks, for the whole batch in its own order."""
-    config = TcmConfig(batch_size=SIZE, c=0.06, weighting=weighting)
+    config = TcmConfig(batch_size=SIZE, huber_c=0.06, weighting=weighting)
     (ours, theirs), (our_stage1, their_stage1) = pair(1), pair(2)
-    plan = plan_times(config, seed=4, images_seen=0, iteration=iteration)
+    plan = Tcm.plan(config, seed=4, images_seen=0, iteration=iteration)
     part = plan.parts(1)[0]
     images = torch.randint(0, 256, (SIZE, 2, 8, 8), dtype=torch.uint8)
-    batch = make_batch(plan, part, images[part], None, seed=4, step=9, boundary_weight=0.1)
-    loss, stats = Objective("tcm", config, ours, our_stage1)(batch)
+    batch = make_batch(plan, part, images[part], None, seed=4, step=9)
+    loss, stats = Tcm(config, ours, our_stage1)(batch)
     loss.backward()
 
     noise = philox_normal(4, 9, NOISE_LAYER, batch.key.sample, (2, 8, 8))
@@ -93,13 +94,13 @@ def assert_gradients_agree(ours, theirs):
 def test_the_other_phases_are_the_same(phase):
     """Pre-training and stage 1, with dropout on."""
     ours, theirs = pair(5)
-    changes = {"batch_size": SIZE} | ({} if phase == "edm" else {"c": 0.06})
+    changes = {"batch_size": SIZE} | ({} if phase == "edm" else {"huber_c": 0.06})
     config = dataclasses.replace(Config().phase(phase), **changes)
-    plan = plan_times(config, seed=4, images_seen=0, iteration=50_000)
+    plan = OBJECTIVES[phase].plan(config, seed=4, images_seen=0, iteration=50_000)
     part = plan.parts(1)[0]
     images = torch.randint(0, 256, (SIZE, 2, 8, 8), dtype=torch.uint8)[part]
     batch = make_batch(plan, part, images, None, seed=4, step=9)
-    loss, _ = Objective(phase, config, ours)(batch)
+    loss, _ = OBJECTIVES[phase](config, ours)(batch)
     loss.backward()
 
     noise = philox_normal(4, 9, NOISE_LAYER, batch.key.sample, (2, 8, 8))

@@ -15,15 +15,17 @@ def sample(i, rss=1e9, files=20, threads=4):
 def test_growth_is_seen():
     """A leak of 5 % is; memory that rises before the second quarter, or breathes, is not."""
     steady = [sample(i, rss=1e9 * (1 + 0.01 * math.sin(i) - (i < 20) * 0.5)) for i in range(100)]
-    found = soak.judge(steady)
+    found = soak.evaluate(steady)
     assert all(found[key]["flat"] for key in ("rss", "files", "threads"))
-    leaking = soak.judge([sample(i, rss=1e9 + 1e6 * i) for i in range(100)])
+    leaking = soak.evaluate([sample(i, rss=1e9 + 1e6 * i) for i in range(100)])
     assert not leaking["rss"]["flat"]
     assert leaking["rss"]["growth"] == pytest.approx(0.05, abs=0.01)
-    assert not soak.judge([sample(i, files=20 + i // 30) for i in range(100)])["files"]["flat"]
-    assert not soak.judge([sample(i, threads=4 + i // 50) for i in range(100)])["threads"]["flat"]
+    assert not soak.evaluate([sample(i, files=20 + i // 30) for i in range(100)])["files"]["flat"]
+    assert not soak.evaluate([sample(i, threads=4 + i // 50) for i in range(100)])["threads"][
+        "flat"
+    ]
     with pytest.raises(ValueError, match="at least 4 samples, got 3"):
-        soak.judge([sample(0)] * 3)
+        soak.evaluate([sample(0)] * 3)
 
 
 def test_shares_of_time(tmp_path):

@@ -8,12 +8,14 @@ import sys
 import pytest
 import torch
 
-from tcm_fast.benchmarks import official, suite
-from tcm_fast.benchmarks.cases import DIGITS, NetworkShape, Provider, cases
+from tcm_fast.benchmarks import official, optimizers, suite, suite_operations, suite_steps
+from tcm_fast.benchmarks.cases import DIGITS, NetworkShape, cases
+from tcm_fast.benchmarks.check import Provider
 from tcm_fast.benchmarks.compare import compare
 from tcm_fast.benchmarks.measure import Pace
 from tcm_fast.benchmarks.peers import BASELINE, OURS, providers
 from tcm_fast.benchmarks.results import GROUPS, Results, Row, load
+from tcm_fast.benchmarks.settings import Settings
 from tcm_fast.benchmarks.steps import (
     OurStep,
     SampleCase,
@@ -31,7 +33,7 @@ from tcm_fast.planning.throughput import Ceilings
 pytest.importorskip("triton")
 
 
-class Quick(suite.Settings):
+class Quick(Settings):
     """Settings that take next to no time."""
 
     @property
@@ -43,14 +45,15 @@ class Quick(suite.Settings):
 def small(monkeypatch):
     """Every group on networks of a few thousand weights."""
     case = StepCase(TINY, 8)
-    monkeypatch.setattr(suite, "step_cases", lambda device, quick: [case])
-    monkeypatch.setattr(suite, "memory_cases", lambda settings: [case])
-    monkeypatch.setattr(suite, "roofline_cases", lambda settings: [case])
-    monkeypatch.setattr(suite, "sample_cases", lambda device, quick: [SampleCase(TINY, 2, 1)])
-    monkeypatch.setattr(suite, "NARROW", TINY)
+    monkeypatch.setattr(suite_steps, "step_cases", lambda device, quick: [case])
+    monkeypatch.setattr(suite_steps, "memory_cases", lambda settings: [case])
+    monkeypatch.setattr(suite_steps, "roofline_cases", lambda settings: [case])
+    monkeypatch.setattr(suite_steps, "sample_cases", lambda device, quick: [SampleCase(TINY, 2, 1)])
+    for module in (suite_operations, suite_steps):
+        monkeypatch.setattr(module, "NARROW", TINY)
     monkeypatch.setattr(suite, "validate_interpreted", lambda: "kernels: right, not timed")
     sizes = (torch.Size((64, 3, 3, 3)), torch.Size((64,)))
-    monkeypatch.setattr(suite.optimizers, "network_shapes", lambda *_, **__: sizes)
+    monkeypatch.setattr(optimizers, "network_shapes", lambda *_, **__: sizes)
     ceilings = Ceilings(1e10, {"fp32": 1e11})
     monkeypatch.setattr(suite, "measure_ceilings", lambda device, quick: ceilings)
     return Quick(quick=True)
@@ -110,7 +113,7 @@ def rows_with(change, **settings):
         dataclasses.replace(p, make=change(p.make)) if p.name == OURS else p
         for p in providers(SITE, "cpu")
     ]
-    rows = suite.operation_rows(SITE, candidates, Quick(), [])
+    rows = suite_operations.operation_rows(SITE, candidates, Quick(), [])
     return Results({"name": "x", "device": "cpu", "threads": 1}, {}, rows=rows)
 
 
@@ -157,7 +160,7 @@ def test_a_peer_that_cannot_do_a_site_is_skipped():
         raise RuntimeError("no kernel for this")
 
     skipped = []
-    rows = suite.operation_rows(SITE, [Provider("peer", refuses)], Quick(), skipped)
+    rows = suite_operations.operation_rows(SITE, [Provider("peer", refuses)], Quick(), skipped)
     assert not rows
     assert skipped[0][1:] == ("peer", "RuntimeError: no kernel for this")
 
@@ -173,11 +176,11 @@ def test_sums_need_every_site():
         row("b", "x", [10.0, 20.0], 1),
         row("a", "y", [5.0, 5.0], 3),
     ]
-    (total,) = suite.network_sums(rows)
+    (total,) = suite_operations.network_sums(rows)
     assert total.samples == [13.0, 26.0]
     assert total.bytes == 40
     assert "all 4 calls of net" in total.case
-    assert not suite.network_sums(rows[:1])
+    assert not suite_operations.network_sums(rows[:1])
 
 
 # ---- steps --------------------------------------------------------------------------------------
@@ -210,7 +213,7 @@ def test_a_step_that_fails_costs_no_other_its_numbers(small, monkeypatch):
 
     real = step_providers(StepCase(TINY, 8))
     broken = {"official_style": (lambda: fails, ""), "tcm_fast unsplit": (fails, "")}
-    monkeypatch.setattr(suite, "step_providers", lambda case: real | broken)
+    monkeypatch.setattr(suite_steps, "step_providers", lambda case: real | broken)
     results = suite.run(dataclasses.replace(small, groups=("step",)), say=lambda _: None)
     rows = {row.provider: row for row in results.rows}
     assert rows["tcm_fast"].samples

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from test_checkpoint import equal, tiny_net, train_steps
+from test_format import equal, tiny_net, train_steps
 
 from tcm_fast.checkpoint import async_writer
 from tcm_fast.checkpoint.async_writer import CheckpointWriter, NotFinite

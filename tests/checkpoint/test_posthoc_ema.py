@@ -12,7 +12,7 @@ from tcm_fast.checkpoint.format import load_network
 from tcm_fast.checkpoint.posthoc_ema import combination, find_snapshots, gamma_of_width, reconstruct
 from tcm_fast.cli.main import main
 from tcm_fast.config import Config, from_dict
-from tcm_fast.optim.fused import EmaRule
+from tcm_fast.optim.ema import EmaRule
 from tcm_fast.training.trainer import Trainer
 
 GAMMAS = (16.97, 6.94)  # widths 0.05 and 0.10

@@ -95,7 +95,8 @@ def test_only_the_command_lines_parsing_needs_tyro(missing):
     code = f"""
 import sys
 sys.modules[{missing!r}] = None
-import tcm_fast.training.trainer, tcm_fast.sampler, tcm_fast.benchmarks.suite, tcm_fast.benchmarks.levers
+import tcm_fast.training.trainer, tcm_fast.sampling.sampler
+import tcm_fast.benchmarks.suite, tcm_fast.benchmarks.memory_optimizations
 from tcm_fast.cli.main import main
 main(["train", "--preset", "digits"])
 """
@@ -147,19 +148,20 @@ def test_a_phase_from_a_file(tiny, folder, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert run("train", "--config", tiny, "--data", folder, "--out", first, "--phase", "ect") == 0
     command = ["train", "--config", tiny, "--data", folder, "--out", second, "--phase", "tcm"]
-    assert run(*command, "--init", first, "--tcm.rho", "0.5") == 0
+    assert run(*command, "--init", first, "--tcm.boundary_fraction", "0.5") == 0
     saved = json.loads((second / "config.json").read_text())
-    assert saved["tcm"]["rho"] == 0.5
+    assert saved["tcm"]["boundary_fraction"] == 0.5
     assert saved["phases"] == ["tcm"]
 
 
 def test_flags_override_the_preset():
     argv = (
-        "train --preset digits --tcm.rho 0.5 --max-steps 7 --network.channel-mult 1 1 --data.flip"
+        "train --preset digits --tcm.boundary-fraction 0.5 --max-steps 7 --network.channel-mult 1 1"
     )
+    argv += " --data.flip"
     args = parse(argv.split())
     preset = load_preset("digits")
-    assert args.settings.tcm.rho == 0.5
+    assert args.settings.tcm.boundary_fraction == 0.5
     assert args.settings.tcm.lr == preset.tcm.lr
     assert args.settings.max_steps == 7
     assert args.settings.network.channel_mult == (1, 1)
@@ -176,7 +178,10 @@ def test_flags_override_the_preset():
         (["train", "--preset", "digits", "--config", "x.toml"], "--preset or --config, not both"),
         (["train", "--config", "missing.toml"], "no such file: missing.toml"),
         (["train", "--preset", "digits", "--data", "nowhere"], "nowhere"),
-        (["train", "--preset", "digits", "--tcm.rho", "1.5"], "tcm.rho"),
+        (
+            ["train", "--preset", "digits", "--tcm.boundary_fraction", "1.5"],
+            "tcm.boundary_fraction",
+        ),
         (
             ["train", "--preset", "imagenet64-s", "--data", "digits", "--data.resolution", "8"],
             "attn_resolutions: .* got 16",
@@ -200,16 +205,16 @@ def test_a_mistake_is_one_sentence_and_status_2(argv, message, tmp_path, monkeyp
 
 
 def test_a_typo_in_a_flag_suggests_the_right_one(capsys):
-    assert run("train", "--preset", "digits", "--tcm.roh", "0.3") == 2
+    assert run("train", "--preset", "digits", "--tcm.t-prim", "0.3") == 2
     shown = capsys.readouterr()
-    assert "--tcm.rho" in shown.out + shown.err
+    assert "--tcm.t-prime" in shown.out + shown.err
 
 
 def test_a_typo_in_a_file_suggests_the_right_one(tmp_path, capsys):
     path = tmp_path / "mine.toml"
-    path.write_text("[tcm]\nroh = 0.3\n")
+    path.write_text("[tcm]\nt_prim = 0.3\n")
     assert run("train", "--config", path) == 2
-    assert "tcm.roh: unknown, did you mean 'rho'" in capsys.readouterr().err
+    assert "tcm.t_prim: unknown, did you mean 't_prime'" in capsys.readouterr().err
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
@@ -257,7 +262,7 @@ def test_bench_compare_is_a_gate(tmp_path, capsys):
 
 
 def test_bench_writes_a_report_and_profile_a_trace(tmp_path, monkeypatch, capsys):
-    from tcm_fast.benchmarks import suite
+    from tcm_fast.benchmarks import suite, suite_steps
     from tcm_fast.benchmarks.results import Results, Row
     from tcm_fast.benchmarks.steps import StepCase
     from tcm_fast.benchmarks.validate import TINY
@@ -281,7 +286,7 @@ def test_bench_writes_a_report_and_profile_a_trace(tmp_path, monkeypatch, capsys
     assert "ops" in asked[-1].groups
     assert "WRONG: tcm_fast" in capsys.readouterr().out
 
-    monkeypatch.setattr(suite, "roofline_cases", lambda settings: [StepCase(TINY, 8)])
+    monkeypatch.setattr(suite_steps, "roofline_cases", lambda settings: [StepCase(TINY, 8)])
     assert run("bench", "profile", "--device", "cpu", "--out", tmp_path / "trace") == 0
     assert (tmp_path / "trace" / "trace.json").is_file()
     assert "module (forward, children included)" in capsys.readouterr().out
@@ -315,7 +320,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny, folder, tmp_path):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=600)
-    assert process.returncode == cli.STOPPED == 75
+    assert process.returncode == 75
     assert "--resume auto" in error
     resumed = error.strip().splitlines()[-1].partition("to go on: ")[2].split()
     assert resumed[:2] == ["tcm-fast", "train"]
@@ -437,8 +442,8 @@ def profile(settings, out):
         torch.ones(3) + 1
     return out
 
-stub = types.SimpleNamespace(Settings=lambda **_: None, profile=profile)
-sys.modules |= {"tcm_fast.benchmarks.suite": stub, "tcm_fast.benchmarks.report": stub}
+stub = types.SimpleNamespace(profile=profile)
+sys.modules |= {f"tcm_fast.benchmarks.{name}": stub for name in ("suite", "suite_steps", "report")}
 from tcm_fast.cli.main import main
 main(["bench", "profile", "--device", "cpu"])
 """

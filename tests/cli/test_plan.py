@@ -31,11 +31,11 @@ def test_a_card_that_nobody_has_here(capsys):
         capsys, "--preset", "cifar10", "--gpu", "rtx4060", "--price-per-hour", "0.5"
     )
     assert status == 0
-    for word in ("weights", "gradients", "moments", "averages", "frozen", "activations", "usable"):
+    for word in ("weights", "gradients", "moments", "ema", "frozen", "activations", "usable"):
         assert word in out
     needed = re.search(r"needed, with 6 % for the allocator\s+([\d,\s]+)", out)
     assert max(int(n.replace(",", "")) for n in needed[1].split()) <= 7.25 * 1024
-    assert "Levers: --micro-batches" in out
+    assert "Memory optimizations: --micro-batches" in out
     assert "cost" in out
     assert "computed from its data sheet" in out
 
@@ -48,18 +48,18 @@ def test_only_its_memory_is_known(capsys):
 
 
 def test_a_schedule_for_the_hours(capsys):
-    status, out, _ = ask(capsys, "--preset", "cifar10", "--gpu", "rtx4090", "--hours", "1")
+    status, out, _ = ask(capsys, "--preset", "cifar10", "--gpu", "rtx4090", "--time-budget", "1")
     assert status == 0
-    assert "What 1 h hold (computed, not run)" in out
+    assert "Longest schedule that fits in 1 h (computed, not run)" in out
     assert "doubling interval" in out
-    assert "tcm-fast train --preset cifar10 --data IMAGES --hours 1 --memory auto" in out
+    assert "tcm-fast train --preset cifar10 --data IMAGES --time-budget 1 --memory auto" in out
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--hours", "0"], "hours: must be positive, got 0"),
-        (["--hours", "-3"], "hours: must be positive, got -3"),
+        (["--time-budget", "0"], "time_budget: must be positive, got 0"),
+        (["--time-budget", "-3"], "time_budget: must be positive, got -3"),
         (["--gpu", "rtx4096"], "gpu: "),
         (["--gpu-memory", "much"], "gpu-memory: must be an amount of memory"),
         (["--gpus", "0"], "gpus: must be at least 1, got 0"),
@@ -78,7 +78,7 @@ def test_a_network_that_cannot_fit(capsys):
         capsys, "--preset", "imagenet64-xl", "--gpu", "rtx3090", "--gpu-memory", "4GiB"
     )
     assert status == 2
-    assert "does not fit: with every lever it takes" in error
+    assert "does not fit: with every memory optimization it takes" in error
     assert "GiB would do" in error
 
 

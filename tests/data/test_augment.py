@@ -7,11 +7,11 @@ import torch
 
 from tcm_fast.data import augment as module
 from tcm_fast.data.augment import AUGMENT_DIM, SYM6, augment
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 
 
 def key(n=8, step=3):
-    return DropoutKey(seed=1, step=step, sample=torch.arange(n))
+    return PhiloxKey(seed=1, step=step, sample=torch.arange(n))
 
 
 def blobs(n=8, size=32):

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_sets import write_folder
 from PIL import Image
 
 from tcm_fast.cli.main import main
 from tcm_fast.data import formats
-from tcm_fast.data.dataset import class_mapping, describe, load_images, pack
+from tcm_fast.data.dataset import class_mapping, describe, load_images
 from tcm_fast.data.labels import SPLITS, clean_name
+from tcm_fast.data.pack import pack
 
 
 def png(number: int, size: int = 2) -> bytes:
@@ -28,13 +30,6 @@ def png(number: int, size: int = 2) -> bytes:
     buffer = io.BytesIO()
     Image.new("L", (size, size), number).save(buffer, "png")
     return buffer.getvalue()
-
-
-def write_folder(root: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-    return root
 
 
 class Unflagged(zipfile.ZipInfo):

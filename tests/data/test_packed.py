@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 from tcm_fast.cli.main import main
-from tcm_fast.data import dataset as data_module
+from tcm_fast.data import decode as decode_module
 from tcm_fast.data import packed
-from tcm_fast.data.dataset import ImageStream, describe, load_images, pack
+from tcm_fast.data.dataset import describe, load_images
+from tcm_fast.data.pack import pack
+from tcm_fast.data.stream import ImageStream
 
 
 def tree(root, count=23, grey=False, size=(40, 31), classes=3):
@@ -28,7 +30,7 @@ def tree(root, count=23, grey=False, size=(40, 31), classes=3):
 def small_slices(monkeypatch):
     monkeypatch.setattr(packed, "SLICE", 4)
     monkeypatch.setattr(packed, "MOVED", 3)
-    monkeypatch.setattr(data_module, "SLICE", 2)
+    monkeypatch.setattr(decode_module, "SLICE", 2)
 
 
 @pytest.mark.parametrize("grey", [False, True])
@@ -62,7 +64,7 @@ def test_mapped_images_are_not_read_when_they_are_dealt_out(tmp_path):
 def test_it_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, small_slices, stop):
     source = tree(tmp_path / "train")
     seen = []
-    decode = data_module.image_files.decode
+    decode = decode_module.decode
 
     def failing(*args):
         seen.append(1)
@@ -70,13 +72,13 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, small_slices
             raise KeyboardInterrupt
         return decode(*args)
 
-    monkeypatch.setattr(data_module.image_files, "decode", failing)
-    monkeypatch.setattr(data_module.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(decode_module, "decode", failing)
+    monkeypatch.setattr(decode_module.os, "cpu_count", lambda: 1)
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "small", resolution=16)
     assert not (tmp_path / "small").exists()
     assert (tmp_path / "small.partial").is_dir()
-    monkeypatch.setattr(data_module.image_files, "decode", lambda *a: seen.append(1) or decode(*a))
+    monkeypatch.setattr(decode_module, "decode", lambda *a: seen.append(1) or decode(*a))
     done = np.load(tmp_path / "small.partial" / "journal.npy").astype(bool).sum()
     seen.clear()
     pack(source, tmp_path / "small", resolution=16)

@@ -100,7 +100,7 @@ BEGUN = (1.0, 2.0, 8.0, 90.0)
         ),
         (
             [BEGUN, (0.5, 1, 3, 20), (0.5, 1, 3, 20), (0.5, 1, 3, 20)],
-            "settled at every noise level",
+            "converged at every noise level",
         ),
         (
             [BEGUN, (0.5, 1, 3, 30), (0.5, 1, 3, 25), (0.5, 1, 3, 20)],

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from tcm_fast.data.dataset import load_images
 from tcm_fast.evaluation import features
 from tcm_fast.evaluation.metrics import CONFIDENT, frechet_distance
 
@@ -17,21 +16,6 @@ SHAPE = (898, 8, 8, 1)
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
     return np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def train():
-    return load_images("digits:train")
-
-
-@pytest.fixture(scope="module")
-def test():
-    return load_images("digits:test")
-
-
-@pytest.fixture(scope="module")
-def space():
-    return features.digits_feature_space()
 
 
 # ---- the digits classifier ----------------------------------------------------------------------
@@ -187,8 +171,11 @@ def test_files_that_are_no_feature_space(tmp_path, monkeypatch):
     torch.save(Payload(), bad)
     with pytest.raises(ValueError, match="must be a TorchScript module"):
         features.feature_space(str(bad))
-    with pytest.raises(ValueError, match="inception needs a file of weights"):
-        features.feature_space("inception")
+    for name in ("inception", "digits:test"):
+        with pytest.raises(
+            FileNotFoundError, match=f"{name} does not exist, expected digits, .* inception:"
+        ):
+            features.feature_space(name)
     with pytest.raises(FileNotFoundError, match="weights of inception are missing"):
         features.feature_space(f"inception:{tmp_path / 'missing.pth'}")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)

@@ -1,6 +1,7 @@
 """Fréchet distances against closed forms; the digits classifier against what reports rely on."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from scipy.stats import ortho_group
 
-from tcm_fast.data.dataset import load_images
+from tcm_fast.checkpoint.format import save_network
+from tcm_fast.cli.main import main
 from tcm_fast.evaluation import features, metrics
+from tcm_fast.evaluation.features import FeatureSpace
 from tcm_fast.evaluation.metrics import evaluate, frechet_distance, nearest_distances
 from tcm_fast.networks import build_network
 
@@ -20,21 +23,6 @@ SHAPE = (898, 8, 8, 1)
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
     return np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def train():
-    return load_images("digits:train")
-
-
-@pytest.fixture(scope="module")
-def test():
-    return load_images("digits:test")
-
-
-@pytest.fixture(scope="module")
-def space():
-    return features.digits_feature_space()
 
 
 # ---- Fréchet distance ---------------------------------------------------------------------------
@@ -154,7 +142,6 @@ def test_report_of_real_images(space, train, test):
     assert report.copied == report.copied_real == 0
     assert report.nearest == report.nearest_real > report.nearest_1st == report.nearest_1st_real > 0
     assert evaluate(torch.from_numpy(test.images), train, space, held_out=test) == report
-    assert all(isinstance(v, (str, int, float)) for v in dataclasses.asdict(report).values())
 
 
 def test_report_flags_copies(space, train, test):
@@ -187,6 +174,37 @@ def test_report_without_held_out_images(train, test):
     assert report.nearest == pytest.approx(report.nearest_real, rel=0.1)
     assert report.memorised < 0.05
     assert report.copied_real == 0
+
+
+def test_a_metric_and_a_feature_space_from_outside(train, test, tmp_path, monkeypatch, capsys):
+    """Two lines: evaluated for samples and real images, a row of `tcm-fast eval`."""
+
+    def brightness(argument, device):
+        def features(images):
+            return images.float().flatten(1).mean(1, keepdim=True) * float(argument)
+
+        return FeatureSpace("brightness", features, channels=1, device=device)
+
+    def shift(samples, real):
+        return float(samples.mean() - real.mean())
+
+    monkeypatch.setitem(features.FEATURE_SPACES, "brightness:", brightness)
+    monkeypatch.setitem(metrics.METRICS, "shift", shift)
+    space = features.feature_space("brightness:2")
+    report = evaluate(test.images // 2, train, space)
+    halved, whole = (2 * x.mean() for x in (test.images // 2, test.images))
+    assert report.metrics["shift"] == pytest.approx(halved - whole, rel=1e-5)
+    assert set(report.metrics) == set(report.metrics_real) == {metrics.FRECHET, "shift"}
+    net = build_network(
+        "ddpmpp", img_resolution=8, img_channels=1, model_channels=8, channel_mult=[1],
+        num_blocks=1, attn_resolutions=[],
+    )  # fmt: skip
+    save_network(tmp_path / "net.safetensors", net, metadata={"phase": "ect", "t_prime": None})
+    arguments = ["--data", "digits:train", "--features", "brightness:2", "--num", "8"]
+    with pytest.raises(SystemExit) as end:
+        main(["eval", str(tmp_path / "net.safetensors"), *arguments, "--device", "cpu"])
+    assert end.value.code == 0
+    assert re.search(r"shift .*\d", capsys.readouterr().out)
 
 
 def test_evaluate_refuses(space, train):

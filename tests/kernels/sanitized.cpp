@@ -28,8 +28,34 @@ void random_numbers() {
   }
 }
 
+void normalisation() {
+  const int64_t sample[] = {0, 7};
+  for (int64_t channels : {1, 6, 24, 2052}) {
+    for (int64_t pixels : {0, 1, 35, 700}) {
+      const int64_t groups = channels == 1 ? 1 : 3, size = 2 * channels * pixels;
+      std::vector<float> x(size, 0.5f), y(size), grad(size, 1.0f), grad_x(size);
+      std::vector<float> weight(channels, 1.0f), mean(2 * groups), rstd(2 * groups);
+      std::vector<float> rows[6];
+      for (auto& row : rows) row.assign(2 * channels, 0.25f);
+      std::vector<float> affine(4 * channels);
+      for (uint32_t threshold : {0, 6554}) {
+        const GroupNormSilu op{x.data(),       weight.data(),  weight.data(), rows[0].data(),
+                               rows[1].data(), rows[2].data(), mean.data(),   rstd.data(),
+                               2,              channels,       pixels,        groups,
+                               1e-6,           true,           sample,        1,
+                               2,              3,              threshold};
+        group_norm_silu_fwd_cpu(op, y.data(), 2);
+        const GroupNormSiluGrads grads{grad.data(),    grad.data(),    grad_x.data(), rows[3].data(),
+                                       rows[4].data(), rows[5].data(), affine.data()};
+        group_norm_silu_bwd_cpu(op, grads, 2);
+      }
+    }
+  }
+}
+
 int main() {
   random_numbers();
+  normalisation();
   const int64_t sizes[] = {1, 2, 3, 15, 16, 17, 31, 33, 1023, 1024, 1025, 8191, 8192, 8193, 70001};
   for (int averages = 0; averages <= 3; ++averages) {
     std::vector<int64_t> table;

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tcm_fast.kernels import _backend
-from tcm_fast.kernels.dropout import DropoutKey, dropout
+from tcm_fast.kernels.dropout import PhiloxKey, dropout
 from tcm_fast.kernels.philox import philox_bits
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_without_an_extension_the_reference_serves(no_extension):
     assert _backend.extension() is None
     sample = torch.arange(2)
     assert philox_bits(0, 0, 0, sample, 3).shape == (2, 3, 4)
-    y = dropout(torch.ones(2, 8), 0.5, DropoutKey(seed=0, step=0, sample=sample))
+    y = dropout(torch.ones(2, 8), 0.5, PhiloxKey(seed=0, step=0, sample=sample))
     assert set(y.unique().tolist()) == {0.0, 2.0}
 
 
@@ -49,6 +49,18 @@ def test_a_kernel_that_cannot_run_is_an_error(no_extension, monkeypatch):
     message = r"philox_bits: TCM_FAST_BACKEND=kernel needs a kernel on cpu, got none \(tcm_fast._C"
     with pytest.raises(ValueError, match=message):
         philox_bits(0, 0, 0, torch.arange(2), 3)
+
+
+def test_the_layout_of_networks(monkeypatch):
+    assert _backend.fast_layout(torch.device("cuda")) == torch.channels_last
+    assert _backend.fast_layout(torch.device("meta")) == torch.contiguous_format
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")  # torch's own channels_last loses digits
+    assert _backend.fast_layout(CPU) == torch.contiguous_format
+    monkeypatch.setenv("TCM_FAST_BACKEND", "")
+    monkeypatch.setattr(_backend, "_load", lambda: (object(), ""))
+    assert _backend.fast_layout(CPU) == torch.channels_last
+    monkeypatch.setattr(_backend, "_load", lambda: (None, "not built"))
+    assert _backend.fast_layout(CPU) == torch.contiguous_format
 
 
 def test_no_kernel_for_an_unknown_device(monkeypatch):

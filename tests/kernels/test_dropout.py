@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcm_fast.kernels import _backend
-from tcm_fast.kernels.dropout import DropoutKey, dropout, dropout_mask
+from tcm_fast.kernels.dropout import PhiloxKey, dropout, dropout_mask
 from tcm_fast.kernels.philox import philox4x32
 
 with_extension = pytest.mark.skipif(
@@ -27,7 +27,7 @@ def backend(request, monkeypatch):
 
 def make_key(samples=5, **fields):
     sample = torch.arange(samples) if isinstance(samples, int) else torch.as_tensor(samples)
-    return DropoutKey(**{**dict(seed=3, step=4, layer=2, sample=sample), **fields})
+    return PhiloxKey(**{**dict(seed=3, step=4, layer=2, sample=sample), **fields})
 
 
 def make_x(shape, dtype=torch.float32, layout=torch.contiguous_format):
@@ -130,7 +130,7 @@ def test_at_layer_changes_the_layer_alone():
     other = key.at_layer(11)
     assert (other.layer, other.seed, other.step) == (11, key.seed, key.step)
     assert other.sample is key.sample
-    assert make_key(layer=0).layer == DropoutKey(seed=3, step=4, sample=key.sample).layer
+    assert make_key(layer=0).layer == PhiloxKey(seed=3, step=4, sample=key.sample).layer
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,7 +206,7 @@ def test_rows_of_features_share_the_rule():
 
 def test_compiled_without_a_break():
     def step(x, seed, number, sample):
-        key = DropoutKey(seed=seed, step=number, sample=sample)
+        key = PhiloxKey(seed=seed, step=number, sample=sample)
         for layer in range(2):
             x = dropout(x, 0.2, key.at_layer(layer)) * 2
         return x, dropout_mask(key, 0.2, x.shape)
@@ -252,7 +252,7 @@ def test_autocast_keeps_the_dtype():
         ),
         (ValueError, dict(x=torch.ones(4, 3)), r"dropout: key.sample must have N=4 entries, got 5"),
         (TypeError, dict(x=torch.ones(5, 3, dtype=torch.int32)), r"dropout: x must be floating"),
-        (TypeError, dict(key=None), r"dropout: key must be a DropoutKey, got NoneType"),
+        (TypeError, dict(key=None), r"dropout: key must be a PhiloxKey, got NoneType"),
         (
             ValueError,
             dict(key=make_key(seed=-1)),

@@ -151,9 +151,7 @@ def packed_tensors(shapes, *, normalized=False, copy=torch.float16):
         param = param.to(memory_format=torch.channels_last) if param.ndim == 4 else param
         if normalized:
             param = normalized_rows(param)
-        t = StepTensors(
-            param, step=torch.zeros(()), averages=(param.clone(),), normalized=normalized
-        )
+        t = StepTensors(param, step=torch.zeros(()), emas=(param.clone(),), normalized=normalized)
         t.copy = torch.full_like(param, math.nan, dtype=copy)
         t.exp_avg, t.exp_avg_sq = (
             torch.zeros(packed_size(param.numel(), t.row), dtype=torch.uint8) for _ in KEYS
@@ -181,8 +179,8 @@ def test_the_pass_is_the_references(normalized):
             b.grad = a.grad.clone()
             for key in ("param", *KEYS):
                 getattr(b, key).copy_(getattr(a, key))
-        fused_step(ours, [ADAM], controls[0], average_betas=[0.9])
-        fused_step_reference(theirs, [ADAM], controls[1], average_betas=[0.9])
+        fused_step(ours, [ADAM], controls[0], ema_decays=[0.9])
+        fused_step_reference(theirs, [ADAM], controls[1], ema_decays=[0.9])
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.param, b.param, rtol=2e-6, atol=1e-6)
             for key in KEYS:
@@ -203,7 +201,7 @@ def test_the_same_bits_whatever_the_threads():
         try:
             for step in range(3):
                 draw_gradients(tensors, step)
-                fused_step(tensors, [ADAM], control, average_betas=[0.9])
+                fused_step(tensors, [ADAM], control, ema_decays=[0.9])
         finally:
             torch.set_num_threads(before)
         results.append([getattr(t, key) for t in tensors for key in ("param", *KEYS)])
@@ -220,7 +218,7 @@ def test_moments_go_on_where_rounding_to_the_nearest_stops():
     control = StepControl.on("cpu")
     for _ in range(1000):
         t.grad = torch.full_like(t.param, 0.5)
-        fused_step([t], [options], control, average_betas=[0.9])
+        fused_step([t], [options], control, ema_decays=[0.9])
     first, second = (unpack_8_bits_reference(getattr(t, key), t.param, TOP[key]) for key in KEYS)
     assert second.mean().item() == pytest.approx(0.25 * (1 - 0.999**1000), rel=1e-2)
     assert first.mean().item() == pytest.approx(0.5, rel=1e-2)
@@ -231,10 +229,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     tensors = packed_tensors(SHAPES)
     draw_gradients(tensors, 0)
     control = StepControl.on("cpu")
-    fused_step(tensors, [ADAM], control, average_betas=[0.9])
+    fused_step(tensors, [ADAM], control, ema_decays=[0.9])
     before = [getattr(t, key).clone() for t in tensors for key in ("param", *KEYS)]
     tensors[2].grad[77] = math.nan
-    fused_step(tensors, [ADAM], control, average_betas=[0.9])
+    fused_step(tensors, [ADAM], control, ema_decays=[0.9])
     after = [getattr(t, key) for t in tensors for key in ("param", *KEYS)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert control.skips == 1
@@ -262,7 +260,7 @@ def test_refusals(change, message):
     draw_gradients(tensors, 0)
     change(tensors[0])
     with pytest.raises(ValueError, match=message):
-        fused_step(tensors, [ADAM], StepControl.on("cpu"), average_betas=[0.9])
+        fused_step(tensors, [ADAM], StepControl.on("cpu"), ema_decays=[0.9])
 
 
 def test_sizes_that_the_kernels_do_not_take():
@@ -271,7 +269,7 @@ def test_sizes_that_the_kernels_do_not_take():
     tensors = packed_tensors([(4098,)])
     draw_gradients(tensors, 0)
     with pytest.raises(ValueError, match="in rows of a multiple of 4 elements, got"):
-        fused_step(tensors, [ADAM], StepControl.on("cpu"), average_betas=[0.9])
+        fused_step(tensors, [ADAM], StepControl.on("cpu"), ema_decays=[0.9])
 
 
 @needs_extension
@@ -279,7 +277,7 @@ def test_a_place_that_is_not_aligned_is_refused():
     (t,) = packed_tensors([(8192,)])
     t.grad = torch.randn(8193)[1:]
     with pytest.raises(ValueError, match="8-bit moments must be aligned, got others in row 0"):
-        fused_step([t], [ADAM], StepControl.on("cpu"), average_betas=[0.9])
+        fused_step([t], [ADAM], StepControl.on("cpu"), ema_decays=[0.9])
 
 
 # ---- the optimizer ------------------------------------------------------------------------------
@@ -360,7 +358,7 @@ def test_a_gpu_computes_what_the_cpu_does(normalized, monkeypatch):
     theirs = [
         StepTensors(
             t.param.cuda(), exp_avg=t.exp_avg.cuda(), exp_avg_sq=t.exp_avg_sq.cuda(),
-            step=t.step.cuda(), averages=tuple(a.cuda() for a in t.averages), copy=t.copy.cuda(),
+            step=t.step.cuda(), emas=tuple(a.cuda() for a in t.emas), copy=t.copy.cuda(),
             normalized=normalized,
         )
         for t in ours
@@ -373,7 +371,7 @@ def test_a_gpu_computes_what_the_cpu_does(normalized, monkeypatch):
             for key in ("param", *KEYS):
                 getattr(b, key).copy_(getattr(a, key))
         for tensors, control in zip((ours, theirs), controls, strict=True):
-            fused_step(tensors, [ADAM], control, average_betas=[0.9])
+            fused_step(tensors, [ADAM], control, ema_decays=[0.9])
         for a, b in zip(ours, theirs, strict=True):
             if not normalized:
                 assert all(

@@ -47,7 +47,8 @@ def test_the_stubs_name_what_the_source_binds():
 
 def test_the_bound_functions_take_what_the_stubs_say(extension):
     """By the signatures that pybind11 writes from the C++ types."""
-    kinds = {"int": "SupportsInt", "bool": "bool", "Sequence[float]": "Sequence"}
+    kinds = {"int": "SupportsInt", "bool": "bool", "float": "SupportsFloat"}
+    kinds["Sequence[float]"] = "Sequence"
     of_cuda = {name for name in FUNCTIONS if name.endswith("_cuda") or "_version" in name}
     of_cuda = of_cuda - {"has_cuda"} | {"fused_step_scratch"}
     there = {n for n in dir(extension) if inspect.isroutine(getattr(extension, n))}

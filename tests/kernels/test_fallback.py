@@ -16,7 +16,7 @@ from tcm_fast.kernels._triton import (
     runs_triton,
 )
 from tcm_fast.kernels.denoise_to_uint8 import denoise_to_uint8
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,7 +60,7 @@ def broken(monkeypatch):
 def key():
     sample = torch.tensor([5, 2], device=DEVICE)
     zero = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    return DropoutKey(seed=zero + 3, step=zero + 7, layer=4, sample=sample)
+    return PhiloxKey(seed=zero + 3, step=zero + 7, layer=4, sample=sample)
 
 
 X, HIGH, ROW, CHANNEL, SAMPLE = (2, 16, 4, 4), (2, 16, 8, 8), (2, 16), (16,), (2,)

@@ -44,7 +44,7 @@ def uneven(*shape, dtype=torch.float32, generator=None):
     return base[offset : offset + numel].view(shape).normal_(generator=generator)
 
 
-def tensors_like(shapes, *, averages=1, copy=torch.float16, dtype=torch.float32, seed=0):
+def tensors_like(shapes, *, emas=1, copy=torch.float16, dtype=torch.float32, seed=0):
     """Parameters of many shapes and layouts with everything that a step can change."""
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -64,7 +64,7 @@ def tensors_like(shapes, *, averages=1, copy=torch.float16, dtype=torch.float32,
                 exp_avg=torch.zeros_like(param),
                 exp_avg_sq=torch.zeros_like(param),
                 step=torch.zeros(()),
-                averages=tuple(param.clone() for _ in range(averages)),
+                emas=tuple(param.clone() for _ in range(emas)),
                 copy=None if copy is None else torch.full_like(param, math.nan, dtype=copy),
             )
         )
@@ -76,7 +76,7 @@ def state_of(tensors):
     return [
         x.clone()
         for t in tensors
-        for x in (t.param, t.exp_avg, t.exp_avg_sq, t.step, *t.averages, t.copy)
+        for x in (t.param, t.exp_avg, t.exp_avg_sq, t.step, *t.emas, t.copy)
         if x is not None
     ]
 
@@ -100,7 +100,7 @@ def as_dtype(tensors, dtype):
             copied(t.exp_avg),
             copied(t.exp_avg_sq),
             None if t.step is None else t.step.clone(),
-            tuple(copied(a) for a in t.averages),
+            tuple(copied(a) for a in t.emas),
             None if t.copy is None else t.copy.clone(),
             t.group,
             t.normalized,
@@ -116,12 +116,12 @@ def as_dtype(tensors, dtype):
 @pytest.mark.parametrize("copy", [torch.float16, torch.bfloat16])
 def test_against_the_float64_oracle(kind, copy, monkeypatch, check_against_oracle):
     """Twelve steps: RAdam's unadapted ones and some of the others."""
-    ours = tensors_like(SHAPES, averages=2, copy=copy)
+    ours = tensors_like(SHAPES, emas=2, copy=copy)
     plain, oracle = as_dtype(ours, torch.float32), as_dtype(ours, torch.float64)
     controls = [StepControl.on(CPU, 1024.0) for _ in range(3)]
     table = StepTable()
     monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
-    options = dict(average_betas=(0.9, 0.25), max_norm=30.0)
+    options = dict(ema_decays=(0.9, 0.25), max_norm=30.0)
     for step in range(12):
         generator = torch.Generator().manual_seed(step)
         for a, b, c in zip(ours, plain, oracle, strict=True):
@@ -135,7 +135,7 @@ def test_against_the_float64_oracle(kind, copy, monkeypatch, check_against_oracl
             got = [getattr(t, name) for t in (a, b, c)]
             check_against_oracle(*got, what=f"{name} of tensor {i}")
         for k in range(2):
-            check_against_oracle(a.averages[k], b.averages[k], c.averages[k], what=f"average {k}")
+            check_against_oracle(a.emas[k], b.emas[k], c.emas[k], what=f"average {k}")
         assert a.step == b.step == 12
         assert torch.equal(a.copy, a.param.to(copy))
     norms = [control.norm.item() for control in controls]
@@ -168,7 +168,7 @@ def test_two_hundred_steps_equal_torchs(kind):
                 t.grad[1, 2, 0, 1] = math.inf if step % 2 else math.nan
             p.grad = t.grad.clone()
         options = StepOptions(rate, weight_decay=0.01, kind=shared, decoupled=kind == "adamw")
-        fused_step(ours, [options], control, average_betas=[beta], max_norm=5.0, table=table)
+        fused_step(ours, [options], control, ema_decays=[beta], max_norm=5.0, table=table)
         optimizer.param_groups[0]["lr"] = rate
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(theirs, 5.0)
@@ -184,7 +184,7 @@ def test_two_hundred_steps_equal_torchs(kind):
     assert control.skips.item() == 6
     for t, p, a in zip(ours, theirs, average, strict=True):
         assert (t.param - p.detach()).norm() <= 1e-6 * p.detach().norm()
-        assert (t.averages[0] - a).norm() <= 1e-6 * a.norm()
+        assert (t.emas[0] - a).norm() <= 1e-6 * a.norm()
         assert t.step == optimizer.state[p]["step"]
         for key in ("exp_avg", "exp_avg_sq"):
             theirs_now = optimizer.state[p][key]
@@ -198,7 +198,7 @@ def test_a_gradient_that_is_not_finite_changes_no_bit(bad, where, backend, monke
     monkeypatch.setenv("TCM_FAST_BACKEND", backend)
     tensors = tensors_like(SHAPES)
     control, table = StepControl.on(CPU, 256.0), StepTable()
-    options = dict(average_betas=[0.5], table=table)
+    options = dict(ema_decays=[0.5], table=table)
     fused_step(tensors, [KINDS["adamw"]], control, **options)
     for t in tensors:
         if t.param.numel() == 0:
@@ -219,7 +219,7 @@ def test_a_gradient_that_is_not_finite_changes_no_bit(bad, where, backend, monke
 
 def test_squares_that_overflow_are_no_skip():
     """clip_grad_norm_ has an infinite norm there and scales the gradient to nothing."""
-    tensors = tensors_like([(100,)], averages=0, copy=None)
+    tensors = tensors_like([(100,)], emas=0, copy=None)
     tensors[0].grad.fill_(1e30)
     control = StepControl.on(CPU)
     before = tensors[0].param.clone()
@@ -238,7 +238,7 @@ def test_the_same_bits_whatever_the_threads_and_again():
         torch.set_num_threads(threads)
         try:
             for _ in range(3):
-                fused_step(tensors, [KINDS["radam"]], control, average_betas=[0.9], max_norm=0.1)
+                fused_step(tensors, [KINDS["radam"]], control, ema_decays=[0.9], max_norm=0.1)
         finally:
             torch.set_num_threads(before)
         results.append([*state_of(tensors), control.norm])
@@ -269,17 +269,17 @@ def test_without_gradient_only_averages_and_copy_follow():
     tensors = tensors_like([(40,), (3, 3)])
     still = tensors[1]
     still.grad = still.exp_avg = still.exp_avg_sq = still.step = None
-    still.averages[0].zero_()
+    still.emas[0].zero_()
     before = still.param.clone()
-    fused_step(tensors, [KINDS["radam"]], StepControl.on(CPU), average_betas=[0.75])
+    fused_step(tensors, [KINDS["radam"]], StepControl.on(CPU), ema_decays=[0.75])
     assert torch.equal(still.param, before)
-    torch.testing.assert_close(still.averages[0], 0.25 * before)
+    torch.testing.assert_close(still.emas[0], 0.25 * before)
     assert torch.equal(still.copy, before.half())
     assert tensors[0].step == 1
 
 
 def test_groups_have_their_own_options():
-    tensors = tensors_like([(50,), (60,)], averages=0, copy=None)
+    tensors = tensors_like([(50,), (60,)], emas=0, copy=None)
     tensors[1].group = 1
     alone = as_dtype(tensors[1:], torch.float32)
     alone[0].group = 0
@@ -300,29 +300,27 @@ def test_tensors_that_move_are_found_again():
             if step == 2:
                 t.param.data = t.param.data.clone()
                 t.exp_avg = t.exp_avg.clone()
-                t.averages = tuple(a.clone() for a in t.averages)
-        fused_step(tensors, [KINDS["radam"]], control, average_betas=[0.9], table=table)
-        fused_step(twin, [KINDS["radam"]], StepControl.on(CPU), average_betas=[0.9])
+                t.emas = tuple(a.clone() for a in t.emas)
+        fused_step(tensors, [KINDS["radam"]], control, ema_decays=[0.9], table=table)
+        fused_step(twin, [KINDS["radam"]], StepControl.on(CPU), ema_decays=[0.9])
     assert_same_bits(state_of(tensors), state_of(twin))
     host = table.host
-    fused_step(tensors, [KINDS["radam"]], control, average_betas=[0.9], table=table)
+    fused_step(tensors, [KINDS["radam"]], control, ema_decays=[0.9], table=table)
     assert table.host is host
 
 
 @given(
     sizes=st.lists(st.integers(0, 70), min_size=1, max_size=4),
     kind=st.sampled_from(sorted(KINDS)),
-    averages=st.integers(0, 3),
+    emas=st.integers(0, 3),
     max_norm=st.sampled_from([1e-3, 1.0, math.inf]),
     scale=st.sampled_from([None, 0.5, 3.0, 65536.0]),
     seed=st.integers(0, 99),
 )
-def test_any_sizes_and_options_agree_with_the_reference(
-    sizes, kind, averages, max_norm, scale, seed
-):
-    ours = tensors_like([(size,) for size in sizes], averages=averages, seed=seed)
+def test_any_sizes_and_options_agree_with_the_reference(sizes, kind, emas, max_norm, scale, seed):
+    ours = tensors_like([(size,) for size in sizes], emas=emas, seed=seed)
     oracle = as_dtype(ours, torch.float64)
-    options = dict(average_betas=[0.3 * k for k in range(averages)], max_norm=max_norm)
+    options = dict(ema_decays=[0.3 * k for k in range(emas)], max_norm=max_norm)
     controls = StepControl.on(CPU, scale), StepControl.on(CPU, scale)
     for _ in range(2):
         fused_step(ours, [KINDS[kind]], controls[0], **options)
@@ -332,7 +330,7 @@ def test_any_sizes_and_options_agree_with_the_reference(
             torch.testing.assert_close(
                 getattr(a, name).double(), getattr(b, name), rtol=1e-4, atol=1e-5
             )
-        for x, y in zip(a.averages, b.averages, strict=True):
+        for x, y in zip(a.emas, b.emas, strict=True):
             torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
 
 
@@ -359,8 +357,8 @@ def test_short_moments_are_the_references(kind):
             b.grad = a.grad.clone()
             for key in ("exp_avg", "exp_avg_sq", "param"):
                 getattr(b, key).copy_(getattr(a, key))
-        fused_step(ours, [KINDS[kind]], controls[0], average_betas=[0.9])
-        fused_step_reference(theirs, [KINDS[kind]], controls[1], average_betas=[0.9])
+        fused_step(ours, [KINDS[kind]], controls[0], ema_decays=[0.9])
+        fused_step_reference(theirs, [KINDS[kind]], controls[1], ema_decays=[0.9])
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.param, b.param, rtol=1e-6, atol=1e-7)
             for key in ("exp_avg", "exp_avg_sq"):
@@ -373,7 +371,7 @@ def test_short_moments_are_the_references(kind):
 @pytest.mark.slow_emulated
 def test_short_moments_go_on_where_rounding_to_the_nearest_stops():
     """A moving average by steps of 1/1000, in a format whose last place is 1/128."""
-    tensors = with_short_moments(tensors_like([(4000,)], averages=0, copy=None))
+    tensors = with_short_moments(tensors_like([(4000,)], emas=0, copy=None))
     (t,) = tensors
     control, options = StepControl.on(CPU), StepOptions(0.0, betas=(0.99, 0.999))
     for _ in range(1000):
@@ -392,7 +390,7 @@ def test_short_moments_depend_on_the_seed_alone():
         try:
             for _ in range(3):
                 control = StepControl.on(CPU, seed=seed)
-                fused_step(tensors, [KINDS["radam"]], control, average_betas=[0.9])
+                fused_step(tensors, [KINDS["radam"]], control, ema_decays=[0.9])
         finally:
             torch.set_num_threads(before)
         results.append(state_of(tensors))
@@ -418,11 +416,11 @@ def with_normalized_rows(tensors, copy=None):
 
 class Edm2Layers:
     """What EDM2 does with its weights, by autograd in float64: normalised in place without gradient, then
-    in the graph over √fan_in; Adam; averages of the weights as they are after the update."""
+    in the graph over √fan_in; Adam; EMA of the weights as they are after the update."""
 
     def __init__(self, tensors, options, beta):
         self.weights = [torch.nn.Parameter(t.param.double().contiguous()) for t in tensors]
-        self.averages = [w.detach().clone() for w in self.weights]
+        self.emas = [w.detach().clone() for w in self.weights]
         self.optimizer = torch.optim.Adam(self.weights, lr=options.lr, betas=options.betas)
         self.beta = beta
 
@@ -442,7 +440,7 @@ class Edm2Layers:
             (scaled * g).sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, max_norm)
         self.optimizer.step()
-        for a, w in zip(self.averages, self.weights, strict=True):
+        for a, w in zip(self.emas, self.weights, strict=True):
             a.lerp_(w.detach(), 1 - self.beta)
         return norm.item()
 
@@ -451,7 +449,7 @@ class Edm2Layers:
 @pytest.mark.parametrize("backend", ["reference", "kernel"])
 @pytest.mark.parametrize("copy", [torch.float16, torch.bfloat16, torch.float32])
 def test_fifty_steps_are_edm2s(copy, backend, monkeypatch):
-    """Weights, averages, moments (so gradients too) and the norm, to fp32's last places."""
+    """Weights, EMA, moments (so gradients too) and the norm, to fp32's last places."""
     monkeypatch.setenv("TCM_FAST_BACKEND", backend)
     shapes = [shape for shape in ROWS if shape[0]]
     ours = tensors_like(shapes)
@@ -465,7 +463,7 @@ def test_fifty_steps_are_edm2s(copy, backend, monkeypatch):
             t.grad += 0.5 * t.param  # what the projection takes away
         upstream = [t.grad.double() for t in ours]
         norm = theirs.step(upstream, 4.0)
-        fused_step(ours, [options], control, average_betas=[0.75], max_norm=4.0, table=table)
+        fused_step(ours, [options], control, ema_decays=[0.75], max_norm=4.0, table=table)
         assert control.norm.item() == pytest.approx(norm, rel=2e-6)
         if step % 10 == 0:
             for t in ours:
@@ -475,12 +473,12 @@ def test_fifty_steps_are_edm2s(copy, backend, monkeypatch):
                 room = expected.abs() * (torch.finfo(copy).eps / 2 + norm_error)
                 fits = (t.copy.double() - expected).abs() <= room + torch.finfo(copy).tiny
                 assert fits.all()
-    for i, (t, w, a) in enumerate(zip(ours, theirs.weights, theirs.averages, strict=True)):
+    for i, (t, w, a) in enumerate(zip(ours, theirs.weights, theirs.emas, strict=True)):
         state = theirs.optimizer.state[w]
         # Theirs is normalised when the next step begins.
         for got, expected in (
             (t.param, Edm2Layers.normalize(w.detach())),
-            (t.averages[0], a),
+            (t.emas[0], a),
             (t.exp_avg, state["exp_avg"]),
             (t.exp_avg_sq, state["exp_avg_sq"]),
         ):
@@ -490,12 +488,12 @@ def test_fifty_steps_are_edm2s(copy, backend, monkeypatch):
 @pytest.mark.parametrize("kind", ["adamw", "radam-decay"])
 def test_normalized_rows_against_the_float64_oracle(kind, monkeypatch, check_against_oracle):
     """Beside tensors whose rows are not, with decay, a loss scale and clipping."""
-    ours = with_normalized_rows(tensors_like(ROWS, averages=2), torch.float32)
-    ours += tensors_like(SHAPES, averages=2)
+    ours = with_normalized_rows(tensors_like(ROWS, emas=2), torch.float32)
+    ours += tensors_like(SHAPES, emas=2)
     plain, oracle = as_dtype(ours, torch.float32), as_dtype(ours, torch.float64)
     controls = [StepControl.on(CPU, 64.0) for _ in range(3)]
     monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
-    options = dict(average_betas=(0.9, 0.25), max_norm=2.0)
+    options = dict(ema_decays=(0.9, 0.25), max_norm=2.0)
     table = StepTable()
     for step in range(10):
         generator = torch.Generator().manual_seed(step)
@@ -511,7 +509,7 @@ def test_normalized_rows_against_the_float64_oracle(kind, monkeypatch, check_aga
             got = [getattr(t, name) for t in (a, b, c)]
             check_against_oracle(*got, what=f"{name} of tensor {i}")
         for k in range(2):
-            check_against_oracle(a.averages[k], b.averages[k], c.averages[k], what=f"average {k}")
+            check_against_oracle(a.emas[k], b.emas[k], c.emas[k], what=f"average {k}")
         if a.normalized:
             copies = [normalized_copy(t.param) for t in (b, c)]
             check_against_oracle(a.copy, *copies, what=f"copy of tensor {i}")
@@ -519,9 +517,9 @@ def test_normalized_rows_against_the_float64_oracle(kind, monkeypatch, check_aga
 
 def test_averages_see_rows_before_they_are_normalised():
     (t,) = with_normalized_rows(tensors_like([(6, 50)]))
-    fused_step([t], [StepOptions(0.1)], StepControl.on(CPU), average_betas=[0.0])
-    torch.testing.assert_close(t.param, normalized_rows(t.averages[0]))
-    assert (t.averages[0] - t.param).norm() > 1e-3 * t.param.norm()
+    fused_step([t], [StepOptions(0.1)], StepControl.on(CPU), ema_decays=[0.0])
+    torch.testing.assert_close(t.param, normalized_rows(t.emas[0]))
+    assert (t.emas[0] - t.param).norm() > 1e-3 * t.param.norm()
 
 
 def test_the_projected_gradient_is_autograds():
@@ -543,10 +541,10 @@ def test_rows_without_gradient_stay_and_are_copied():
     still.param *= 3
     still.grad = still.exp_avg = still.exp_avg_sq = still.step = None
     before = still.param.clone()
-    still.averages[0].zero_()
-    fused_step(tensors, [KINDS["adam"]], StepControl.on(CPU), average_betas=[0.75])
+    still.emas[0].zero_()
+    fused_step(tensors, [KINDS["adam"]], StepControl.on(CPU), ema_decays=[0.75])
     assert torch.equal(still.param, before)
-    torch.testing.assert_close(still.averages[0], 0.25 * before)
+    torch.testing.assert_close(still.emas[0], 0.25 * before)
     torch.testing.assert_close(still.copy, normalized_copy(before).half())
     again = [StepTensors(moved.param, copy=moved.copy.clone(), normalized=True)]
     fused_step(again, [KINDS["adam"]], StepControl.on(CPU))
@@ -557,10 +555,10 @@ def test_rows_without_gradient_stay_and_are_copied():
 def test_a_row_that_is_not_finite_changes_no_bit(bad):
     tensors = with_normalized_rows(tensors_like(ROWS))
     control, table = StepControl.on(CPU, 8.0), StepTable()
-    fused_step(tensors, [KINDS["adam"]], control, average_betas=[0.5], table=table)
+    fused_step(tensors, [KINDS["adam"]], control, ema_decays=[0.5], table=table)
     before = state_of(tensors)
     tensors[4].grad[1, -1] = bad
-    fused_step(tensors, [KINDS["adam"]], control, average_betas=[0.5], table=table)
+    fused_step(tensors, [KINDS["adam"]], control, ema_decays=[0.5], table=table)
     assert_same_bits(state_of(tensors), before)
     assert control.skips.item() == 1
     assert control.norm.isnan()
@@ -571,7 +569,7 @@ def test_rows_whose_squares_overflow_do_not_move():
     tensors = with_normalized_rows(tensors_like([(4, 30)]))
     tensors[0].grad.fill_(1e30)
     before, control = tensors[0].param.clone(), StepControl.on(CPU)
-    fused_step(tensors, [KINDS["adam"]], control, average_betas=[0.5], max_norm=1.0)
+    fused_step(tensors, [KINDS["adam"]], control, ema_decays=[0.5], max_norm=1.0)
     assert control.skips.item() == 0
     assert tensors[0].param.isfinite().all()
     torch.testing.assert_close(tensors[0].param, before, rtol=0, atol=1e-2)
@@ -587,7 +585,7 @@ def test_rows_have_the_same_bits_whatever_the_threads_and_again():
         torch.set_num_threads(threads)
         try:
             for _ in range(3):
-                fused_step(tensors, [KINDS["adam"]], StepControl.on(CPU), average_betas=[0.9])
+                fused_step(tensors, [KINDS["adam"]], StepControl.on(CPU), ema_decays=[0.9])
         finally:
             torch.set_num_threads(before)
         results.append(state_of(tensors))
@@ -600,7 +598,7 @@ def test_short_moments_of_rows_are_the_references():
     theirs = as_dtype(ours, torch.float32)
     with_short_moments(theirs)
     for tensors, step in ((ours, fused_step), (theirs, fused_step_reference)):
-        step(tensors, [KINDS["adam"]], StepControl.on(CPU, seed=5), average_betas=[0.9])
+        step(tensors, [KINDS["adam"]], StepControl.on(CPU, seed=5), ema_decays=[0.9])
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.param, b.param, rtol=1e-6, atol=1e-6)
         for key in ("exp_avg", "exp_avg_sq"):
@@ -641,7 +639,7 @@ def transposed_rows(t):
     """Everything laid out column by column."""
     for name in ("param", "grad", "exp_avg", "exp_avg_sq", "copy"):
         setattr(t, name, getattr(t, name).t().contiguous().t())
-    t.averages, t.normalized = (t.param.clone(),), True
+    t.emas, t.normalized = (t.param.clone(),), True
 
 
 @pytest.mark.parametrize("backend", ["reference", "kernel"])
@@ -661,7 +659,7 @@ def transposed_rows(t):
             "exp_avg_sq of tensor 1 must be .*bf?l",
         ),
         (replace_with(step=torch.zeros((), dtype=torch.int64)), "step of tensor 1 must be an fp32"),
-        (replace_with(averages=()), "averages of tensor 1 must be 1, got 0"),
+        (replace_with(emas=()), "emas of tensor 1 must be 1, got 0"),
         (replace_with(copy=torch.zeros(4, 6)), "copy of tensor 1 must be fp16 or bf16"),
         (replace_with(copy=torch.zeros(6).half()), "copy of tensor 1 must have the shape"),
         (
@@ -685,7 +683,7 @@ def test_tensors_that_do_not_fit_are_refused(change, message, backend, monkeypat
     tensors = tensors_like([(3,), (4, 6)])
     change(tensors)
     with pytest.raises(ValueError, match=f"fused_step: {message}"):
-        fused_step(tensors, [KINDS["adam"]], StepControl.on(CPU), average_betas=[0.9])
+        fused_step(tensors, [KINDS["adam"]], StepControl.on(CPU), ema_decays=[0.9])
 
 
 @pytest.mark.parametrize(
@@ -695,13 +693,13 @@ def test_tensors_that_do_not_fit_are_refused(change, message, backend, monkeypat
         (StepOptions(math.nan), {}, "lr must be finite and not negative, got nan"),
         (StepOptions(1.0, betas=(0.9, 1.0)), {}, r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
         (StepOptions(1.0, kind="sgd"), {}, "kind must be adam or radam, got sgd"),
-        (StepOptions(1.0), {"average_betas": ()}, "average_betas must be one for each of 1"),
-        (StepOptions(1.0), {"average_betas": (1.5,)}, r"average_betas must be in \[0, 1\]"),
+        (StepOptions(1.0), {"ema_decays": ()}, "ema_decays must be one for each of 1"),
+        (StepOptions(1.0), {"ema_decays": (1.5,)}, r"ema_decays must be in \[0, 1\]"),
         (StepOptions(1.0), {"max_norm": 0.0}, "max_norm must be positive, got 0.0"),
     ],
 )
 def test_options_out_of_range_are_refused(options, rest, message):
-    arguments = {"average_betas": (0.9,), **rest}
+    arguments = {"ema_decays": (0.9,), **rest}
     with pytest.raises(ValueError, match=f"fused_step: {message}"):
         fused_step(tensors_like([(3,)]), [options], StepControl.on(CPU), **arguments)
 
@@ -710,10 +708,10 @@ def test_a_control_that_does_not_fit_is_refused():
     control = StepControl.on(CPU, 1.0)
     control.scale = control.scale.double()
     with pytest.raises(ValueError, match=r"control.scale must be a torch.float32 scalar on cpu"):
-        fused_step(tensors_like([(3,)], averages=0), [KINDS["adam"]], control)
+        fused_step(tensors_like([(3,)], emas=0), [KINDS["adam"]], control)
     control.scale = None
     with pytest.raises(ValueError, match=r"control.scale and control.tracker must come together"):
-        fused_step(tensors_like([(3,)], averages=0), [KINDS["adam"]], control)
+        fused_step(tensors_like([(3,)], emas=0), [KINDS["adam"]], control)
 
 
 def test_no_tensors_is_no_error():
@@ -755,11 +753,11 @@ def test_a_gpu_computes_what_the_cpu_does(monkeypatch):
     monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
     cuda = torch.device("cuda")
     assert extension_for("fused_step", cuda) is not None
-    ours = tensors_like([*SHAPES, (700, 1001)], averages=2)
+    ours = tensors_like([*SHAPES, (700, 1001)], emas=2)
     theirs = [
         StepTensors(
             *(x.cuda() for x in (t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.step)),
-            averages=tuple(a.cuda() for a in t.averages),
+            emas=tuple(a.cuda() for a in t.emas),
             copy=t.copy.cuda(),
         )
         for t in ours
@@ -771,17 +769,17 @@ def test_a_gpu_computes_what_the_cpu_does(monkeypatch):
     for _ in range(8):
         for tensors, control, table in zip((ours, theirs), controls, tables, strict=True):
             fused_step(
-                tensors, [KINDS["radam"]], control, average_betas=(0.9, 0.2), max_norm=1.0,
+                tensors, [KINDS["radam"]], control, ema_decays=(0.9, 0.2), max_norm=1.0,
                 table=table,
             )  # fmt: skip
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(b.param.cpu(), a.param, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(b.averages[1].cpu(), a.averages[1], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(b.emas[1].cpu(), a.emas[1], rtol=1e-6, atol=1e-7)
         assert torch.equal(b.copy, b.param.half())
         assert b.step == a.step
     before = [t.param.clone() for t in theirs]
     theirs[-1].grad[5, 5] = math.inf
-    fused_step(theirs, [KINDS["radam"]], controls[1], average_betas=(0.9, 0.2), table=tables[1])
+    fused_step(theirs, [KINDS["radam"]], controls[1], ema_decays=(0.9, 0.2), table=tables[1])
     assert_same_bits([t.param.cpu() for t in theirs], [x.cpu() for x in before])
     assert controls[1].skips.item() == 1
     assert controls[1].scale.item() == 2.0
@@ -790,12 +788,12 @@ def test_a_gpu_computes_what_the_cpu_does(monkeypatch):
 @pytest.mark.gpu
 def test_a_gpu_normalises_rows_as_the_cpu_does(monkeypatch):
     monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
-    ours = with_normalized_rows(tensors_like(ROWS, averages=2), torch.float32)
-    ours += tensors_like(SHAPES, averages=2)
+    ours = with_normalized_rows(tensors_like(ROWS, emas=2), torch.float32)
+    ours += tensors_like(SHAPES, emas=2)
     theirs = [
         StepTensors(
             *(x.cuda() for x in (t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.step)),
-            averages=tuple(a.cuda() for a in t.averages),
+            emas=tuple(a.cuda() for a in t.emas),
             copy=t.copy.cuda(),
             normalized=t.normalized,
         )
@@ -803,12 +801,12 @@ def test_a_gpu_normalises_rows_as_the_cpu_does(monkeypatch):
     ]
     controls = StepControl.on(CPU, 4.0), StepControl.on("cuda", 4.0)
     tables = StepTable(), StepTable()
-    options = dict(average_betas=(0.9, 0.2), max_norm=1.0)
+    options = dict(ema_decays=(0.9, 0.2), max_norm=1.0)
     for _ in range(8):
         for tensors, control, table in zip((ours, theirs), controls, tables, strict=True):
             fused_step(tensors, [KINDS["adam"]], control, table=table, **options)
     for a, b in zip(ours, theirs, strict=True):
-        for x, y in ((a.param, b.param), (a.averages[0], b.averages[0]), (a.copy, b.copy)):
+        for x, y in ((a.param, b.param), (a.emas[0], b.emas[0]), (a.copy, b.copy)):
             torch.testing.assert_close(y.cpu(), x, rtol=1e-5, atol=1e-6)
     before = [t.param.clone() for t in theirs]
     theirs[2].grad[1, 5] = math.nan
@@ -821,7 +819,7 @@ def test_a_gpu_normalises_rows_as_the_cpu_does(monkeypatch):
 def test_a_captured_step_replays():
     tensors = [
         StepTensors(*(x.cuda() for x in (t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.step)))
-        for t in tensors_like(SHAPES, averages=0)
+        for t in tensors_like(SHAPES, emas=0)
     ]
     control, table = StepControl.on("cuda"), StepTable()
     for _ in range(2):

@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tcm_fast.kernels import _triton
-from tcm_fast.kernels.dropout import DropoutKey, dropout_mask
+from tcm_fast.kernels import _backend, _triton
+from tcm_fast.kernels._common import sigmoid
+from tcm_fast.kernels.dropout import PhiloxKey, dropout_mask
 from tcm_fast.kernels.group_norm_silu import (
+    _fwd_cpu,
     _group_norm_silu_bwd_kernel,
     _group_norm_silu_fwd_kernel,
+    _kernels,
     _plan,
-    _sigmoid,
     group_norm_silu,
     group_norm_silu_reference,
     specialisations,
@@ -57,7 +59,7 @@ def case(n=3, c=12, height=5, width=7, dtype=torch.float32, layout=torch.channel
 
 
 def key(n, seed=5):
-    return DropoutKey(seed=seed, step=2, layer=1, sample=torch.arange(n))
+    return PhiloxKey(seed=seed, step=2, layer=1, sample=torch.arange(n))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -228,6 +230,176 @@ def test_silu_of_torch_is_the_one_meant():
     assert torch.allclose(group_norm_silu(x, 3, weight, bias), F.silu(plain))
 
 
+# ---- the extension on a CPU ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    if _backend.extension() is None:
+        pytest.skip(f"needs tcm_fast._C: {_backend._load()[1]}")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
+
+
+def by_extension(x, *operands):
+    kernels = _kernels(x, *operands)
+    return kernels is not None and kernels[0] is _fwd_cpu
+
+
+# n, c, height, width, groups: the digits' and CIFAR-10's, more than one run of pixels, runs that begin
+# within a block of Philox, channels that fill no vector, one group, one pixel, one channel.
+CPU_SITES = [
+    (2, 64, 8, 8, 16), (3, 32, 4, 4, 8), (2, 96, 16, 16, 24), (1, 130, 6, 7, 13), (2, 9, 20, 21, 1),
+    (3, 24, 1, 1, 3), (2, 1, 3, 5, 1), (1, 2100, 2, 1, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("site", CPU_SITES, ids=str)
+@pytest.mark.parametrize("given", ["", "add", "add scale shift"])
+@pytest.mark.parametrize("dropout_p", [0, 0.3])
+@pytest.mark.parametrize("silu", [True, False])
+def test_extension(
+    site, given, dropout_p, silu, extension, check_against_oracle, monkeypatch
+):  # fmt: skip
+    *shape, groups = site
+    x, affine, modulation = case(*shape)
+    modulation = {name: modulation[name] for name in given.split()}
+    assert by_extension(x, *affine, *modulation.values())
+    # What is not written is NaN.
+    torch.use_deterministic_algorithms(True)
+    try:
+        compare(
+            x, groups, affine, modulation, check_against_oracle, monkeypatch, silu=silu,
+            dropout_p=dropout_p, dropout_key=key(len(x)) if dropout_p else None,
+            with_x=not given,
+        )  # fmt: skip
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_extension_does_not_depend_on_threads_or_the_rest_of_the_batch(extension):
+    x, affine, modulation = case(9, 32, 16, 16)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    before = torch.get_num_threads()
+
+    def outcome(rows, threads):
+        torch.set_num_threads(threads)
+        tensors = [v[rows].requires_grad_() for v in (x, *modulation.values())]
+        options = dict(zip(modulation, tensors[1:], strict=True))
+        y = group_norm_silu(
+            tensors[0], 8, *affine, **options, dropout_p=0.3, dropout_key=key(9).select(rows)
+        )
+        return [y, *torch.autograd.grad(y, tensors, grad[rows])]
+
+    try:
+        whole = outcome(slice(None), 1)
+        for rows, threads in ((slice(None), 3), (slice(2, 5), 1)):
+            for a, b in zip(whole, outcome(rows, threads), strict=True):
+                assert torch.equal(a[rows], b)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_extension_on_an_empty_batch_and_with_gradients_of_another_layout(extension, monkeypatch):
+    x, (weight, bias), _ = case(4, 12, 5, 7)
+    tensors = [v.requires_grad_() for v in (x, weight, bias)]
+    grad = torch.randn(4, 24, 5, 7)[:, 6:18]  # as from a concatenation
+    y = group_norm_silu(x, 3, weight, bias)
+    expected = torch.autograd.grad(naive(x, 3, weight, bias, 1e-5), tensors, grad)
+    for a, b in zip(torch.autograd.grad(y, tensors, grad), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    monkeypatch.setenv("TCM_FAST_BACKEND", "")
+    empty = group_norm_silu(x[:0], 3, weight, bias)
+    assert empty.shape == (0, 12, 5, 7)
+    assert not torch.autograd.grad(empty.sum(), weight)[0].any()
+
+
+@pytest.mark.parametrize("mean", [500.0, -3e4])
+def test_extension_keeps_the_variance_beside_a_large_mean(mean, extension):
+    x, (weight, bias), _ = case(2, 24, 32, 32)
+    x = x / 10 + mean
+    y = group_norm_silu(x, 3, weight, bias, silu=False)
+    error = (y.double() - naive(x, 3, weight, bias, 1e-5, silu=False)).abs().max()
+    # The mean's rounding to fp32 shifts x by half a unit in its last place, over std 0.3.
+    assert error < 2 * weight.abs().max() * abs(mean) * 2**-24 / 0.3 + 1e-5
+
+
+def test_extension_far_from_zero(extension):
+    z = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30])])
+    x = torch.zeros(len(z), 1, 1, 1, requires_grad=True)
+    shift = z[:, None].clone().requires_grad_()
+    y = group_norm_silu(x, 1, torch.ones(1), torch.zeros(1), shift=shift)
+    (grad,) = torch.autograd.grad(y.sum(), shift)
+    wide = z.double().requires_grad_()
+    (slope,) = torch.autograd.grad(F.silu(wide).sum(), wide)
+    # Rounding of the exponential, a polynomial within 1.1e-7, and of four operations.
+    rounding = 1.1e-7 + 5 * 2**-24
+    beyond = 1.7e-28 * (1 + wide.abs())  # e^-64 stands for all that is smaller
+    error = (y.flatten().double() - F.silu(wide)).abs()
+    assert (error <= rounding * F.silu(wide).abs() + beyond).all()
+    # s + z s (1 - s): each summand with the error of s, and 1 - s with that of 1 besides.
+    sigmoid = wide.sigmoid()
+    terms = sigmoid + 2 * wide.abs() * sigmoid
+    assert ((grad.flatten().double() - slope).abs() <= 2 * rounding * terms + beyond).all()
+
+
+def test_extension_hands_on_what_is_not_finite(extension):
+    x, (weight, bias), modulation = case(3, 12, 4, 4)
+    x[1, 2, 3, 1] = math.nan
+    y = group_norm_silu(x, 3, weight, bias)
+    assert y[1, :4].isnan().all()
+    assert y[1, 4:].isfinite().all()
+    assert y[[0, 2]].isfinite().all()
+    modulation["shift"][0, 5] = math.inf
+    assert group_norm_silu(x, 3, weight, bias, shift=modulation["shift"])[0, 5].isinf().all()
+
+
+def test_where_the_extension_serves(extension, monkeypatch):
+    x, (weight, bias), modulation = case()
+    monkeypatch.setenv("TCM_FAST_BACKEND", "")
+    assert by_extension(x, weight, bias)
+    assert not by_extension(x.contiguous(), weight, bias)
+    assert not by_extension(x.bfloat16(), weight, bias)
+    assert not by_extension(x, weight, bias, modulation["add"].bfloat16())
+    assert not by_extension(x.double(), weight, bias)
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    assert not by_extension(x, weight, bias)
+
+
+def test_extension_refuses_a_second_derivative(extension):
+    x, (weight, bias), _ = case()
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(
+        group_norm_silu(x, 3, weight, bias).square().sum(), x, create_graph=True
+    )
+    expected = torch.autograd.grad(naive(x, 3, weight, bias, 1e-5).square().sum(), x)[0]
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), x)
+
+
+def test_the_extension_refuses_what_would_reach_beyond_memory(extension):
+    ext, x = _backend.extension(), torch.zeros(2, 12, 3, 3)
+    place = x.data_ptr()
+
+    def call(groups=3, channels=12, threshold=0, threads=1, y=place):
+        ext.group_norm_silu_fwd_cpu(
+            y, place, place, place, 0, 0, 0, place, place, 2, channels, 9, groups, 1e-5, True, 0, 0,
+            0, 0, threshold, threads,
+        )  # fmt: skip
+
+    for change, message in (
+        ({"groups": 5}, "groups must divide the channels, got 5 and 12"),
+        ({"groups": 0}, "groups must divide the channels"),
+        ({"threads": 0}, "threads must be positive"),
+        ({"threshold": 65536}, "threshold must be below 65536"),
+        ({"threshold": 5}, "addresses must not be null"),
+        ({"y": 0}, "addresses must not be null"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**change)
+
+
 # ---- the Triton kernels -------------------------------------------------------------------------
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -295,7 +467,7 @@ def on(device, n, c, height, width, dtype, layout):
 
 def key_on(device, n):
     sample = torch.arange(n, device=device) * 7 + 2**32 - 40
-    return DropoutKey(seed=2**32 - 5, step=2**33 + 1, layer=2**31 + 3, sample=sample)
+    return PhiloxKey(seed=2**32 - 5, step=2**33 + 1, layer=2**31 + 3, sample=sample)
 
 
 @pytest.mark.parametrize("size", [4, 64])
@@ -696,7 +868,7 @@ def test_the_assembler_sigmoid_is_the_portable_one(triton_device):
     @triton.jit
     def kernel(x, y, ASM: tl.constexpr):
         at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-        tl.store(y + at, _sigmoid(tl.load(x + at), ASM))
+        tl.store(y + at, sigmoid(tl.load(x + at), ASM))
 
     x = torch.linspace(-120, 120, 2**20, device=triton_device)
     ys = [torch.empty_like(x) for _ in range(2)]

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from tcm_fast.kernels.dropout import DropoutKey, dropout_mask
+from tcm_fast.kernels.dropout import PhiloxKey, dropout_mask
 from tcm_fast.kernels.modulate_mp_silu import modulate_mp_silu, modulate_mp_silu_reference
 
 module = importlib.import_module(
@@ -26,7 +26,7 @@ def case(shape=(2, 24, 4, 3), gain=0.7):
 
 def pair(n, p=0.0, device="cpu"):
     sample = torch.arange(5, 5 + n, device=device)
-    key = DropoutKey(seed=3, step=4, layer=2, sample=sample) if p else None
+    key = PhiloxKey(seed=3, step=4, layer=2, sample=sample) if p else None
     options = {"dropout_p": p, "dropout_key": key}
     return (partial(f, **options) for f in (modulate_mp_silu, modulate_mp_silu_reference))
 
@@ -36,7 +36,7 @@ def test_the_reference_is_the_formula():
     z = x * (scale * gain + 1)[:, :, None, None]
     expected = z / (1 + (-z).exp()) / 0.596
     assert torch.allclose(modulate_mp_silu_reference(x, scale, gain), expected, rtol=1e-12)
-    key = DropoutKey(seed=3, step=4, layer=2, sample=torch.arange(2))
+    key = PhiloxKey(seed=3, step=4, layer=2, sample=torch.arange(2))
     kept = dropout_mask(key, 0.4, x.shape)
     y = modulate_mp_silu_reference(x, scale, gain, dropout_p=0.4, dropout_key=key)
     realised = 65536 / (65536 - round(0.4 * 65536))
@@ -76,7 +76,7 @@ def test_every_element_is_written(compare, triton_device, poisoned):
 def test_masks_do_not_depend_on_layout_or_batch(triton_device):
     x, scale, gain = (v.float().to(triton_device) for v in case((3, 16, 4, 4)))
     sample = torch.tensor([9, 2, 5], device=triton_device)
-    key = DropoutKey(seed=1, step=2, layer=3, sample=sample)
+    key = PhiloxKey(seed=1, step=2, layer=3, sample=sample)
     whole = modulate_mp_silu(x, scale, gain, dropout_p=0.3, dropout_key=key)
     rows = torch.tensor([2, 0], device=triton_device)
     part = modulate_mp_silu(

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import NOISE_LAYER, noise_pair, to_unit_range
 from tcm_fast.kernels.philox import philox_normal
 
 
 def key(samples, step=3, seed=7):
-    return DropoutKey(seed=seed, step=step, layer=0, sample=torch.as_tensor(samples))
+    return PhiloxKey(seed=seed, step=step, layer=0, sample=torch.as_tensor(samples))
 
 
 def batch(n=6, shape=(3, 8, 8)):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import build_network, layers
 from tcm_fast.networks.ddpmpp import SongUNet
 from tcm_fast.networks.layers import Conv2d, PositionalEmbedding, UNetBlock
@@ -233,7 +233,7 @@ def test_layouts_agree_and_activations_follow_the_weights():
 def test_same_key_same_masks_whatever_the_layout_and_the_split():
     net = randomised(narrow(dropout=0.3)).train()
     x, c_noise = batch(4)
-    key = DropoutKey(seed=7, step=3, layer=0, sample=torch.arange(4))
+    key = PhiloxKey(seed=7, step=3, layer=0, sample=torch.arange(4))
     whole = net(x, c_noise, dropout_key=key)
     rows = torch.tensor([3, 1])
     part = net(x[rows], c_noise[rows], dropout_key=key.select(rows))
@@ -272,7 +272,7 @@ def test_label_dropout_zeroes_whole_labels():
     n = 64
     labels = torch.eye(4)[torch.arange(n) % 4]
     c_noise = torch.zeros(n)
-    key = DropoutKey(seed=0, step=0, layer=0, sample=torch.arange(n))
+    key = PhiloxKey(seed=0, step=0, layer=0, sample=torch.arange(n))
     emb = net.embed(c_noise, labels, dropout_key=key)
     net.eval()
     with_label, without = net.embed(c_noise, labels), net.embed(c_noise, 0 * labels)

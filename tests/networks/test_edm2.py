@@ -7,9 +7,9 @@ import pytest
 import torch
 from plain_unets import PlainEdm2
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import build_network, force_rows
-from tcm_fast.networks.edm2 import Block, EDM2UNet
+from tcm_fast.networks.edm2 import EDM2Block, EDM2UNet
 from tcm_fast.networks.mp_layers import MPConv, MPFourier, mp_silu
 
 SIZES = {"XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384}
@@ -108,10 +108,10 @@ def test_attention_sites(small):
 def test_dropout_only_where_chosen():
     net = build("S", dropout=0.4, dropout_resolutions=[16, 8])
     for name, block in net.named_modules():
-        if isinstance(block, Block):
+        if isinstance(block, EDM2Block):
             resolution = int(name.split(".")[-1].split("x")[0])
             assert block.dropout == (0.4 if resolution <= 16 else 0), name
-    layers = [b.layer for b in net.modules() if isinstance(b, Block)]
+    layers = [b.layer for b in net.modules() if isinstance(b, EDM2Block)]
     assert layers == list(range(len(layers)))
 
 
@@ -131,7 +131,7 @@ def test_block_with_fused_kernels_is_its_formula(triton_device):
     """The kernels in place of their references, forward and every gradient."""
     torch.manual_seed(0)
     options = {"encoder": True, "layer": 0, "dropout": 0.0, "attention": True}
-    block = Block(16, 24, 32, **options, channels_per_head=8).to(triton_device)
+    block = EDM2Block(16, 24, 32, **options, channels_per_head=8).to(triton_device)
     torch.nn.init.constant_(block.emb_gain, 0.5)
     x = torch.randn(2, 16, 4, 4, device=triton_device, requires_grad=True)
     emb = torch.randn(2, 32, device=triton_device)
@@ -156,7 +156,7 @@ def test_magnitudes_stay_at_one():
                    attn_resolutions=[8], channels_per_head=32)  # fmt: skip
     seen = {}
     for name, module in net.named_modules():
-        if isinstance(module, Block):
+        if isinstance(module, EDM2Block):
             for gain in (module.emb_gain,):
                 gain.data.fill_(0.3)
             module.register_forward_hook(
@@ -228,7 +228,7 @@ def test_gradients_are_orthogonal_to_the_rows():
 def test_initialisation():
     net = narrow(label_dim=3)
     gains = [p for n, p in net.named_parameters() if n.endswith("gain")]
-    assert len(gains) == 1 + len([b for b in net.modules() if isinstance(b, Block)])
+    assert len(gains) == 1 + len([b for b in net.modules() if isinstance(b, EDM2Block)])
     assert not any(gain.any() for gain in gains)
     torch.manual_seed(0)
     fourier = MPFourier(4096)
@@ -253,7 +253,7 @@ def test_same_key_same_masks_whatever_the_split():
     net = narrow(dropout=0.3).train()
     net.out_gain.data.fill_(1)
     x, c_noise = torch.randn(4, 2, 8, 8), torch.zeros(4)
-    key = DropoutKey(seed=7, step=3, sample=torch.arange(4))
+    key = PhiloxKey(seed=7, step=3, sample=torch.arange(4))
     whole = net(x, c_noise, dropout_key=key)
     rows = torch.tensor([3, 1])
     part = net(x[rows], c_noise[rows], dropout_key=key.select(rows))
@@ -266,7 +266,7 @@ def test_same_key_same_masks_whatever_the_split():
 def test_label_dropout_zeroes_whole_labels():
     net = narrow(label_dim=3, label_dropout=0.5).train()
     labels, c_noise = torch.eye(3)[torch.arange(64) % 3], torch.zeros(64)
-    key = DropoutKey(seed=0, step=0, sample=torch.arange(64))
+    key = PhiloxKey(seed=0, step=0, sample=torch.arange(64))
     emb = net.embed(c_noise, labels, key)
     net.eval()
     kept = torch.isclose(emb, net.embed(c_noise, labels), atol=1e-5).all(1)
@@ -289,7 +289,7 @@ def test_a_network_in_16_bits_is_near():
 def test_compiles_to_one_graph():
     net = narrow(dropout=0.2, label_dim=3).train()
     x, c_noise, labels = torch.randn(3, 2, 8, 8), torch.zeros(3), torch.eye(3)
-    key = DropoutKey(seed=torch.tensor(1), step=torch.tensor(2), sample=torch.arange(3))
+    key = PhiloxKey(seed=torch.tensor(1), step=torch.tensor(2), sample=torch.arange(3))
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     expected = net(x, c_noise, labels, dropout_key=key)
     torch.testing.assert_close(compiled(x, c_noise, labels, dropout_key=key), expected)

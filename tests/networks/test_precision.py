@@ -13,7 +13,6 @@ from tcm_fast.networks.precision import (
     in_precision,
     is_derived,
     make_copies,
-    normalized_names,
 )
 
 
@@ -115,7 +114,7 @@ def test_copies_stand_in_for_what_they_are_copies_of():
     assert [c is None for c in make_copies(net, torch.float32)] == [
         not name.endswith("weight") for name, _ in net.named_parameters()
     ]
-    rows = {f"model.{name}" for name in normalized_names(net.model)}
+    rows = {f"model.{name}" for name in net.model.normalized_names()}
     for copied, (name, _) in zip(
         make_copies(net, torch.bfloat16, rows_too=False), net.named_parameters(), strict=True
     ):

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import Precond, build_network
+from tcm_fast.networks.raw_network import RawNetwork
 
 SMALL = {
     "model_channels": 8,
@@ -33,7 +34,7 @@ def batch(n=3):
     return 5 * torch.randn(n, 1, 8, 8, generator=generator), torch.logspace(-2, 1.9, n)
 
 
-class Constant(torch.nn.Module):
+class Constant(RawNetwork):
     """F = the network's input times c_noise: shows both."""
 
     def __init__(self):
@@ -146,7 +147,7 @@ def test_deep_copy_and_functional_call():
 def test_compiles_to_one_graph():
     net = build(dropout=0.2).train()
     x, t = batch()
-    key = DropoutKey(seed=1, step=2, layer=0, sample=torch.arange(3))
+    key = PhiloxKey(seed=1, step=2, layer=0, sample=torch.arange(3))
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(x, t, dropout_key=key), net(x, t, dropout_key=key), atol=1e-5)
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import cast_weights, is_derived
+from tcm_fast.networks.raw_network import RawNetwork
 from tcm_fast.networks.recompute import run_block, set_recompute
 
 WAYS = [{"norms": True}, {"blocks_from": 1}, {"blocks_from": 8}, {"norms": True, "blocks_from": 8}]
@@ -35,7 +36,7 @@ def step(net, dtype=torch.float32, n=3):
     net.zero_grad()
     torch.manual_seed(1)
     x, t = torch.randn(n, 3, 8, 8), torch.rand(n) + 0.5
-    key = DropoutKey(seed=3, step=5, sample=torch.arange(n))
+    key = PhiloxKey(seed=3, step=5, sample=torch.arange(n))
     weights = cast_weights(net, dtype) if is_derived(net, dtype) else None
     own = [*net.parameters(), *(weights or {}).values()]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -101,11 +102,11 @@ def test_without_gradients_nothing_is_kept_or_repeated():
 def test_the_kernels_numbers_stay_too(way, triton_device):
     net = network(model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[]).model
     block = net.dec["8x8_in0"].to(triton_device)
-    wrapper = torch.nn.Module()
-    wrapper.enc, wrapper.dec = torch.nn.ModuleDict(), torch.nn.ModuleDict({"8x8_in0": block})
+    wrapper = RawNetwork()
+    wrapper.block = block
     x = torch.randn(2, 8, 8, 8, device=triton_device).to(memory_format=torch.channels_last)
     emb = torch.randn(2, 32, device=triton_device)
-    key = DropoutKey(seed=3, step=5, sample=torch.arange(2, device=triton_device))
+    key = PhiloxKey(seed=3, step=5, sample=torch.arange(2, device=triton_device))
 
     def grads():
         block.zero_grad()

@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tcm_fast.config import CdConfig, EctConfig, EdmConfig, IctConfig, TcmConfig, load_preset
+from tcm_fast.config import Config, EctConfig, IctConfig, TcmConfig, load_preset
+from tcm_fast.objectives import OBJECTIVES
+from tcm_fast.objectives.ect import Ect
+from tcm_fast.objectives.ict import Ict
 from tcm_fast.objectives.noise_levels import (
     IMAGE,
     STAGE1,
@@ -20,9 +23,9 @@ from tcm_fast.objectives.noise_levels import (
     ict_levels,
     inner_level,
     karras_grid,
-    plan_times,
     ratio,
 )
+from tcm_fast.objectives.tcm import Tcm
 
 LEVELS = {
     "ect cifar10": dict(mean=-1.1, std=2.0, low=0.002, high=80.0),
@@ -103,7 +106,7 @@ def test_karras_grid_and_ict_levels():
 
 
 def test_ict_draws_neighbouring_levels():
-    plan = plan_times(IctConfig(batch_size=4096), seed=0, images_seen=0, iterations=100)
+    plan = Ict.plan(IctConfig(batch_size=4096), seed=0, images_seen=0, iterations=100)
     grid = karras_grid(10)
     index = np.searchsorted(grid, plan.r)
     np.testing.assert_array_equal(grid[index], plan.r)
@@ -114,15 +117,12 @@ def test_ict_draws_neighbouring_levels():
     assert (plan.source == STUDENT).all()
 
 
-CONFIGS = [EdmConfig, EctConfig, TcmConfig, IctConfig, CdConfig]
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_a_plan_depends_on_seed_and_images_alone(kind):
-    config = kind(batch_size=64)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_plan_depends_on_seed_and_images_alone(name):
+    kind, config = OBJECTIVES[name], dataclasses.replace(Config().phase(name), batch_size=64)
 
     def plan(seed, images):
-        return plan_times(config, seed=seed, images_seen=images, iteration=3, iterations=10).t
+        return kind.plan(config, seed=seed, images_seen=images, iteration=3, iterations=10).t
 
     np.testing.assert_array_equal(plan(1, 640), plan(1, 640))
     assert (plan(1, 640) != plan(1, 704)).any()
@@ -137,8 +137,8 @@ def test_a_plan_depends_on_seed_and_images_alone(kind):
     st.sampled_from(["ect", "tcm"]),
 )
 def test_parts_cover_the_batch_with_balanced_work(parts, size, iteration, phase):
-    config = {"ect": EctConfig, "tcm": TcmConfig}[phase](batch_size=parts * max(size, 4))
-    plan = plan_times(config, seed=0, images_seen=0, iteration=iteration)
+    config = dataclasses.replace(Config().phase(phase), batch_size=parts * max(size, 4))
+    plan = OBJECTIVES[phase].plan(config, seed=0, images_seen=0, iteration=iteration)
     cut = plan.parts(parts)
     assert sorted(np.concatenate(cut)) == list(range(config.batch_size))
     for kind in (STUDENT, STAGE1, IMAGE):
@@ -148,14 +148,14 @@ def test_parts_cover_the_batch_with_balanced_work(parts, size, iteration, phase)
 
 
 def test_a_batch_that_cannot_be_cut_is_refused():
-    plan = plan_times(EctConfig(batch_size=10), seed=0, images_seen=0)
+    plan = Ect.plan(EctConfig(batch_size=10), seed=0, images_seen=0)
     with pytest.raises(ValueError, match="divisible by ranks x micro-batches = 4, got 10"):
         plan.parts(4)
 
 
 @pytest.mark.parametrize("size", [4, 7, 64, 1023])
 def test_the_boundary_quota_is_global_and_exact(size):
-    plan = plan_times(TcmConfig(batch_size=size), seed=3, images_seen=size, iteration=10**6)
+    plan = Tcm.plan(TcmConfig(batch_size=size), seed=3, images_seen=size, iteration=10**6)
     assert plan.boundary.sum() == size // 4
     assert (plan.t[plan.boundary] == 1.0).all()
     assert (plan.source[plan.boundary] == STAGE1).all()
@@ -167,25 +167,25 @@ def test_the_boundary_quota_is_global_and_exact(size):
 
 def test_a_batch_without_a_boundary_sample_is_refused():
     with pytest.raises(ValueError, match="at least one boundary sample"):
-        plan_times(TcmConfig(batch_size=3), seed=0, images_seen=0)
+        Tcm.plan(TcmConfig(batch_size=3), seed=0, images_seen=0)
 
 
-@pytest.mark.parametrize(("limit", "share"), [(0.999, 0.270), (0.9961, 0.323)])
+@pytest.mark.parametrize(("max_ratio", "share"), [(0.999, 0.270), (0.9961, 0.323)])
 def test_share_of_targets_that_need_stage_1(limit, share):
-    config = TcmConfig(batch_size=100_000, limit=limit)
-    plan = plan_times(config, seed=0, images_seen=0, iteration=10**6)
+    config = TcmConfig(batch_size=100_000, max_ratio=limit)
+    plan = Tcm.plan(config, seed=0, images_seen=0, iteration=10**6)
     assert (plan.source == STAGE1).mean() == pytest.approx(share, abs=0.005)
 
 
 @pytest.mark.parametrize(("iteration", "share"), [(0, 0.81), (25_000, 0.58)])
 def test_share_of_stage_1_targets_that_are_images(iteration, share):
-    plan = plan_times(EctConfig(batch_size=100_000), seed=0, images_seen=0, iteration=iteration)
+    plan = Ect.plan(EctConfig(batch_size=100_000), seed=0, images_seen=0, iteration=iteration)
     assert (plan.source == IMAGE).mean() == pytest.approx(share, abs=0.01)
 
 
 def test_the_original_ect_is_an_option():
-    config = EctConfig(batch_size=50_000, r_min=0.0, truncate=False)
-    plan = plan_times(config, seed=0, images_seen=0)
+    config = EctConfig(batch_size=50_000, truncate=False)
+    plan = Ect.plan(config, seed=0, images_seen=0)
     assert (plan.r[plan.source == IMAGE] == 0).all()
     assert plan.t.max() > 80
 
@@ -198,10 +198,10 @@ def test_a_plan_is_cheap():
 def calls_of_a_plan(size):
     """Functions called, Python's and C's."""
     config, calls = TcmConfig(batch_size=size), Counter()
-    plan_times(config, seed=0, images_seen=0)  # the table
+    Tcm.plan(config, seed=0, images_seen=0)  # the table
     sys.setprofile(lambda frame, event, _: calls.update([event]))
     try:
-        plan_times(config, seed=0, images_seen=1)
+        Tcm.plan(config, seed=0, images_seen=1)
     finally:
         sys.setprofile(None)
     return calls["call"] + calls["c_call"]
@@ -209,4 +209,4 @@ def calls_of_a_plan(size):
 
 def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        TcmConfig().rho = 0.5
+        TcmConfig().boundary_fraction = 0.5

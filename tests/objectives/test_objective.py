@@ -9,18 +9,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tcm_fast.config import CdConfig, EctConfig, EdmConfig, IctConfig, TcmConfig
-from tcm_fast.kernels.dropout import DropoutKey
+from tcm_fast.config import Config, EctConfig, TcmConfig
+from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import NOISE_LAYER
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import make_copies
 from tcm_fast.networks.precond import Precond
-from tcm_fast.objectives.noise_levels import IMAGE, STAGE1, plan_times
-from tcm_fast.objectives.objective import Objective, make_batch, row_granule
+from tcm_fast.networks.raw_network import RawNetwork
+from tcm_fast.objectives import OBJECTIVES
+from tcm_fast.objectives.batch import make_batch, row_multiple_for
+from tcm_fast.objectives.ect import Ect
+from tcm_fast.objectives.edm import Edm
+from tcm_fast.objectives.noise_levels import IMAGE, STAGE1
+from tcm_fast.objectives.tcm import Tcm
 
 SIZE, SEED, STEP = 16, 5, 7
-CONFIGS = {"edm": EdmConfig, "ect": EctConfig, "tcm": TcmConfig, "ict": IctConfig, "cd": CdConfig}
+CONFIGS = {name: type(Config().phase(name)) for name in OBJECTIVES}
 
 
 def network(seed, dropout=0.0):
@@ -36,22 +41,23 @@ def network(seed, dropout=0.0):
 
 def problem(name, dropout=0.0, iteration=100_000, **fields):
     config = CONFIGS[name](batch_size=SIZE, **fields)
-    plan = plan_times(config, seed=SEED, images_seen=0, iteration=iteration, iterations=200_000)
+    plan = OBJECTIVES[name].plan(
+        config, seed=SEED, images_seen=0, iteration=iteration, iterations=200_000
+    )
     frozen = network(2, dropout) if name in ("tcm", "cd") else None
-    objective = Objective(name, config, network(1, dropout).train(), frozen)
+    objective = OBJECTIVES[name](config, network(1, dropout).train(), frozen)
     images = torch.randint(0, 256, (SIZE, 2, 8, 8), generator=torch.Generator().manual_seed(3))
     return config, plan, objective, images.to(torch.uint8)
 
 
-def run(objective, plan, images, parts=1, granule=1):
+def run(objective, plan, images, parts=1, row_multiple=1):
     """Loss, logged means and gradient of a batch cut into parts."""
     objective.zero_grad()
     loss, stats = 0.0, torch.zeros(2)
     for part in plan.parts(parts):
         batch = make_batch(
-            plan, part, images[part], None, seed=SEED, step=STEP, granule=granule,
-            boundary_weight=getattr(objective.config, "boundary_weight", 0.0),
-        )  # fmt: skip
+            plan, part, images[part], None, seed=SEED, step=STEP, row_multiple=row_multiple
+        )
         share, numbers = objective(batch)
         share.backward()
         loss, stats = loss + share.item(), stats + numbers
@@ -93,7 +99,7 @@ def naive_loss(name, config, plan, objective, images):
         target = denoised(net, x_r, r).detach()
         distance = torch.sqrt(((denoised(student, x_t, t) - target) ** 2).sum() + objective.c**2)
         loss = (distance - objective.c) / (t - r)
-        quota = int(config.rho * SIZE) if name == "tcm" else 0
+        quota = int(config.boundary_fraction * SIZE) if name == "tcm" else 0
         if name == "tcm" and t == config.t_prime:
             boundary += loss / quota
         else:
@@ -104,7 +110,7 @@ def naive_loss(name, config, plan, objective, images):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("iteration", [0, 100_000])
 def test_a_step_is_the_formula(name, iteration):
-    fields = {} if name in ("edm", "ict") else {"c": 0.06}
+    fields = {} if name in ("edm", "ict") else {"huber_c": 0.06}
     config, plan, objective, images = problem(name, iteration=iteration, **fields)
     loss, _, grad = run(objective, plan, images)
     expected, student = naive_loss(name, config, plan, objective, images)
@@ -118,7 +124,7 @@ def test_a_step_is_the_formula(name, iteration):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("parts", [2, 4, SIZE])
 def test_micro_batches_do_not_change_a_step(name, parts):
-    fields = {} if name in ("edm", "ict") else {"c": 0.06}
+    fields = {} if name in ("edm", "ict") else {"huber_c": 0.06}
     _, plan, objective, images = problem(name, dropout=0.3, **fields)
     loss, stats, grad = run(objective, plan, images)
     cut_loss, cut_stats, cut_grad = run(objective, plan, images, parts)
@@ -131,15 +137,12 @@ def test_micro_batches_do_not_change_a_step(name, parts):
 @pytest.mark.parametrize("c", [1e-8, 0.06])
 def test_splitting_targets_changes_nothing(iteration, c):
     """Each network on exactly the rows it has to compute, against both on every row."""
-    _, plan, objective, images = problem("tcm", dropout=0.3, iteration=iteration, c=c)
+    _, plan, objective, images = problem("tcm", dropout=0.3, iteration=iteration, huber_c=c)
     objective.eval()  # compare targets through the loss: the student's own dropout stays on below
     objective.student.train()
     loss, _, grad = run(objective, plan, images)
     (part,) = plan.parts(1)
-    batch = make_batch(
-        plan, part, images[part], None, seed=SEED, step=STEP,
-        boundary_weight=objective.config.boundary_weight,
-    )  # fmt: skip
+    batch = make_batch(plan, part, images[part], None, seed=SEED, step=STEP)
     whole = unsplit_loss(objective, batch)
     objective.zero_grad()
     whole.backward()
@@ -202,9 +205,9 @@ def test_the_frozen_network_is_no_parameter_of_the_objective():
 
 def test_a_missing_or_needless_frozen_network_is_refused():
     with pytest.raises(ValueError, match="tcm needs a frozen network"):
-        Objective("tcm", TcmConfig(), network(1))
+        Tcm(TcmConfig(), network(1))
     with pytest.raises(ValueError, match="ect has no frozen network"):
-        Objective("ect", EctConfig(), network(1), network(2))
+        Ect(EctConfig(), network(1), network(2))
 
 
 def test_ict_takes_its_constant_from_the_image_size():
@@ -214,8 +217,8 @@ def test_ict_takes_its_constant_from_the_image_size():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_losses_are_near_and_fp32(dtype):
-    config, plan, objective, images = problem("ect", iteration=0, c=0.06)
-    low = Objective("ect", config, objective.student, dtype=dtype)
+    config, plan, objective, images = problem("ect", iteration=0, huber_c=0.06)
+    low = Ect(config, objective.student, dtype=dtype)
     loss, _, grad = run(objective, plan, images)
     low_loss, stats, low_grad = run(low, plan, images)
     assert stats.dtype == torch.float32
@@ -236,12 +239,14 @@ def test_boundary_weight_zero_leaves_the_boundary_out_of_the_gradient():
 
 @pytest.mark.parametrize("name", ["ect", "tcm"])
 @pytest.mark.parametrize("iteration", [0, 30_000, 100_000, 10**6])
-@pytest.mark.parametrize("granule", [4, 8, SIZE])
-def test_rounding_row_counts_up_changes_nothing(name, iteration, granule):
+@pytest.mark.parametrize("row_multiple", [4, 8, SIZE])
+def test_rounding_row_counts_up_changes_nothing(name, iteration, row_multiple):
     """Networks that compute a few rows too many, and targets picked from among them."""
-    _, plan, objective, images = problem(name, dropout=0.3, iteration=iteration, c=0.06)
+    _, plan, objective, images = problem(name, dropout=0.3, iteration=iteration, huber_c=0.06)
     loss, stats, grad = run(objective, plan, images)
-    rounded_loss, rounded_stats, rounded_grad = run(objective, plan, images, granule=granule)
+    rounded_loss, rounded_stats, rounded_grad = run(
+        objective, plan, images, row_multiple=row_multiple
+    )
     assert rounded_loss == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(rounded_stats, stats)
     assert cosine(grad, rounded_grad) > 1 - 1e-6
@@ -249,11 +254,11 @@ def test_rounding_row_counts_up_changes_nothing(name, iteration, granule):
 
 @pytest.mark.parametrize("batch_size", [16, 128, 512, 1024, 2048])
 def test_rounding_costs_less_than_3_percent_of_a_step(batch_size):
-    granule = row_granule(batch_size, torch.device("cuda"))
-    assert granule % 8 == 0
+    row_multiple = row_multiple_for(batch_size, torch.device("cuda"))
+    assert row_multiple % 8 == 0
     if batch_size >= 128:
-        assert 2 * (granule - 1) < 0.03 * 4 * batch_size
-    assert row_granule(batch_size, torch.device("cpu")) == 1
+        assert 2 * (row_multiple - 1) < 0.03 * 4 * batch_size
+    assert row_multiple_for(batch_size, torch.device("cpu")) == 1
 
 
 class NoWaiting(TorchDispatchMode):
@@ -272,10 +277,10 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_never_waits_for_the_device(name, iteration, dtype):
     config, plan, objective, images = problem(name, dropout=0.3, iteration=iteration)
-    objective = Objective(name, config, objective.student, objective.frozen, dtype=dtype)
+    objective = OBJECTIVES[name](config, objective.student, objective.frozen, dtype=dtype)
     (part,) = plan.parts(1)
     with NoWaiting():
-        batch = make_batch(plan, part, images[part], None, seed=SEED, step=STEP, granule=8)
+        batch = make_batch(plan, part, images[part], None, seed=SEED, step=STEP, row_multiple=8)
         objective(batch)[0].backward()
 
 
@@ -304,7 +309,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Linear(torch.nn.Module):
+class Linear(RawNetwork):
     """A network of one operation each way: what is counted is the step's own work."""
 
     def __init__(self):
@@ -317,17 +322,17 @@ class Linear(torch.nn.Module):
 
 @pytest.mark.parametrize("iteration", [30_000, 10**6])
 def test_a_step_launches_at_most_ten_times_outside_the_networks(iteration, triton_device):
-    config = TcmConfig(batch_size=SIZE, c=0.06)
-    plan = plan_times(config, seed=SEED, images_seen=0, iteration=iteration)
+    config = TcmConfig(batch_size=SIZE, huber_c=0.06)
+    plan = Tcm.plan(config, seed=SEED, images_seen=0, iteration=iteration)
     student, frozen = (
         Precond(Linear(), img_resolution=8, img_channels=2, spec={}).to(triton_device)
         for _ in range(2)
     )
-    objective = Objective("tcm", config, student, frozen)
+    objective = Tcm(config, student, frozen)
     (part,) = plan.parts(1)
     images = torch.randint(0, 256, (SIZE, 2, 8, 8), dtype=torch.uint8, device=triton_device)
     with Launches() as counted:
-        batch = make_batch(plan, part, images, None, seed=SEED, step=STEP, granule=8)
+        batch = make_batch(plan, part, images, None, seed=SEED, step=STEP, row_multiple=8)
         loss, _ = objective(batch)
         loss.backward()
     # Each pass: the logarithm and the quarter of the noise level, and the one product; its gradient
@@ -336,10 +341,12 @@ def test_a_step_launches_at_most_ten_times_outside_the_networks(iteration, trito
     assert len(counted.names) - networks + 1 <= 10, " ".join(counted.names)
 
 
-def flops(objective, plan, images, granule):
+def flops(objective, plan, images, row_multiple):
     """Floating-point operations of a step."""
     (part,) = plan.parts(1)
-    batch = make_batch(plan, part, images[part], None, seed=SEED, step=STEP, granule=granule)
+    batch = make_batch(
+        plan, part, images[part], None, seed=SEED, step=STEP, row_multiple=row_multiple
+    )
     with FlopCounterMode(display=False) as counter:
         objective(batch)[0].backward()
     return counter.get_total_flops()
@@ -350,15 +357,15 @@ def test_a_step_costs_four_passes_in_operations(batch_size, allowed):
     """Beside one forward pass of the whole batch. The first convolution has no gradient to its input:
     a little less than 2 for the backward pass. At batch 16 rounding up costs most of what the split
     saves."""
-    config = TcmConfig(batch_size=batch_size, c=0.06)
-    plan = plan_times(config, seed=SEED, images_seen=0, iteration=10**6)
-    objective = Objective("tcm", config, network(1).train(), network(2))
+    config = TcmConfig(batch_size=batch_size, huber_c=0.06)
+    plan = Tcm.plan(config, seed=SEED, images_seen=0, iteration=10**6)
+    objective = Tcm(config, network(1).train(), network(2))
     images = torch.randint(0, 256, (batch_size, 2, 8, 8)).to(torch.uint8)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         objective.student.raw(torch.zeros(batch_size, 2, 8, 8), torch.ones(batch_size))
     once = counter.get_total_flops()
-    granule = row_granule(batch_size, torch.device("cuda"))
-    passes = flops(objective, plan, images, granule) / once
+    row_multiple = row_multiple_for(batch_size, torch.device("cuda"))
+    passes = flops(objective, plan, images, row_multiple) / once
     assert 3.8 < passes < allowed
     if batch_size >= 128:
         unsplit = flops(objective, plan, images, batch_size) / once
@@ -367,7 +374,7 @@ def test_a_step_costs_four_passes_in_operations(batch_size, allowed):
 
 def test_networks_compile_without_a_graph_break():
     net = network(1, dropout=0.3).train()
-    key = DropoutKey(seed=torch.tensor(3), step=torch.tensor(4), sample=torch.arange(4))
+    key = PhiloxKey(seed=torch.tensor(3), step=torch.tensor(4), sample=torch.arange(4))
     x, t = torch.randn(4, 2, 8, 8), torch.rand(4)
     compiled = torch.compile(net.model, fullgraph=True, backend="eager")
     expected = net.model(x, t, dropout_key=key)
@@ -377,8 +384,8 @@ def test_networks_compile_without_a_graph_break():
 
 
 def test_frozen_weights_are_cast_once_and_the_students_once_a_step():
-    config, plan, objective, images = problem("tcm", c=0.06)
-    low = Objective("tcm", config, objective.student, objective.frozen, dtype=torch.bfloat16)
+    config, plan, objective, images = problem("tcm", huber_c=0.06)
+    low = Tcm(config, objective.student, objective.frozen, dtype=torch.bfloat16)
     kinds = {p.dtype for p in low.frozen.parameters()}
     assert kinds == {torch.bfloat16, torch.float32}
     assert {p.dtype for p in objective.frozen.parameters()} == {torch.float32}
@@ -394,9 +401,9 @@ def test_frozen_weights_are_cast_once_and_the_students_once_a_step():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_copies_that_an_optimizer_keeps_are_used_instead_of_casts(dtype):
-    config, plan, objective, images = problem("tcm", c=0.06)
-    cast = Objective("tcm", config, objective.student, objective.frozen, dtype=dtype)
-    kept = Objective("tcm", config, objective.student, objective.frozen, dtype=dtype)
+    config, plan, objective, images = problem("tcm", huber_c=0.06)
+    cast = Tcm(config, objective.student, objective.frozen, dtype=dtype)
+    kept = Tcm(config, objective.student, objective.frozen, dtype=dtype)
     kept.copies = make_copies(kept.student, dtype)
     for (name, _), copied in zip(kept.student.named_parameters(), kept.copies, strict=True):
         assert (copied is None) == ("norm" in name or "map_" in name), name
@@ -427,10 +434,7 @@ def edm2_step(objective, plan, images, parts=1):
     objective.zero_grad()
     loss = 0.0
     for part in plan.parts(parts):
-        batch = make_batch(
-            plan, part, images[part], labels[part], seed=SEED, step=STEP,
-            boundary_weight=getattr(objective.config, "boundary_weight", 0.0),
-        )  # fmt: skip
+        batch = make_batch(plan, part, images[part], labels[part], seed=SEED, step=STEP)
         share, _ = objective(batch)
         share.backward()
         loss += share.item()
@@ -440,7 +444,9 @@ def edm2_step(objective, plan, images, parts=1):
 
 def edm2_problem(name, **fields):
     config = CONFIGS[name](batch_size=SIZE, **fields)
-    plan = plan_times(config, seed=SEED, images_seen=0, iteration=100_000, iterations=200_000)
+    plan = OBJECTIVES[name].plan(
+        config, seed=SEED, images_seen=0, iteration=100_000, iterations=200_000
+    )
     images = torch.randint(0, 256, (SIZE, 2, 8, 8), generator=torch.Generator().manual_seed(3))
     return config, plan, images.to(torch.uint8)
 
@@ -448,10 +454,10 @@ def edm2_problem(name, **fields):
 @pytest.mark.parametrize("name", ["edm", "ect", "tcm"])
 def test_normalising_once_a_step_does_not_change_it(name, monkeypatch):
     """Against a network that normalises in every forward, in the graph."""
-    config, plan, images = edm2_problem(name, **({} if name == "edm" else {"c": 0.06}))
+    config, plan, images = edm2_problem(name, **({} if name == "edm" else {"huber_c": 0.06}))
     frozen = edm2(2, 0.2) if name == "tcm" else None
-    once = Objective(name, config, edm2(1, 0.2).train(), frozen)
-    each = Objective(name, config, edm2(1, 0.2).train(), frozen)
+    once = OBJECTIVES[name](config, edm2(1, 0.2).train(), frozen)
+    each = OBJECTIVES[name](config, edm2(1, 0.2).train(), frozen)
     monkeypatch.setattr(each, "_derives", False)
     each._frozen = (frozen,)
     loss, grad = edm2_step(once, plan, images, parts=2)
@@ -463,16 +469,16 @@ def test_normalising_once_a_step_does_not_change_it(name, monkeypatch):
 def test_a_step_normalises_each_weight_once_and_writes_none(monkeypatch):
     from tcm_fast.networks import precision
 
-    config, plan, images = edm2_problem("tcm", c=0.06)
-    objective = Objective("tcm", config, edm2(1).train(), edm2(2))
+    config, plan, images = edm2_problem("tcm", huber_c=0.06)
+    objective = Tcm(config, edm2(1).train(), edm2(2))
     before = {name: p.clone() for name, p in objective.student.named_parameters()}
     seen = []
     scaled = precision.normalized_copy
     monkeypatch.setattr(precision, "normalized_copy", lambda w: seen.append(w) or scaled(w))
     edm2_step(objective, plan, images, parts=4)
-    rows = precision.normalized_names(objective.student.model)
+    rows = objective.student.model.normalized_names()
     assert len(seen) == len(rows)  # for two networks, three passes and four micro-batches
-    assert not precision.normalized_names(objective.frozen.model)
+    assert not objective.frozen.model.normalized_names()
     edm2_step(objective, plan, images)
     assert len(seen) == len(rows)
     assert all(torch.equal(p, before[name]) for name, p in objective.student.named_parameters())
@@ -481,16 +487,16 @@ def test_a_step_normalises_each_weight_once_and_writes_none(monkeypatch):
 def test_learned_variance_is_the_formula():
     config, plan, images = edm2_problem("edm")
     net = edm2(1, logvar_channels=8).train()
-    plain = Objective("edm", config, edm2(1).train())
+    plain = Edm(config, edm2(1).train())
     labels = torch.eye(3)[torch.arange(SIZE) % 3]
     (part,) = plan.parts(1)
     batch = make_batch(plan, part, images, labels, seed=SEED, step=STEP)
     net.model.load_state_dict(plain.student.model.state_dict())
-    learned = Objective("edm", config, net)
-    squared = plain._denoising(batch).detach()
+    learned = Edm(config, net)
+    squared = plain.losses(batch).detach()
     u = net.log_variance(batch.t)
     expected = squared * (-u).exp() + u * (2 * 8 * 8)
-    torch.testing.assert_close(learned._denoising(batch), expected)
+    torch.testing.assert_close(learned.losses(batch), expected)
     learned(batch)[0].backward()
     assert net.logvar_linear.weight.grad.any()
 
@@ -503,14 +509,14 @@ def test_augmented_images_and_their_labels_reach_the_network():
         num_blocks=1, attn_resolutions=[], dropout=0.0, augment_dim=9,
     ).train()  # fmt: skip
     torch.nn.init.normal_(net.model.dec["8x8_aux_conv"].weight)
-    objective = Objective("edm", config, net)
+    objective = Edm(config, net)
     (part,) = plan.parts(1)
     batch = make_batch(plan, part, images, None, seed=SEED, step=STEP)
     objective(batch)[0].backward()
     assert net.model.map_augment.weight.grad.any()
-    whole = objective._denoising(batch)
+    whole = objective.losses(batch)
     pieces = [
-        objective._denoising(make_batch(plan, rows, images[rows], None, seed=SEED, step=STEP))
+        objective.losses(make_batch(plan, rows, images[rows], None, seed=SEED, step=STEP))
         for rows in plan.parts(4)
     ]
     found = torch.empty_like(whole)
@@ -519,4 +525,4 @@ def test_augmented_images_and_their_labels_reach_the_network():
     order = torch.from_numpy(part)
     torch.testing.assert_close(found[order], whole, rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match=r"edm.augment: needs .* got 0"):
-        Objective("edm", config, network(1))
+        Edm(config, network(1))

@@ -1,4 +1,4 @@
-"""Learning rates and weight averages."""
+"""The fused optimizer beside torch's."""
 
 import copy
 import math
@@ -6,89 +6,9 @@ import math
 import pytest
 import torch
 
-from tcm_fast.config import EctConfig, EdmConfig, load_preset
-from tcm_fast.kernels._backend import extension
 from tcm_fast.optim import fused
-from tcm_fast.optim.fused import (
-    TORCH_KINDS,
-    Ema,
-    EmaRule,
-    FusedOptimizer,
-    build_optimizer,
-    learning_rate,
-)
-
-
-def test_learning_rates_of_the_recipes():
-    edm = load_preset("cifar10").edm
-    assert learning_rate(edm, 0, 0) == 0
-    assert learning_rate(edm, 5_000_000, 9765) == pytest.approx(5e-4)
-    assert learning_rate(edm, 20_000_000, 39062) == 1e-3
-    edm2 = load_preset("imagenet64-s").ect
-    assert learning_rate(edm2, 0, 0) == learning_rate(edm2, 1, 2000) == 1e-3
-    assert learning_rate(edm2, 1, 8000) == pytest.approx(5e-4)
-
-
-def test_constant_average_is_the_plain_recursion():
-    weight = torch.nn.Parameter(torch.zeros(3))
-    ema = Ema("constant:0.9", [weight])
-    expected = torch.zeros(3)
-    for i in range(1, 6):
-        weight.data.fill_(float(i))
-        ema.update(i, 10 * i, 10)
-        expected = 0.9 * expected + 0.1 * i
-    torch.testing.assert_close(ema.average[0], expected)
-
-
-@pytest.mark.parametrize(("gamma", "width"), [(16.97, 0.05), (6.94, 0.10)])
-def test_power_average_has_edm2s_relative_width(gamma, width):
-    """The weight given to step i is proportional to (i/n)^gamma: its relative standard deviation is
-    sqrt(gamma+1) / ((gamma+2) sqrt(gamma+3)), EDM2 eq. 126."""
-    n = 4000
-    rule = EmaRule.parse(f"power:{gamma}")
-    weights, left = [], 1.0
-    for i in range(n, 0, -1):
-        beta = rule.beta(i, 0, 0)
-        weights.append(left * (1 - beta))
-        left *= beta
-    weights = torch.tensor(weights[::-1], dtype=torch.float64)
-    position = torch.arange(1, n + 1, dtype=torch.float64) / n
-    assert weights.sum().item() == pytest.approx(1)  # the start is forgotten at the first step
-    mean = (weights * position).sum()
-    std = ((weights * position**2).sum() - mean**2).sqrt().item()
-    assert std == pytest.approx(width, rel=0.01)
-    assert std == pytest.approx(
-        math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3)), rel=0.01
-    )
-
-
-def test_halflife_average_ramps_up():
-    rule = EmaRule.parse("halflife:500000")
-    assert rule.beta(1, 512, 512) == pytest.approx(0.5**20)  # 5 % of 512 images
-    assert rule.beta(10**6, 10**9, 512) == pytest.approx(0.5 ** (512 / 500_000))
-
-
-@pytest.mark.parametrize(
-    "text", ["constant", "constant:1.5", "constant:x", "mean:1", "power:-2", ""]
-)
-def test_bad_rules_are_refused(text):
-    with pytest.raises(ValueError, match="ema: must be constant:BETA"):
-        EmaRule.parse(text)
-
-
-@pytest.mark.parametrize("kind", ["radam", "adam", "adamw"])
-def test_optimizers_take_the_phases_constants(kind):
-    config = EctConfig(optimizer=kind, lr=3e-4, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(2))], config)
-    assert isinstance(optimizer, FusedOptimizer) == (extension() is not None)
-    assert getattr(optimizer, "stands_for", type(optimizer).__name__).lower() == kind
-    group = optimizer.param_groups[0]
-    values = [group[name] for name in ("lr", "betas", "eps", "weight_decay")]
-    assert values == [3e-4, (0.8, 0.95), 1e-6, 0.1]
-    assert EdmConfig().optimizer == "adam"
-
-
-# ---- the fused optimizer ------------------------------------------------------------------------
+from tcm_fast.optim.ema import Ema
+from tcm_fast.optim.fused import TORCH_KINDS, FusedOptimizer
 
 SHAPES = [(3,), (), (8, 4, 3, 3), (16, 16, 1, 1), (100, 7)]
 
@@ -166,17 +86,17 @@ def test_groups_schedulers_closures_and_missing_gradients(either_backend):
     assert (extra < 1).all()
 
 
-def test_averages_and_copies_follow_in_the_same_step(either_backend):
+def test_emas_and_copies_follow_in_the_same_step(either_backend):
     weights = parameters()
     emas = [Ema(rule, weights) for rule in ("constant:0.9", "power:6.94")]
     plain = [Ema(rule, weights) for rule in ("constant:0.9", "power:6.94")]
     copies = [torch.empty_like(w, dtype=torch.bfloat16) for w in weights[:-1]] + [None]
     optimizer = FusedOptimizer(
-        weights, "adam", lr=0.1, averages=[ema.average for ema in emas], copies=copies
+        weights, "adam", lr=0.1, emas=[ema.average for ema in emas], copies=copies
     )
     for step in range(1, 6):
         set_gradients(weights, step)
-        optimizer.average_betas = [ema.rule.beta(step, 0, 0) for ema in emas]
+        optimizer.ema_betas = [ema.rule.beta(step, 0, 0) for ema in emas]
         optimizer.step()
         for ema in plain:
             ema.update(step, 0, 0)
@@ -325,7 +245,7 @@ def test_short_moments_train_as_well(short, size):
     [
         ({"moments": "fp16"}, "optimizer: moments must be fp32, bf16 or 8bit, got fp16"),
         ({"kind": "sgd"}, "optimizer: kind must be radam, adam or adamw, got sgd"),
-        ({"averages": [[]]}, r"optimizer: averages\[0\] must be 5 tensors, got 0"),
+        ({"emas": [[]]}, r"optimizer: emas\[0\] must be 5 tensors, got 0"),
         ({"copies": [None]}, "optimizer: copies must be 5 tensors, got 1"),
         ({"lr": -1.0}, "Invalid learning rate"),
     ],
@@ -347,18 +267,9 @@ def test_options_that_it_does_not_know_are_refused():
     with pytest.raises(ValueError, match="optimizer: gradients must be dense, got a sparse one"):
         ours.step()
     ema = Ema("constant:0.9", weights)
-    ours = FusedOptimizer(weights, averages=[ema.average])
-    with pytest.raises(ValueError, match="optimizer: a group must be there when averages"):
+    ours = FusedOptimizer(weights, emas=[ema.average])
+    with pytest.raises(ValueError, match="optimizer: a group must be there when emas"):
         ours.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
     weights[0].grad = None
-    with pytest.raises(ValueError, match="fused_step: average_betas must be one for each of 1"):
+    with pytest.raises(ValueError, match="fused_step: ema_decays must be one for each of 1"):
         ours.step()
-
-
-def test_the_fallback_leaves_clipping_and_averages_to_others(monkeypatch):
-    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
-    weights = parameters()
-    optimizer = build_optimizer(weights, EctConfig(grad_clip=1.0), scale=16.0)
-    assert type(optimizer) is torch.optim.RAdam
-    with pytest.raises(ValueError, match="moments: bf16 needs the extension"):
-        build_optimizer(weights, EctConfig(moments="bf16"))

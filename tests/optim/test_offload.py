@@ -13,17 +13,16 @@ STATE = 3 * 4 * 200  # bytes: three of the shapes together
 
 
 class Side:
-    """Parameters, averages and 16-bit copies with an optimizer of one kind."""
+    """Parameters, EMAs and 16-bit copies with an optimizer of one kind."""
 
     def __init__(self, make, device="cpu", copies=False, **options):
         torch.manual_seed(0)
         self.params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in SHAPES]
         last = self.params[3].data.to(memory_format=torch.channels_last)
         self.params[3] = torch.nn.Parameter(last)
-        averages = [[p.detach().clone() for p in self.params] for _ in range(2)]
+        self.emas = [[p.detach().clone() for p in self.params] for _ in range(2)]
         self.copies = [p.detach().to(torch.bfloat16) for p in self.params] if copies else None
-        self.optimizer = make(self.params, averages=averages, copies=self.copies, **options)
-        self.averages = getattr(self.optimizer, "averages", averages)
+        self.optimizer = make(self.params, emas=self.emas, copies=self.copies, **options)
 
     def step(self, number, poison=False, scale=1.0):
         self.optimizer.zero_grad()
@@ -35,15 +34,14 @@ class Side:
             p.grad = torch.empty_like(p).copy_(grad)
         if poison:
             self.params[2].grad[3, 3] = torch.nan
-        self.optimizer.average_betas = [0.9, 0.5]
+        self.optimizer.prepare(ema_betas=[0.9, 0.5])
         self.optimizer.step()
 
     def everything(self):
-        if isinstance(self.optimizer, PiecewiseOptimizer):
-            self.optimizer.settle()
+        self.optimizer.wait()
         found = [*self.params, *(self.copies or [])]
-        for average in self.averages:
-            found += average
+        for ema in self.emas:
+            found += ema
         for p in self.params:
             found += self.optimizer.state[p].values() if p in self.optimizer.state else []
         return [x.detach().cpu() for x in found]
@@ -129,11 +127,8 @@ def test_moments_of_8_bits_in_pieces(monkeypatch):
     saved = copy.deepcopy(pieces.optimizer.state_dict())
     _, again = both(moments="8bit", kind="adam")
     again.optimizer.load_state_dict(saved)
-    for p, q, average, other in zip(
-        pieces.params, again.params, pieces.averages, again.averages, strict=False
-    ):
-        q.data.copy_(p.data)
-        for a, b in zip(average, other, strict=True):
+    for ema, other in zip(pieces.emas, again.emas, strict=True):
+        for a, b in zip(ema, other, strict=True):
             b.copy_(a)
     for p, q in zip(pieces.params, again.params, strict=True):
         q.data.copy_(p.data)
@@ -148,7 +143,7 @@ def test_state_travels_both_ways():
     pieces.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
     for a, b in zip(pieces.params, whole.params, strict=True):
         a.data.copy_(b)
-    for ours, theirs in zip(pieces.averages, whole.averages, strict=True):
+    for ours, theirs in zip(pieces.emas, whole.emas, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             a.copy_(b)
     for number in (4, 6):

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from tcm_fast.benchmarks.levers import held
+from tcm_fast.benchmarks.memory_optimizations import held
 from tcm_fast.config import Config, from_dict
 from tcm_fast.kernels._backend import extension
 from tcm_fast.planning.memory_estimate import ImageShape, memory
 
 PHASE = {"batch_size": 16, "images": 16 * 3, "dropout": 0.2, "lr": 1e-3, "ema": ["power:6.94"]}
-PAIRS = {"double": 1, "limit": 0.9, "c": 0.06}
-LEVERS = {
+PAIRS = {"stage_iterations": 1, "max_ratio": 0.9, "huber_c": 0.06}
+OPTIMIZATIONS = {
     "none": {},
     "norms": {"recompute_norms": True},
     "blocks": {"recompute_blocks": 1},
@@ -34,7 +34,7 @@ def config(source, channels=32, **changes):
     network = {
         "model_channels": channels, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8],
     }  # fmt: skip
-    phase = PHASE | {k: changes.pop(k) for k in ("moments", "ema", "batch_size") if k in changes}
+    phase = PHASE | {k: changes.pop(k) for k in ("ema", "batch_size") if k in changes}
     values = {"data": {"source": str(source)}, "network": network, "edm": phase}
     values |= {"ect": phase | PAIRS, "tcm": phase | PAIRS, "grid_every": 100} | changes
     return from_dict(Config, values)
@@ -49,10 +49,10 @@ def source(tmp_path_factory):
 
 
 @needs_extension
-@pytest.mark.parametrize("lever", LEVERS)
+@pytest.mark.parametrize("optimization", OPTIMIZATIONS)
 @pytest.mark.parametrize("name", [pytest.param("edm", marks=pytest.mark.slow), "tcm"])
-def test_predicted_memory_is_what_a_step_holds(name, lever, source, tmp_path):
-    given = config(source, **LEVERS[lever])
+def test_predicted_memory_is_what_a_step_holds(name, optimization, source, tmp_path):
+    given = config(source, **OPTIMIZATIONS[optimization])
     predicted = memory(given, name, ImageShape(16, 3, 0, 24), on_gpu=False)
     found = held(given, name, tmp_path / "run")
     assert predicted.total == pytest.approx(found, rel=0.1)

@@ -1,4 +1,4 @@
-"""What fits and how long it takes: cards, levers chosen, speeds computed."""
+"""What fits and how long it takes: cards, memory optimizations chosen, speeds computed."""
 
 from dataclasses import replace
 
@@ -9,8 +9,8 @@ from tcm_fast.planning.cards import CARDS, GIB, card_of_memory, find_card, with_
 from tcm_fast.planning.memory_estimate import ImageShape, memory
 from tcm_fast.planning.memory_planner import (
     DoesNotFitError,
-    choose_levers,
-    chosen_levers,
+    choose_optimizations,
+    chosen_optimizations,
     mean_work,
     needed,
     plan_run,
@@ -24,7 +24,7 @@ SHAPE = ImageShape(16, 3, 0, 1000)
 
 
 def small(**changes):
-    pairs = PHASE | {"double": 10, "limit": 0.95}
+    pairs = PHASE | {"stage_iterations": 10, "max_ratio": 0.95}
     values = {"network": SMALL, "edm": PHASE, "ect": pairs, "tcm": pairs} | changes
     return from_dict(Config, values)
 
@@ -57,12 +57,12 @@ def test_unknown_cards_and_amounts():
         card_of_memory("lots")
 
 
-# ---- levers -------------------------------------------------------------------------------------
+# ---- memory optimizations -----------------------------------------------------------------------
 
 
 def test_no_lever_where_there_is_room():
-    found = choose_levers(small(), SHAPE, CARDS["h200"])
-    assert chosen_levers(found) == {}
+    found = choose_optimizations(small(), SHAPE, CARDS["h200"])
+    assert chosen_optimizations(found) == {}
     assert found.micro_batches == 1
 
 
@@ -73,11 +73,11 @@ def test_levers_one_by_one_as_memory_shrinks():
     speeds, used = [], []
     for share in (1.1, 0.7, 0.5, 0.35):
         tight = card(whole * share)
-        found = choose_levers(config, SHAPE, tight)
+        found = choose_optimizations(config, SHAPE, tight)
         plan = plan_run(found, SHAPE, tight)
         assert plan.peak <= tight.usable
         speeds.append(plan.seconds)
-        used.append(chosen_levers(found))
+        used.append(chosen_optimizations(found))
         for name in config.phases:
             assert found.phase(name) == config.phase(name)
         assert found.precision == config.precision
@@ -89,9 +89,9 @@ def test_levers_one_by_one_as_memory_shrinks():
 def test_what_cannot_fit_says_what_would():
     config = small(network=SMALL | {"model_channels": 128})
     with pytest.raises(
-        DoesNotFitError, match=r"with every lever it takes .* GiB would do"
+        DoesNotFitError, match=r"with every memory optimization it takes .* GiB would do"
     ) as error:
-        choose_levers(config, SHAPE, card(2**20))
+        choose_optimizations(config, SHAPE, card(2**20))
     assert "--precision fp16 takes about half" in str(error.value)
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from tcm_fast.config import load_preset
+from tcm_fast.objectives.edm import Edm
 from tcm_fast.planning.recipes import (
-    SHARES,
     images_for,
     leaves_signal_to_tf32,
     scale_recipe,
@@ -43,8 +43,12 @@ def test_what_becomes_of_less(share):
         assert own.images // own.batch_size < whole.images // whole.batch_size
         assert own.dropout <= whole.dropout
     first, second = found.ect, found.tcm
-    assert (first.double, first.limit, first.q) == (second.double, second.limit, second.q)
-    assert 0.75 <= first.limit < CIFAR10.ect.limit
+    assert (first.stage_iterations, first.max_ratio, first.q) == (
+        second.stage_iterations,
+        second.max_ratio,
+        second.q,
+    )
+    assert 0.75 <= first.max_ratio < CIFAR10.ect.max_ratio
     assert first.lr <= 2e-3
     assert second.t_prime == CIFAR10.tcm.t_prime
     steps = first.images // first.batch_size
@@ -53,7 +57,7 @@ def test_what_becomes_of_less(share):
 
 def test_shorter_is_never_closer_pairs_nor_larger_batches():
     found = [scaled(share) for share in (1, 1 / 4, 1 / 30, 1 / 300, 1 / 3000)]
-    for key in ("limit", "batch_size"):
+    for key in ("max_ratio", "batch_size"):
         values = [getattr(config.ect, key) for config in found]
         assert values == sorted(values, reverse=True)
 
@@ -64,7 +68,7 @@ def test_tf32_where_the_schedule_leaves_it_enough_signal():
     assert scaled(1 / 2000).precision == CIFAR10.precision == "fp32"
     found = scaled(1 / 2, tf32=True)
     assert found.precision == "tf32"
-    assert found.ect.limit == found.tcm.limit == 1 - 0.004
+    assert found.ect.max_ratio == found.tcm.max_ratio == 1 - 0.004
 
 
 def test_width():
@@ -88,5 +92,5 @@ def test_images_of_a_span_of_time():
     rates = {"edm": 100.0, "ect": 50.0, "tcm": 40.0}
     found = images_for(1000.0, rates, ("edm", "ect", "tcm"))
     assert sum(found[n] / rates[n] for n in found) == pytest.approx(1000, rel=1e-3)
-    assert found["edm"] / rates["edm"] == pytest.approx(1000 * SHARES["edm"], rel=1e-3)
+    assert found["edm"] / rates["edm"] == pytest.approx(1000 * Edm.time_share, rel=1e-3)
     assert images_for(1000.0, rates, ("tcm",)) == {"tcm": 40_000}

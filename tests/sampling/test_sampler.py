@@ -20,18 +20,8 @@ from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import build_network
 from tcm_fast.runtime.cuda_graphs import GraphCache
 from tcm_fast.sampling.image_io import GAP, save_grid, save_images, save_npz, write_samples
-from tcm_fast.sampling.sampler import (
-    NOISE_LAYER,
-    Sampler,
-    class_numbers,
-    default_times,
-    heun,
-    heun_levels,
-    multistep,
-    sample,
-    sample_batches,
-    sample_edm,
-)
+from tcm_fast.sampling.sampler import NOISE_LAYER, Sampler, class_numbers, sample, sample_batches
+from tcm_fast.sampling.solvers import default_times, heun, heun_levels, multistep
 
 
 class Gaussian(nn.Module):
@@ -122,7 +112,7 @@ def test_leading_80_may_be_given_or_not():
 def heun_error(steps, sd=0.5):
     """How far the solver ends from the exact flow x(0) = x(T) sd/√(sd²+T²), relatively."""
     start = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1, 1)
-    x = heun(lambda _: start, lambda x, t: posterior_mean(x, t, sd), heun_levels(steps))
+    x = heun(lambda _: start, [lambda x, t: posterior_mean(x, t, sd)], heun_levels(steps))
     exact = 80 * start * sd / math.sqrt(sd**2 + 80**2)
     return ((x - exact).abs().max() / exact.abs().max()).item()
 
@@ -148,8 +138,7 @@ def test_edm_network_is_sampled_by_the_ode_solver():
     exact = 80 * noise64(2, 0, range(4), (2, 4, 4)) * 0.5 / math.sqrt(0.25 + 6400)
     expected = np.clip(127.5 * exact + 128, 0, 255).transpose(0, 2, 3, 1)
     assert np.abs(images.numpy() - expected).max() < 0.05 * 127.5
-    assert torch.equal(images, sample_edm(net, 4, steps=20, seed=2))
-    assert torch.equal(sample(net, 4, steps=None), sample_edm(net, 4))
+    assert torch.equal(sample(net, 4, steps=None), sample(net, 4, steps=18))
     with pytest.raises(ValueError, match=r"pre-trained network .* at least 2, 18 are usual, got 1"):
         sample(net, 4)
     with pytest.raises(ValueError, match=r"times: apply to consistency networks"):

@@ -36,10 +36,10 @@ def test_ctrl_c_again_does_not_wait(monkeypatch):
 
 
 def test_the_time_limit():
-    stop = StopRequest(max_hours=0.5)
+    stop = StopRequest(stop_after=0.5)
     assert stop.reason == ""
     stop._end -= 1800
-    assert stop.reason == "--max-hours 0.5 are over"
+    assert stop.reason == "--stop-after 0.5 hours are over"
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
@@ -53,7 +53,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert found == [(before, "--max-hours 1e-09 are over")]
+    assert found == [(before, "--stop-after 1e-09 hours are over")]
 
 
 STUCK = """

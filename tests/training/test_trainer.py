@@ -18,6 +18,7 @@ from tiny_runs import (
     WorkClock,
     assert_equal,
     assert_same_run,
+    change_losses,
     events,
     tiny,
     train,
@@ -29,17 +30,19 @@ from tcm_fast.checkpoint import async_writer
 from tcm_fast.checkpoint.format import load_checkpoint, load_network
 from tcm_fast.checkpoint.run_folder import find_checkpoints, newest_checkpoint
 from tcm_fast.config import Config, from_dict, load_config
-from tcm_fast.data.dataset import ImageStream, load_images
+from tcm_fast.data.dataset import load_images
+from tcm_fast.data.stream import ImageStream
 from tcm_fast.evaluation import metrics
-from tcm_fast.kernels._backend import extension
-from tcm_fast.objectives.objective import Objective
+from tcm_fast.kernels._backend import extension, fast_layout
 from tcm_fast.optim import fused
 from tcm_fast.runtime.cuda_graphs import CaptureError, GraphCache
 from tcm_fast.sampling.sampler import sample
-from tcm_fast.training import logger, phase_builder, sample_monitor
+from tcm_fast.training import batch_loader, logger, phase_builder, sample_monitor, step_runner
 from tcm_fast.training import trainer as trainer_module
 from tcm_fast.training.phase import TrainingError
-from tcm_fast.training.sample_monitor import Gallery
+from tcm_fast.training.sample_monitor import SampleMonitor
+from tcm_fast.training.step_reports import StepReports
+from tcm_fast.training.step_runner import StepRunner
 from tcm_fast.training.summary import summary
 from tcm_fast.training.trainer import Interrupted, Trainer
 
@@ -52,7 +55,7 @@ def images(tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They would take most of the time."""
-    monkeypatch.setattr(Gallery, "draw", lambda *_: None)
+    monkeypatch.setattr(SampleMonitor, "draw", lambda *_: None)
 
 
 def test_three_phases_leave_everything_behind(images, tmp_path):
@@ -75,7 +78,7 @@ def test_three_phases_leave_everything_behind(images, tmp_path):
 
 def test_each_phase_starts_from_the_previous_average(images, tmp_path):
     out = tmp_path / "run"
-    train(tiny(images, keep=9), out)
+    train(tiny(images, keep_checkpoints=9), out)
     folder = out / "checkpoints"
     ect, tcm = (load_checkpoint(folder / f"{name}-000000096") for name in ("ect", "tcm"))
     assert_equal(tcm.network_tensors("stage1"), ect.network_tensors("ema-0"))
@@ -96,6 +99,21 @@ def test_the_baselines_train(phase, images, tmp_path):
     assert (info["phase"], info["images"]) == (phase, 96)
 
 
+def test_networks_train_in_the_layout_that_is_fast(images, tmp_path, no_pictures, monkeypatch):
+    layouts = []
+
+    def noted(self, batch, losses):
+        layouts.extend(net.model.memory_format for net in (self.student, self.frozen) if net)
+        return losses()
+
+    change_losses(noted, monkeypatch.setattr)
+    for backend in ("", "reference"):
+        monkeypatch.setenv("TCM_FAST_BACKEND", backend)
+        train(tiny(images, phases=["edm", "cd"], max_steps=1), tmp_path / f"run{backend}")
+        assert layouts == [fast_layout(torch.device("cpu"))] * 3
+        layouts.clear()
+
+
 def test_the_same_seed_gives_the_same_weights(images, tmp_path):
     for name in ("a", "b"):
         train(tiny(images, max_steps=50, edm={"images": 800}, phases=["edm"]), tmp_path / name)
@@ -110,7 +128,7 @@ def test_the_same_seed_gives_the_same_weights(images, tmp_path):
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stop_at, images, tmp_path, monkeypatch):
     config = tiny(images)
     train(config, tmp_path / "whole")
-    step = Trainer._step
+    step = StepRunner.step
 
     def stopping(self, phase, batches):
         if (phase.name, phase.step) == stop_at:
@@ -118,7 +136,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(stop_at, images, tmp_
         return step(self, phase, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", stopping)
+        patch.setattr(StepRunner, "step", stopping)
         with pytest.raises(Interrupted, match=f"{stop_at[0]}: stopped after"):
             train(config, tmp_path / "cut")
     train(config, tmp_path / "cut", resume=True)
@@ -139,7 +157,7 @@ def test_without_the_extension_torchs_optimizer_trains_alike(images, tmp_path, m
     train(dataclasses.replace(config, max_steps=3), tmp_path / "both")
     for module in (trainer_module, phase_builder):
         monkeypatch.setattr(module, "extension_gap", lambda device: "not here")
-    monkeypatch.setattr("tcm_fast.optim.fused.extension_for", lambda name, device: None)
+    monkeypatch.setattr("tcm_fast.optim.extension_for", lambda name, device: None)
     train(config, tmp_path / "torch")
     train(config, tmp_path / "both", resume=True)
     assert "optimizer: torch's, in many passes" in capsys.readouterr().err
@@ -253,9 +271,11 @@ def capture_on_host(monkeypatch, **options):
         return build(parameters, config, **rest)
 
     monkeypatch.setattr(phase_builder, "build_optimizer", plain)
-    monkeypatch.setattr(phase_builder.Assembly, "captures", lambda self: True)
-    monkeypatch.setattr(phase_builder.Assembly, "graphs", lambda self, optimizer: GraphCache(place))
-    monkeypatch.setattr(trainer_module, "row_granule", lambda *_: 8)
+    monkeypatch.setattr(phase_builder.PhaseBuilder, "captures", lambda self: True)
+    monkeypatch.setattr(
+        phase_builder.PhaseBuilder, "graphs", lambda self, optimizer: GraphCache(place)
+    )
+    monkeypatch.setattr(batch_loader, "row_multiple_for", lambda *_: 8)
     return place
 
 
@@ -307,20 +327,18 @@ def test_unused_memory_is_freed_before_graphs_are_given_up(
 
 def test_looking_for_bad_numbers_keeps_no_weights(images, no_pictures, tmp_path, monkeypatch):
     """A graph captured next would read those that were derived for it."""
-    report, kept = Trainer._report_bad, []
+    report, kept = StepReports._report_skipped, []
 
-    def watched(self, phase, stream, reading):
-        report(self, phase, stream, reading)
+    def watched(self, phase, *args):
+        report(self, phase, *args)
         kept.append(phase.inner._cast)
 
-    losses = Objective.losses
-
-    def broken(self, batch):
-        values = losses(self, batch)
+    def broken(self, batch, losses):
+        values = losses()
         return values * torch.nan if int(batch.key.step) == 1 else values
 
-    monkeypatch.setattr(Trainer, "_report_bad", watched)
-    monkeypatch.setattr(Objective, "losses", broken)
+    monkeypatch.setattr(StepReports, "_report_skipped", watched)
+    change_losses(broken, monkeypatch.setattr)
     train(tiny(images, phases=["ect"], precision="bf16", max_steps=3), tmp_path / "run")
     assert kept == [None]
 
@@ -337,23 +355,23 @@ def test_a_capture_that_fails_ends_a_run_that_insists(images, no_pictures, tmp_p
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_leaves_no_autograd_graph(precision, images, no_pictures, tmp_path, monkeypatch):
     """One that outlives its step holds memory, and ties the capture of the next step to another stream."""
-    step, alive = Trainer._step, []
+    step, alive = StepRunner.step, []
 
     def counted(self, *args):
         step(self, *args)
         gc.collect()
         alive.extend(t for t in gc.get_objects() if type(t) is torch.Tensor and t.grad_fn)
 
-    monkeypatch.setattr(Trainer, "_step", counted)
+    monkeypatch.setattr(StepRunner, "step", counted)
     train(tiny(images, phases=["edm", "ect"], precision=precision, max_steps=2), tmp_path / "run")
     assert not alive
 
 
 def test_warming_up_leaves_weights_and_gradients_alone(images, no_pictures, tmp_path, monkeypatch):
     """Gradients that arrive at the weights are exchanged between ranks: nothing but a step may do that."""
-    monkeypatch.setattr(trainer_module, "runs_triton", lambda *_: True)
-    monkeypatch.setattr(trainer_module, "compiling_together", lambda: nullcontext([]))
-    gradients, compile_kernels = [], Trainer._compile_kernels
+    monkeypatch.setattr(step_runner, "runs_triton", lambda *_: True)
+    monkeypatch.setattr(step_runner, "compiling_together", lambda: nullcontext([]))
+    gradients, compile_kernels = [], StepRunner.compile_kernels
 
     def watched(self, phase, batches):
         for parameter in phase.student.parameters():
@@ -363,7 +381,7 @@ def test_warming_up_leaves_weights_and_gradients_alone(images, no_pictures, tmp_
         assert phase.inner._cast is None
         raise InterruptedError
 
-    monkeypatch.setattr(Trainer, "_compile_kernels", watched)
+    monkeypatch.setattr(StepRunner, "compile_kernels", watched)
     with pytest.raises(InterruptedError):
         train(tiny(images, phases=["ect"], precision="bf16"), tmp_path / "run")
 
@@ -394,7 +412,7 @@ def test_numbers_that_are_not_finite_stop_the_run(images, tmp_path):
 
 def test_collapse_is_noticed(images, tmp_path):
     run = Trainer(tiny(images), tmp_path / "run")
-    phase = run.assembly.begin("edm", None)
+    phase = run.builder.begin("edm", None)
     data = metrics.spread(run.data.images)
     log = tmp_path / "run" / "log.jsonl"
 
@@ -402,11 +420,11 @@ def test_collapse_is_noticed(images, tmp_path):
         return sum(json.loads(line)["event"] == "collapse" for line in log.open())
 
     for share in (0.1, 1.0, 0.5):  # samples differ little at first: that is no collapse
-        run.gallery.watch_spread(phase, share * data)
+        run.samples.watch_spread(phase, share * data)
     assert warnings() == 0
-    run.gallery.watch_spread(phase, 0.2 * data)
+    run.samples.watch_spread(phase, 0.2 * data)
     assert warnings() == 1
-    run.gallery.watch_spread(phase, 1.2 * data)
+    run.samples.watch_spread(phase, 1.2 * data)
     assert warnings() == 2
 
 
@@ -416,8 +434,15 @@ def test_without_the_boundary_loss_stage_2_collapses(tmp_path):
     nothing but the boundary loss ties the student to the data. Small steps (r/t = 0.97) and a high
     learning rate stand in for the length of a real run."""
     phase = {"batch_size": 64, "dropout": 0.0, "ema": ["power:6.94"], "images": 64 * 400}
-    pairs = phase | {"c": 0.03, "double": 50, "limit": 0.95, "lr": 1e-3}
-    loose = {"t_mean": 2.0, "t_std": 1.0, "df": 100.0, "limit": 0.97, "double": 1, "lr": 3e-3}
+    pairs = phase | {"huber_c": 0.03, "stage_iterations": 50, "max_ratio": 0.95, "lr": 1e-3}
+    loose = {
+        "t_mean": 2.0,
+        "t_std": 1.0,
+        "student_t_df": 100.0,
+        "max_ratio": 0.97,
+        "stage_iterations": 1,
+        "lr": 3e-3,
+    }
     values = {
         "data": {"source": "digits", "resolution": 4},
         "network": {
@@ -564,7 +589,7 @@ def test_a_folder_that_is_read_only_for_a_while(images, no_pictures, tmp_path, m
     """Any write into the run fails: training goes on, and the last save is a good one."""
     config = tiny(images, phases=["edm"], edm={"images": 16 * 9})
     train(config, tmp_path / "whole")
-    step, mkdir = Trainer._step, Path.mkdir
+    step, mkdir = StepRunner.step, Path.mkdir
     read_only = []
 
     def during(self, phase, batches):
@@ -576,7 +601,7 @@ def test_a_folder_that_is_read_only_for_a_while(images, no_pictures, tmp_path, m
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return mkdir(self, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "_step", during)
+    monkeypatch.setattr(StepRunner, "step", during)
     monkeypatch.setattr(Path, "mkdir", refused)
     train(config, tmp_path / "run")
     said = capsys.readouterr().err
@@ -589,15 +614,15 @@ def test_a_folder_that_is_read_only_for_a_while(images, no_pictures, tmp_path, m
 def test_a_folder_that_vanishes_is_made_anew(images, no_pictures, tmp_path, monkeypatch):
     config = tiny(images, phases=["edm", "ect"], edm={"images": 16 * 9})
     train(config, tmp_path / "whole")
-    step = Trainer._step
+    step = Trainer.step
 
-    def vanishing(self, phase, batches):
+    def vanishing(self, phase):
         if (phase.name, phase.step) == ("edm", 4):
-            self.keeper.settle(waits=True)
+            self.checkpoints.settle(waits=True)
             shutil.rmtree(tmp_path / "run")
-        step(self, phase, batches)
+        step(self, phase)
 
-    monkeypatch.setattr(Trainer, "_step", vanishing)
+    monkeypatch.setattr(Trainer, "step", vanishing)
     train(config, tmp_path / "run")
     assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert load_config(tmp_path / "run" / "config.json") == config
@@ -609,13 +634,13 @@ def test_a_folder_that_vanishes_is_made_anew(images, no_pictures, tmp_path, monk
 def test_images_that_vanish_do_not_stop_a_run(images, no_pictures, tmp_path, monkeypatch):
     """They are in memory; a run that is resumed without them says what is missing."""
     config = tiny(images, phases=["edm"])
-    step = Trainer._step
+    step = StepRunner.step
 
     def vanishing(self, phase, batches):
         images.unlink(missing_ok=True)
         step(self, phase, batches)
 
-    monkeypatch.setattr(Trainer, "_step", vanishing)
+    monkeypatch.setattr(StepRunner, "step", vanishing)
     train(dataclasses.replace(config, max_steps=3), tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"data: .*images.npz does not exist"):
         train(config, tmp_path / "run", resume=True)
@@ -623,17 +648,26 @@ def test_images_that_vanish_do_not_stop_a_run(images, no_pictures, tmp_path, mon
 
 def test_milestones_are_kept(images, no_pictures, tmp_path):
     config = tiny(
-        images, phases=["edm"], save_every=1, keep=1, milestone_every=4, edm={"images": 16 * 10}
+        images,
+        phases=["edm"],
+        save_every=1,
+        keep_checkpoints=1,
+        milestone_every=4,
+        edm={"images": 16 * 10},
     )
     train(config, tmp_path / "run")
     found = [load_checkpoint(f.path).state for f in find_checkpoints(tmp_path / "run")]
     assert [state["images"] // 16 for state in found] == [4, 8, 9, 10]
     with pytest.raises(ValueError, match="best: frechet needs a feature space"):
-        Trainer(tiny(images, best="frechet"), tmp_path / "other")
+        Trainer(tiny(images, keep_best="frechet"), tmp_path / "other")
 
 
 def test_the_best_is_kept(images, no_pictures, tmp_path):
-    changes = {"best": "frechet", "eval": {"features": "random", "num": 64}, "keep": 1}
+    changes = {
+        "keep_best": "frechet",
+        "eval": {"features": "random", "num": 64},
+        "keep_checkpoints": 1,
+    }
     train(tiny(images, phases=["edm"], save_every=2, **changes), tmp_path / "run")
     kept = {
         state["images"]: state["metrics"]["frechet"]
@@ -663,17 +697,16 @@ def test_exact_resume_of_all_state(precision, backend, images, no_pictures, tmp_
     if backend == "torch":
         for module in (trainer_module, phase_builder):
             monkeypatch.setattr(module, "extension_gap", lambda device: "not here")
-        monkeypatch.setattr("tcm_fast.optim.fused.extension_for", lambda name, device: None)
+        monkeypatch.setattr("tcm_fast.optim.extension_for", lambda name, device: None)
     short = {"fp16": "bf16", "fp32": "8bit"}[precision]
     moments = {"moments": short} if backend == "fused" else {}
     phase = {
         "ema": ["power:16.97", "halflife:1000", "power:6.94"], "grad_clip": 0.5, "decay_start": 2,
-        "warmup_images": 64, **moments,
     }  # fmt: skip
     config = tiny(
         images, ect=phase, tcm=phase, phases=["ect", "tcm"], precision=precision,
         network={"class_conditional": True}, data={"source": str(images), "flip": True},
-        snapshot_every=2, grid_every=1000,
+        snapshot_every=2, grid_every=1000, **moments,
     )  # fmt: skip
     train(config, tmp_path / "whole")
     for steps in (2, 4):
@@ -706,10 +739,10 @@ def test_exact_resume_of_all_state(precision, backend, images, no_pictures, tmp_
 def test_deterministic_training(images, no_pictures, tmp_path, monkeypatch):
     config = tiny(images, deterministic=True)
     seen = []
-    step = Trainer._step
+    step = StepRunner.step
     monkeypatch.setattr(
-        Trainer,
-        "_step",
+        StepRunner,
+        "step",
         lambda *a: (seen.append(torch.are_deterministic_algorithms_enabled()), step(*a)),
     )
     train(config, tmp_path / "run")
@@ -736,7 +769,7 @@ def test_resuming_needs_no_more_memory_than_running(images, no_pictures, tmp_pat
     """Networks that are alive when a phase is put together: those of the phase, and nothing else."""
     config = tiny(images, phases=["ect", "tcm"], max_steps=2)
     counts = []
-    assemble = phase_builder.Assembly.assemble
+    assemble = phase_builder.PhaseBuilder.assemble
 
     def counting(self, *args):
         phase = assemble(self, *args)
@@ -749,7 +782,7 @@ def test_resuming_needs_no_more_memory_than_running(images, no_pictures, tmp_pat
         counts.append((phase.name, sum(storages.values())))
         return phase
 
-    monkeypatch.setattr(phase_builder.Assembly, "assemble", counting)
+    monkeypatch.setattr(phase_builder.PhaseBuilder, "assemble", counting)
     train(dataclasses.replace(config, phases=("ect",)), tmp_path / "run")
     train(dataclasses.replace(config, phases=("tcm",)), tmp_path / "run", resume=True)
     counts.clear()
@@ -765,9 +798,9 @@ def test_the_share_of_time_that_images_take(images, no_pictures, tmp_path, monke
     clock = WorkClock()
     for module in (trainer_module, logger):
         monkeypatch.setattr(module, "time", clock)
-    batch, step = ImageStream.batch, trainer_module.Trainer._step
+    batch, step = ImageStream.batch, StepRunner.step
     monkeypatch.setattr(ImageStream, "batch", clock.costs(lambda *_: 0.2, batch))
-    monkeypatch.setattr(trainer_module.Trainer, "_step", clock.costs(lambda *_: 0.3, step))
+    monkeypatch.setattr(StepRunner, "step", clock.costs(lambda *_: 0.3, step))
     train(tiny(images, phases=["edm"]), tmp_path / "run")
     shares = [e["data_share"] for e in events(tmp_path / "run") if e["event"] == "train"]
     # The first batch is fetched before the first step, none is in the last.

@@ -157,13 +157,13 @@ def test_two_ranks_are_stopped_by_a_signal_and_go_on(whole_of_two, tmp_path):
 FAILING = """
 import sys
 from tcm_fast.cli import main as cli
-from tcm_fast.training import trainer
-step = trainer.Trainer._step
+from tcm_fast.training.step_runner import StepRunner
+step = StepRunner.step
 def failing(self, phase, batches):
     if self.workers.rank == 1 and phase.step == 5:
         raise RuntimeError("a fault of rank one's own")
     step(self, phase, batches)
-trainer.Trainer._step = failing
+StepRunner.step = failing
 cli.main(sys.argv[1:])
 """
 
@@ -210,8 +210,8 @@ def test_a_second_run_in_the_folder_is_refused(config, tmp_path):
 def test_the_time_limit_saves_and_says_so(config, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tcm_fast", "train", "--config", str(config), "--out",
-         str(tmp_path / "run"), "--max-hours", "1e-9"],
+         str(tmp_path / "run"), "--stop-after", "1e-9"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 75, done.stderr
-    assert "edm: stopped after 16 images, saved (--max-hours 1e-09 are over)" in done.stderr
+    assert "edm: stopped after 16 images, saved (--stop-after 1e-09 hours are over)" in done.stderr

@@ -1,4 +1,4 @@
-"""Bad numbers and memory that does not suffice: noticed, named in the log, undone."""
+"""NaN and Inf, and running out of memory: noticed, named in the log, undone."""
 
 import dataclasses
 
@@ -6,19 +6,27 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import assert_equal, assert_same_run, events, tiny, train, weights, write_images
+from tiny_runs import (
+    assert_equal,
+    assert_same_run,
+    change_losses,
+    events,
+    tiny,
+    train,
+    weights,
+    write_images,
+)
 
 from tcm_fast.checkpoint.format import load_checkpoint
 from tcm_fast.checkpoint.run_folder import newest_checkpoint
 from tcm_fast.config import GuardConfig
-from tcm_fast.data.dataset import ImageStream
+from tcm_fast.data.stream import ImageStream
 from tcm_fast.kernels._backend import extension
-from tcm_fast.objectives.objective import Objective
 from tcm_fast.training import phase_builder
 from tcm_fast.training import trainer as trainer_module
 from tcm_fast.training.phase import Phase, TrainingError
-from tcm_fast.training.sample_monitor import Gallery
-from tcm_fast.training.trainer import Trainer
+from tcm_fast.training.sample_monitor import SampleMonitor
+from tcm_fast.training.step_runner import StepRunner
 
 
 @pytest.fixture
@@ -29,7 +37,7 @@ def images(tmp_path):
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They would take most of the time."""
-    monkeypatch.setattr(Gallery, "draw", lambda *_: None)
+    monkeypatch.setattr(SampleMonitor, "draw", lambda *_: None)
 
 
 @pytest.fixture(params=["fused", "torch"])
@@ -40,7 +48,7 @@ def optimizer(request, monkeypatch):
     if request.param == "torch":
         for module in (trainer_module, phase_builder):
             monkeypatch.setattr(module, "extension_gap", lambda device: "not here")
-        monkeypatch.setattr("tcm_fast.optim.fused.extension_for", lambda name, device: None)
+        monkeypatch.setattr("tcm_fast.optim.extension_for", lambda name, device: None)
     return request.param
 
 
@@ -62,7 +70,7 @@ def logged(out, event):
 
 def test_a_gradient_that_is_not_finite_skips_the_step(optimizer, images, tmp_path, monkeypatch):
     """The step changes nothing: neither weights nor moments nor averages; it is counted and logged."""
-    config = tiny(images, phases=["edm"], save_every=1, keep=9)
+    config = tiny(images, phases=["edm"], save_every=1, keep_checkpoints=9)
     spoil_gradient(monkeypatch, {2}, value=np.inf)
     train(config, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
@@ -121,9 +129,8 @@ def test_an_image_that_is_not_finite_is_named(images, tmp_path, monkeypatch):
 def test_a_module_that_overflows_is_named(images, tmp_path, monkeypatch):
     """Its path, its type, the samples and their noise levels."""
     name = "dec.8x8_block0.conv1"
-    losses = Objective.losses
 
-    def spoilt(self, batch):
+    def spoilt(self, batch, losses):
         module = self.student.model.get_submodule(name)
         forward = module.forward
 
@@ -134,11 +141,11 @@ def test_a_module_that_overflows_is_named(images, tmp_path, monkeypatch):
         if int(batch.key.step) == 1:
             module.forward = overflowing
         try:
-            return losses(self, batch)
+            return losses()
         finally:
             module.__dict__.pop("forward", None)
 
-    monkeypatch.setattr(Objective, "losses", spoilt)
+    change_losses(spoilt, monkeypatch.setattr)
     train(tiny(images, phases=["edm"]), tmp_path / "run")
     (event,) = logged(tmp_path / "run", "bad_numbers")
     assert (
@@ -151,15 +158,13 @@ def test_a_module_that_overflows_is_named(images, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_skips_the_step_even_with_a_finite_gradient(
     images, tmp_path, monkeypatch
 ):
-    losses = Objective.losses
-
-    def spoilt(self, batch):
-        values = losses(self, batch)
+    def spoilt(self, batch, losses):
+        values = losses()
         if int(batch.key.step) == 1:
             values = values + torch.full_like(values, np.inf).detach()
         return values
 
-    monkeypatch.setattr(Objective, "losses", spoilt)
+    change_losses(spoilt, monkeypatch.setattr)
     train(tiny(images, phases=["edm"]), tmp_path / "run")
     (event,) = logged(tmp_path / "run", "bad_numbers")
     assert event["steps"] == [1]
@@ -171,7 +176,7 @@ def test_a_weight_that_is_not_finite_is_undone(images, tmp_path, monkeypatch):
     config = tiny(
         images, phases=["edm"], edm={"images": 16 * 20}, guard={"bad_steps": 4, "rollbacks": 1}
     )
-    step = Trainer._step
+    step = StepRunner.step
     hits = []
 
     def hit(self, phase, batches):
@@ -181,7 +186,7 @@ def test_a_weight_that_is_not_finite_is_undone(images, tmp_path, monkeypatch):
                 list(phase.student.parameters())[5].view(-1)[0] = np.nan
         step(self, phase, batches)
 
-    monkeypatch.setattr(Trainer, "_step", hit)
+    monkeypatch.setattr(StepRunner, "step", hit)
     train(config, tmp_path / "run")
     (bad,) = logged(tmp_path / "run", "bad_numbers")
     assert "weights of the student are not finite: model." in bad["message"]
@@ -288,16 +293,16 @@ def test_guard_settings_are_checked():
 @pytest.fixture
 def small_memory(monkeypatch):
     """Memory in which 4 images can be differentiated at a time. Counts the attempts that failed."""
-    losses, failures = Objective.losses, []
+    failures = []
 
-    def limited(self, batch):
+    def limited(self, batch, losses):
         if len(batch.t) > 4 and torch.is_grad_enabled():
             failures.append(len(batch.t))
-            losses(self, batch).sum().backward()  # gradients of a failed attempt lie about
+            losses().sum().backward()  # gradients of a failed attempt lie about
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-        return losses(self, batch)
+        return losses()
 
-    monkeypatch.setattr(Objective, "losses", limited)
+    change_losses(limited, monkeypatch.setattr)
     return failures
 
 
@@ -319,9 +324,24 @@ def test_out_of_memory_halves_the_micro_batch(images, tmp_path, small_memory, mo
 
 
 def test_memory_for_not_even_one_image_is_an_error(images, tmp_path, monkeypatch):
-    def never(self, batch):
+    def never(self, batch, losses):
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr(Objective, "losses", never)
-    with pytest.raises(TrainingError, match="memory does not suffice for a single image"):
+    change_losses(never, monkeypatch.setattr)
+    with pytest.raises(TrainingError, match="out of memory with a single image"):
+        train(tiny(images, phases=["edm"]), tmp_path / "run")
+
+
+def test_an_optimizer_that_runs_out_of_memory_half_way_ends_the_run(images, tmp_path, monkeypatch):
+    """torch's may have changed some of the weights, so no smaller micro-batch repeats the step."""
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+
+    def short(self):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", short)
+    message = (
+        r"edm: out of memory in the optimizer's step, .*: go on with --resume auto and more --mi"
+    )
+    with pytest.raises(TrainingError, match=message):
         train(tiny(images, phases=["edm"]), tmp_path / "run")

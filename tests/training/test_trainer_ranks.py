@@ -25,7 +25,14 @@ from tcm_fast.checkpoint.run_folder import newest_checkpoint
 from tcm_fast.kernels.normalized_copy import normalized_rows
 
 STEPS = 20
-PHASE = {"images": 16 * STEPS, "q": 16.0, "double": 1000, "limit": 0.9375, "c": 0.06, "lr": 1e-4}
+PHASE = {
+    "images": 16 * STEPS,
+    "q": 16.0,
+    "stage_iterations": 1000,
+    "max_ratio": 0.9375,
+    "huber_c": 0.06,
+    "lr": 1e-4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +46,13 @@ def start(tmp_path_factory):
 
 def config_of(start, **changes):
     """Stage 2, saved after every step."""
-    changes = {"phases": ["tcm"], "tcm": PHASE, "log_every": 1, "save_every": 1, "keep": STEPS} | (
-        changes
-    )
+    changes = {
+        "phases": ["tcm"],
+        "tcm": PHASE,
+        "log_every": 1,
+        "save_every": 1,
+        "keep_checkpoints": STEPS,
+    } | (changes)
     return tiny(start[0], grid_every=1000, device="cpu", **changes)
 
 
@@ -103,7 +114,7 @@ def test_normalised_rows_and_a_learned_variance(start, tmp_path):
         "attn_resolutions": [4], "channels_per_head": 8, "class_conditional": True,
     }  # fmt: skip
     phase = {"images": 16 * 5, "optimizer": "adam", "lr": 1e-3, "dropout": 0.0}
-    pairs = phase | {"c": 0.06, "limit": 0.9375, "q": 16.0}
+    pairs = phase | {"huber_c": 0.06, "max_ratio": 0.9375, "q": 16.0}
     config = config_of(
         start, network=network, edm=phase | {"learned_variance": True}, ect=pairs, tcm=pairs,
         phases=["edm", "ect", "tcm"], save_every=5,

@@ -1,5 +1,5 @@
-"""What each memory lever saves and costs, beside the same step without it:
-python -m tcm_fast.benchmarks.levers
+"""What each memory optimization saves and costs, beside the same step without it:
+python -m tcm_fast.benchmarks.memory_optimizations
 
 On a GPU the allocator says what a step holds, on a CPU its tensors are counted. Gradients are compared by
 the first moments after one step from the same start (root mean square of the tensors' relative
@@ -22,15 +22,14 @@ import torch
 from tcm_fast.benchmarks.measure import write_record
 from tcm_fast.cli.plan import image_shape
 from tcm_fast.config import Config, from_dict, load_preset
-from tcm_fast.data.dataset import ImageStream
-from tcm_fast.optim.offload import PiecewiseOptimizer
 from tcm_fast.planning.cards import Card, this_device
-from tcm_fast.planning.memory_estimate import Counter, ImageShape, memory, with_levers
-from tcm_fast.planning.memory_planner import choose_levers
+from tcm_fast.planning.counter import Counter
+from tcm_fast.planning.memory_estimate import ImageShape, memory
+from tcm_fast.planning.memory_planner import choose_optimizations
 from tcm_fast.training.phase import Phase
 from tcm_fast.training.trainer import Trainer
 
-LEVERS: dict[str, dict[str, Any]] = {
+OPTIMIZATIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "recompute_norms": {"recompute_norms": True},
     "recompute_blocks 1": {"recompute_blocks": 1},
@@ -50,10 +49,10 @@ LEVERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One lever's step. Bytes on the device; `difference`: of the gradients, relative to none's."""
+    """The step of one of them. Bytes on the device; `difference`: of the gradients, relative to none's."""
 
     precision: str
-    lever: str
+    optimization: str
     predicted: int
     held: int
     milliseconds: float
@@ -70,33 +69,31 @@ def held(config: Config, name: str, out: str | Path) -> int:
         _forget()
         floor = torch.cuda.memory_allocated()
     phase = _begin(trainer, name)
-    stream = ImageStream(trainer.data, seed=0, device=trainer.device)
-    trainer._step(phase, trainer._prepare(phase, stream))
+    trainer.step(phase)
     phase.step = phase.steps - 1  # where most targets need a network
-    batches = trainer._prepare(phase, stream)
+    batches = trainer.loader.batches(phase)
     phase.optimizer.zero_grad(set_to_none=True)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-        trainer._step(phase, batches)
+        trainer.runner.step(phase, batches)
         return torch.cuda.max_memory_allocated() - floor
     there = _tensors()
     there += [x for state in phase.optimizer.state.values() for x in state.values()]
     sizes = {k: v for k, v in _storages(there).items() if k not in before}
     host: set[int] = set()
-    if isinstance(phase.optimizer, PiecewiseOptimizer):
-        blocks = [piece.host for piece in phase.optimizer._pieces if piece.host is not None]
-        host |= _storages(blocks).keys()
+    if config.offload:  # EMAs and moments share their blocks of memory
+        host |= _storages([x for ema in phase.emas for x in ema.average]).keys()
     if name == "tcm" and config.precision != "fp32" and phase.frozen is not None:
         host |= _storages([*phase.frozen.parameters(), *phase.frozen.buffers()]).keys()
     with Counter(there) as counter:
-        trainer._step(phase, batches)
+        trainer.runner.step(phase, batches)
     return sum(size for key, size in sizes.items() if key not in host) + counter.peak
 
 
 def _begin(trainer: Trainer, name: str) -> Phase:
     """A phase on a new network."""
-    previous = trainer.assembly.build(trainer.config.phase(name)) if name == "tcm" else None
-    return trainer.assembly.begin(name, previous)
+    previous = trainer.builder.build(name) if name == "tcm" else None
+    return trainer.begin(name, previous)
 
 
 def first_moments(config: Config, name: str, out: str | Path) -> list[torch.Tensor]:
@@ -104,8 +101,7 @@ def first_moments(config: Config, name: str, out: str | Path) -> list[torch.Tens
     trainer = Trainer(config, out)
     torch.manual_seed(0)
     phase = _begin(trainer, name)
-    stream = ImageStream(trainer.data, seed=0, device=trainer.device)
-    trainer._step(phase, trainer._prepare(phase, stream))
+    trainer.step(phase)
     state = phase.optimizer.state_dict()["state"]
     return [state[k]["exp_avg"].double().cpu() for k in sorted(state)]
 
@@ -120,28 +116,28 @@ def relative_difference(found: list[torch.Tensor], reference: list[torch.Tensor]
 def measure(
     config: Config,
     name: str,
-    levers: dict[str, dict[str, Any]],
+    optimizations: dict[str, dict[str, Any]],
     shape: ImageShape,
     card: Card,
     *,
     seconds: float = 3.0,
 ) -> list[Row]:
-    """A row for each lever, the first of which is none at all."""
+    """A row for each optimization, the first of which is none at all."""
     rows: list[Row] = []
     reference: list[torch.Tensor] | None = None
-    for lever, changes in levers.items():
-        given = with_levers(replace(config, phases=(name,)), **changes)
+    for optimization, changes in optimizations.items():
+        given = replace(config, phases=(name,), **changes)
         with tempfile.TemporaryDirectory() as folder:
             found = held(given, name, f"{folder}/held")
             moments = first_moments(given, name, f"{folder}/moments")
             trainer = Trainer(given, f"{folder}/speed")
             rate = trainer.measure(name, seconds=seconds)
-            trainer.keeper.close()
+            trainer.checkpoints.close()
         reference = moments if reference is None else reference
         difference = relative_difference(moments, reference)
         predicted = memory(given, name, shape, on_gpu=card.on_gpu).total
         took = 1e3 * given.phase(name).batch_size / rate
-        rows.append(Row(config.precision, lever, predicted, found, took, difference))
+        rows.append(Row(config.precision, optimization, predicted, found, took, difference))
         _forget()
     return rows
 
@@ -149,16 +145,16 @@ def measure(
 def summarise(rows: list[Row]) -> str:
     """A Markdown table."""
     lines = [
-        "| precision | lever | memory, predicted | measured | of none | time of a step | of none "
+        "| precision | optimization | memory, predicted | measured | of none | time of a step | of none "
         "| gradients differ by |",
         "|---|---|---|---|---|---|---|---|",
     ]
     none = rows[0]
     for row in rows:
-        none = row if row.lever == "none" else none
+        none = row if row.optimization == "none" else none
         difference = f"{row.difference:.0e}" if row.difference else "0"
         lines.append(
-            f"| {row.precision} | {row.lever} | {row.predicted / 2**20:.1f} MiB "
+            f"| {row.precision} | {row.optimization} | {row.predicted / 2**20:.1f} MiB "
             f"| {row.held / 2**20:.1f} MiB | {row.held / none.held:.2f} | {row.milliseconds:.0f} ms "
             f"| {row.milliseconds / none.milliseconds:.2f} | {difference} |"
         )
@@ -171,7 +167,7 @@ def narrow(folder: Path, batch: int, channels: int = 64) -> Config:
     np.savez(folder / "images.npz", images=rng.integers(0, 256, (2 * batch, 32, 32, 3), np.uint8))
     network = {"model_channels": channels, "channel_mult": [1, 2], "num_blocks": 1}
     phase = {"batch_size": batch, "images": 16 * batch, "ema": ["power:6.94"]}
-    pairs = {"double": 1, "limit": 0.99}
+    pairs = {"stage_iterations": 1, "max_ratio": 0.99}
     return from_dict(
         Config,
         {
@@ -206,8 +202,10 @@ def main() -> None:
     parser.add_argument("--data", help="images for the preset")
     parser.add_argument("--phase", default="tcm", choices=["edm", "ect", "tcm"])
     parser.add_argument("--batch", type=int, default=16, help="of the narrow network")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each lever")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/levers.json"))
+    parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each of them")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/memory_optimizations.json")
+    )
     args = parser.parse_args()
     card = this_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory() as folder:
@@ -218,13 +216,13 @@ def main() -> None:
                 config = replace(config, data=replace(config.data, source=args.data))
         shape = image_shape(config, args.preset or "", None)
         rows: list[Row] = []
-        for precision, levers in (("fp32", LEVERS), ("bf16", {"none": {}})):
+        for precision, optimizations in (("fp32", OPTIMIZATIONS), ("bf16", {"none": {}})):
             own = replace(config, precision=precision)
-            rows += measure(own, args.phase, levers, shape, card, seconds=args.seconds)
+            rows += measure(own, args.phase, optimizations, shape, card, seconds=args.seconds)
         if card.on_gpu:
-            chosen = choose_levers(config, shape, card)
+            chosen = choose_optimizations(config, shape, card)
             rows += measure(chosen, args.phase, {"auto": {}}, shape, card, seconds=args.seconds)
-    what = f"memory levers: a step of {args.phase}, {args.preset or 'narrow DDPM++'}"
+    what = f"memory optimizations: a step of {args.phase}, {args.preset or 'narrow DDPM++'}"
     write_record(args.out, what, card.name, rows=[asdict(row) for row in rows])
     print(summarise(rows))
 

@@ -1,4 +1,4 @@
-"""Levers that trade time for memory: whole runs give the same weights."""
+"""Memory optimizations that trade time for memory: whole runs give the same weights."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ from tcm_fast.kernels._backend import extension
 from tcm_fast.training.trainer import Trainer
 
 PHASE = {"batch_size": 8, "images": 8 * 4, "dropout": 0.2, "lr": 1e-3, "ema": ["power:6.94"]}
-PAIRS = {"double": 4, "limit": 0.9, "c": 0.06}
-LEVERS = {
+PAIRS = {"stage_iterations": 4, "max_ratio": 0.9, "huber_c": 0.06}
+OPTIMIZATIONS = {
     "norms": {"recompute_norms": True},
     "blocks": {"recompute_blocks": 4},
     "offload": {"offload": True},
@@ -47,7 +47,7 @@ def weights(out):
 
 @pytest.fixture(scope="module")
 def plain(source, tmp_path_factory):
-    """The same runs without levers, by precision."""
+    """The same runs without optimizations, by precision."""
     found = {}
     for precision in ("fp32", "bf16"):
         out = tmp_path_factory.mktemp("plain") / precision
@@ -58,9 +58,11 @@ def plain(source, tmp_path_factory):
 
 @needs_extension
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("lever", LEVERS)
-def test_a_lever_changes_no_bit_of_a_run(lever, precision, source, plain, tmp_path):
-    Trainer(config(source, precision=precision, **LEVERS[lever]), tmp_path / "run").run()
+@pytest.mark.parametrize("optimization", OPTIMIZATIONS)
+def test_a_lever_changes_no_bit_of_a_run(optimization, precision, source, plain, tmp_path):
+    Trainer(
+        config(source, precision=precision, **OPTIMIZATIONS[optimization]), tmp_path / "run"
+    ).run()
     for a, b in zip(plain[precision], weights(tmp_path / "run"), strict=True):
         assert torch.equal(a, b)
 

@@ -1,0 +1,33 @@
+"""Consistency distillation, a baseline: the pre-trained network takes one Euler step t -> r."""
+
+from __future__ import annotations
+
+import torch
+
+from tcm_fast.kernels.noise_pair import NoisePair, network_input
+from tcm_fast.kernels.precondition import denoise
+from tcm_fast.objectives.batch import Batch
+from tcm_fast.objectives.ect import Ect
+
+
+class Cd(Ect):
+    """Stage 1's pairs, whose x_r the teacher computes; in eval mode."""
+
+    name = "cd"
+    frozen_file = "teacher"
+    needs = "a teacher: train edm first"
+
+    def inner_images(
+        self, pair: NoisePair, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x_r = self._euler_step(pair.x_t, pair.input_t, batch)
+        return x_r, network_input(x_r, batch.r, self.student.sigma_data, self.dtype), x_r
+
+    @torch.no_grad()
+    def _euler_step(self, x_t: torch.Tensor, input_t: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """One step of the teacher's probability-flow ODE: x_t + (r - t) (x_t - D(x_t,t)) / t."""
+        assert self.frozen is not None
+        output = self._raw(self.frozen, input_t, batch, batch.t, slice(None), None)
+        denoised = denoise(output, x_t, batch.t, self.frozen.sigma_data)
+        slope = -batch.delta / batch.t
+        return x_t + slope.reshape(-1, 1, 1, 1) * (x_t - denoised)

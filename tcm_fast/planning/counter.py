@@ -1,0 +1,114 @@
+"""Memory and work counted by dispatch, while operations run or as they would run on the meta device."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+class Counter(TorchDispatchMode):
+    """Follows every tensor that is made inside, by its storage, and every operation.
+
+    Attributes:
+        live, peak: bytes now, and at most so far.
+        grads, peak_grads: of these, in tensors handed to `is_gradient`.
+        work: (floating-point operations, bytes read and written) of every operation.
+
+    Args:
+        known: tensors that were there before and do not count.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = self.grads = self.peak_grads = 0
+        self.work: list[tuple[float, int]] = []
+        self._sizes: dict[int, tuple[Any, int, bool]] = {}
+        for tensor in known:
+            storage = tensor.untyped_storage()
+            self._sizes[storage._cdata] = storage, 0, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        for tensor in made:
+            self._see(tensor)
+        self.note(func, args, kwargs, out, given, made)
+        return out
+
+    def note(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        given: list[torch.Tensor],
+        made: list[torch.Tensor],
+    ) -> None:
+        """An operation has run: its arguments and results, and the tensors among them."""
+        if func._schema.is_mutable or not _shares_storage(made, given):
+            count = _attention_flops(func) or flop_registry.get(func._overloadpacket)
+            flops = count(*args, **kwargs, out_val=out) if count else 0
+            self.work.append((flops, sum(_bytes(x) for x in (*made, *given))))
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            size = storage.nbytes()
+            gone = functools.partial(_forget, weakref.ref(self), key)
+            self._sizes[key] = weakref.ref(storage, gone), size, False
+            self.live += size
+            if self.live > self.peak:
+                self.peak, self.peak_grads = self.live, self.grads
+
+    def forget(self, key: int) -> None:
+        """A storage's memory was given back."""
+        _, size, is_gradient = self._sizes.pop(key)
+        self.live -= size
+        self.grads -= size * is_gradient
+
+    def is_gradient(self, tensor: torch.Tensor) -> None:
+        """Count a tensor that was made inside as a gradient from now on."""
+        key = tensor.untyped_storage()._cdata
+        ref, size, known = self._sizes.get(key, (None, 0, True))
+        if not known:
+            self._sizes[key] = ref, size, True
+            self.grads += size
+
+
+def _forget(counter: weakref.ref[Counter], key: int, _: Any) -> None:
+    alive = counter()
+    if alive is not None:
+        alive.forget(key)
+
+
+def _shares_storage(made: list[torch.Tensor], given: list[torch.Tensor]) -> bool:
+    theirs = {x.untyped_storage()._cdata for x in given}
+    return any(x.untyped_storage()._cdata in theirs for x in made)
+
+
+def _bytes(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _attention_flops(func: Any) -> Any:
+    """Of the attention operations: two products forward, five backward."""
+    name = func._overloadpacket._qualified_op_name
+    products = {"tcm_fast::qkv_attention_fwd": 2, "tcm_fast::qkv_attention_bwd": 5}.get(name)
+    if products is None:
+        return None
+
+    def count(*args: Any, out_val: Any, **kwargs: Any) -> int:
+        n, channels, height, width = (args[0] if products == 2 else args[1]).shape
+        return 2 * products * n * (height * width) ** 2 * channels // 3
+
+    return count

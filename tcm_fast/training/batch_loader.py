@@ -1,0 +1,86 @@
+"""The micro-batches of a phase's steps: noise levels planned, images fetched, on their way to the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from tcm_fast.config import Config
+from tcm_fast.data.dataset import ImageData
+from tcm_fast.data.stream import ImageStream
+from tcm_fast.objectives.batch import Batch, make_batch, row_multiple_for
+from tcm_fast.objectives.noise_levels import TimePlan
+from tcm_fast.runtime.distributed import Workers
+from tcm_fast.training.logger import timed
+from tcm_fast.training.micro_batches import MicroBatches
+from tcm_fast.training.phase import Phase
+
+
+class BatchLoader:
+    """What one process computes in each step, a function of (seed, images seen) alone.
+
+    Args:
+        config: of the run.
+        data: its images.
+        workers: its processes.
+        micro: how many passes a batch is cut into.
+        seed: of the phase, which decides the order of the images.
+        spent: seconds that fetching images takes, under "data".
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: ImageData,
+        workers: Workers,
+        micro: MicroBatches,
+        seed: int,
+        spent: Counter[str],
+    ) -> None:
+        self.config, self.workers, self.micro, self.spent = config, workers, micro, spent
+        self.stream = ImageStream(data, seed=seed, device=workers.device, flip=config.data.flip)
+        self._ready: tuple[tuple[str, int, int], list[Batch]] | None = None
+
+    def batches(self, phase: Phase) -> list[Batch]:
+        """This process's micro-batches of the phase's next step. Asked for while the device is busy with the
+        step before, they are ready when it begins."""
+        key = phase.name, phase.step, self.micro.count
+        if self._ready is None or self._ready[0] != key:
+            self._ready = key, self.load(phase, phase.step)
+        return self._ready[1]
+
+    def load(self, phase: Phase, step: int) -> list[Batch]:
+        """This process's micro-batches of any step."""
+        size = phase.config.batch_size
+        seen, iteration = step * size, phase.first_iteration + step
+        plan, parts = self.plan(phase, step)
+        batches = []
+        for part in parts:
+            with timed(self.spent, "data"):
+                images, labels = self.stream.batch(seen + part)
+            if not self.config.network.class_conditional:
+                labels = None
+            batch = make_batch(
+                plan, part, images, labels, seed=phase.seed, step=iteration,
+                row_multiple=row_multiple_for(len(part), self.workers.device),
+            )  # fmt: skip
+            batches.append(batch)
+        if not self.stream.resident and step + 1 < phase.steps:
+            for part in self.plan(phase, step + 1)[1]:
+                self.stream.prefetch(seen + size + part)
+        return batches
+
+    def plan(self, phase: Phase, step: int) -> tuple[TimePlan, list[np.ndarray]]:
+        """The noise levels of a step, and the samples of each of this process's micro-batches."""
+        plan = phase.inner.plan(
+            phase.config,
+            seed=phase.seed,
+            images_seen=step * phase.config.batch_size,
+            iteration=phase.first_iteration + step,
+            iterations=phase.first_iteration + phase.steps,
+            sigma_data=phase.student.sigma_data,
+        )
+        micro = self.micro.of(phase.config.batch_size)
+        parts = plan.parts(self.workers.world * micro)
+        return plan, parts[self.workers.rank * micro :][:micro]
