@@ -298,7 +298,7 @@ class StepTable:
     captured: list[Any] = field(default_factory=list)
     """What graphs read when they are replayed: kept for good."""
 
-    def place(self, ext, tensors: Sequence[StepTensors], groups: int) -> None:
+    def place(self, ext: Any, tensors: Sequence[StepTensors], groups: int) -> None:
         """Check the tensors and write their addresses down, unless all are where they were."""
         on_cuda = tensors[0].param.device.type == "cuda"
         capturing = on_cuda and torch.cuda.is_current_stream_capturing()
@@ -387,7 +387,7 @@ class StepTable:
         finally:
             self.reserved = None
 
-    def store_options(self, ext, values: tuple[float, ...], device: torch.device) -> None:
+    def store_options(self, ext: Any, values: tuple[float, ...], device: torch.device) -> None:
         """Put the options where the kernels read them, in the stream's order."""
         if self.options is None or len(self.options) != len(values):
             self.options, self.stored = torch.zeros(len(values), dtype=torch.float64), ()

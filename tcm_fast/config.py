@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 
 PhaseName = Literal["edm", "ect", "tcm", "ict", "cd"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+LoggerName = Literal["tensorboard", "wandb", "trackio"]
 Weighting = Literal["inv_dt", "inv_cout_sq", "inv_cout", "inv_sqrt_dt", "one"]
 
 T_MIN, T_MAX = 0.002, 80.0  # lowest and highest noise level
@@ -308,6 +309,21 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where the curves of a run go; RUN/log.jsonl has all numbers anyway."""
+
+    to: tuple[LoggerName, ...] | None = None
+    """Any of tensorboard, wandb and trackio; none with an empty list; by default tensorboard where it is
+    installed."""
+    project: str = "tcm-fast"
+    """The project's name at wandb and trackio; a run is called as its folder."""
+
+    def __post_init__(self) -> None:
+        to = self.to or ()
+        require(len({*to}) == len(to), f"log.to: must name each once, got {', '.join(to)}")
+
+
+@dataclass(frozen=True)
 class Config:
     """A run: data, network, phases and how they are carried out."""
 
@@ -320,6 +336,7 @@ class Config:
     cd: CdConfig = field(default_factory=CdConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     phases: tuple[PhaseName, ...] = ("edm", "ect", "tcm")
     """Phases to run, in order; each starts from the first EMA of the one before."""
     seed: int = 0

@@ -20,6 +20,7 @@ from tcm_fast.cli.convert import Convert, Ema, run_convert, run_ema
 from tcm_fast.cli.data import Data, run_data
 from tcm_fast.cli.doctor import Doctor, run_doctor
 from tcm_fast.cli.eval import Eval, SearchTimes, run_eval, run_search
+from tcm_fast.cli.hub import Pull, Push, run_pull, run_push
 from tcm_fast.cli.plan import Plan, run_plan
 from tcm_fast.cli.sample import Sample, run_sample
 from tcm_fast.cli.train import Train, run_train, train_defaults
@@ -40,6 +41,8 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Data: run_data,
     Ema: run_ema,
     Convert: run_convert,
+    Push: run_push,
+    Pull: run_pull,
     Bench: run_bench,
     Doctor: run_doctor,
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from tcm_fast.cli.rank_cards import print_ranking
 from tcm_fast.config import Config
 
 with suppress(ModuleNotFoundError):  # only the command line's parsing needs it
@@ -44,6 +45,8 @@ class Plan:
     """Find the longest schedule that fits in so many hours."""
     price_per_hour: float | None = None
     """Of one GPU, in any currency."""
+    prices: Path | None = None
+    """Rank cards by training images for their price; a TOML file of prices, see docs/small_budgets.md."""
     calibrate: bool = False
     """Measure the speed on the device that is there, half a minute, instead of computing it."""
     resolution: int | None = None
@@ -70,6 +73,10 @@ def run_plan(args: Plan) -> int:
         price is None or price >= 0, f"price-per-hour: must not be negative, got {price or 0:g}"
     )
     shape = image_shape(args.settings, args.preset, args.resolution)
+    if args.prices is not None:
+        name = args.preset or args.settings.network.name
+        print_ranking(args.settings, shape, args.prices, gpus=args.gpus, title=name)
+        return 0
     card, console = pick_card(args), Console()
     if card.on_gpu and card.memory and not card.usable:
         raise ValueError(f"gpu-memory: {card.name} leaves nothing for tensors")
@@ -157,7 +164,7 @@ def memory_table(plan: RunPlan, title: str) -> Table:
     from tcm_fast.planning.memory_estimate import KINDS
     from tcm_fast.planning.memory_planner import needed
 
-    table = _table(title)
+    table = new_table(title)
     table.add_column("MiB")
     for phase in plan.phases:
         table.add_column(phase.name, justify="right")
@@ -179,7 +186,7 @@ def memory_table(plan: RunPlan, title: str) -> Table:
 
 def time_table(plan: RunPlan, price: float | None) -> Table:
     """Speed, length, time and cost of each phase."""
-    table = _table("")
+    table = new_table("")
     for column in ("phase", "images/s", "images", "time", *(["cost"] if price is not None else [])):
         table.add_column(column, justify="left" if column == "phase" else "right")
     rows = [(p.name, f"{p.rate:,.0f}", f"{p.images:,}", p.seconds) for p in plan.phases]
@@ -194,7 +201,7 @@ def schedule_table(plan: RunPlan, title: str) -> Table:
     """A scaled recipe: what was changed."""
     from tcm_fast.objectives import OBJECTIVES
 
-    table = _table(title)
+    table = new_table(title)
     table.add_column("")
     for phase in plan.phases:
         table.add_column(phase.name, justify="right")
@@ -252,7 +259,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """An empty one, which fits a narrow terminal."""
     from rich import box
     from rich.table import Table
 

@@ -22,7 +22,7 @@ class Sample:
     """Draw images from a trained network."""
 
     source: Positional[Path]
-    """A run, a checkpoint or a network file."""
+    """A run, a checkpoint, a network file or hf:user/repo."""
     num: int = 64
     """Number of images."""
     steps: int | None = None
@@ -46,7 +46,7 @@ class Sample:
 
 
 def run_sample(args: Sample) -> int:
-    from tcm_fast.checkpoint.format import load_network
+    from tcm_fast.interchange.hub import load_network
     from tcm_fast.runtime.distributed import join
     from tcm_fast.sampling import image_io, sampler
 

@@ -32,7 +32,7 @@ class Train:
     phase: PhaseName | None = None
     """Train this phase only."""
     init: Path | None = None
-    """Network file or run that the first phase starts from."""
+    """Network file, run or hf:user/repo that the first phase starts from."""
     resume: str | None = None
     """auto: continue the newest complete checkpoint of the run, or begin; or a checkpoint's folder."""
     config: Path | None = None
@@ -82,6 +82,10 @@ def run_train(args: Train) -> int:
     settings = args.settings
     if args.phase:
         settings = replace(settings, phases=(args.phase,))
+    if str(args.init).startswith("hf:"):
+        from tcm_fast.interchange.hub import local_path
+
+        args.init = local_path(str(args.init))
     if not settings.data.source:
         raise ValueError(
             "train: no images, give --data FOLDER (or zip, npz, archive), or --preset digits to try it"

@@ -58,8 +58,8 @@ class CheckpointManager:
         self._failed = 0
         self._writer: CheckpointWriter | None = None
         self._lock: RunLock | None = None
+        self.log = RunLog(out, active=False)
         workers.on_main(self._take_folder)
-        self.log = RunLog(out, active=workers.is_main)
         if self._lock is not None and self._lock.replaced:
             text = f"{out}: took over from {self._lock.replaced}, which is gone"
             self.log.warn("stale_lock", text)
@@ -69,6 +69,7 @@ class CheckpointManager:
         try:
             (self.out / "grids").mkdir(exist_ok=True)
             save_config(self.config, self.out / "config.json")
+            self.log = RunLog(self.out, self.config)
         except BaseException:
             self._lock.release()
             raise

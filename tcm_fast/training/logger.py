@@ -1,4 +1,4 @@
-"""What a run says while it goes: progress on the terminal, log.jsonl, TensorBoard where installed."""
+"""What a run says while it goes: progress on the terminal, log.jsonl, and the loggers of `log.to`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,28 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from tcm_fast.config import Config
+from tcm_fast.training.loggers import open_loggers, reopened
+
 QUIET_INTERVAL = 15.0  # seconds between lines where there is no terminal to draw a bar on
 
 
 class RunLog:
-    """Writes a run's events; on ranks other than 0 it does nothing (`active=False`)."""
+    """Writes a run's events; on ranks other than 0 it does nothing (`active=False`).
 
-    def __init__(self, directory: Path, *, active: bool = True) -> None:
-        self.active = active
+    Raises:
+        ModuleNotFoundError, ValueError: a logger is not installed, or cannot begin.
+    """
+
+    def __init__(
+        self, directory: Path, config: Config | None = None, *, active: bool = True
+    ) -> None:
+        self.active, self.config = active, config or Config()
         self.console = Console(stderr=True, quiet=not active)
         self._path = directory / "log.jsonl"
+        self._loggers = open_loggers(directory, self.config) if active else {}
         self._file = self._path.open("a", encoding="utf-8") if active else None
         self._lost = 0
-        self._board = _tensorboard(directory) if active else None
         self._progress: Progress | None = None
         self._last_line = 0.0
 
@@ -87,8 +96,7 @@ class RunLog:
     def metrics(self, phase: str, images: int, values: dict[str, float]) -> None:
         """Log the numbers of the last steps."""
         self.write("train", phase=phase, images=images, **values)
-        for key, value in values.items():
-            self._draw(f"{phase}/{key}", value, images)
+        self._draw({f"{phase}/{key}": value for key, value in values.items()}, images)
         shown = ("loss", "consistency", "boundary", "images_per_second")
         text = "  ".join(
             f"{k.replace('_per_second', '/s')} {values[k]:.4g}" for k in shown if k in values
@@ -99,25 +107,16 @@ class RunLog:
             self._last_line = time.monotonic()
             self.say(f"{phase}: {images:,} images  {text}")
 
-    def _draw(self, name: str, value: float, images: int) -> None:
-        """A point of a TensorBoard curve."""
-        if self._board is None:
-            return
-        try:
-            self._board.add_scalar(name, value, images)
-        except (
-            Exception
-        ) as error:  # its thread's, perhaps of an earlier point; not worth a run either
-            self.say(f"warning: {self._path.parent}: {error}, points of the curves are lost")
-            self._close_board()
-            with suppress(OSError):
-                self._board = _tensorboard(self._path.parent)
-
-    def _close_board(self) -> None:
-        board, self._board = self._board, None
-        if board is not None:
-            with suppress(Exception):
-                board.close()
+    def _draw(self, values: dict[str, float], images: int) -> None:
+        """Points of the loggers' curves; one that fails is not worth a run."""
+        for name, logger in [*self._loggers.items()]:
+            try:
+                logger.metrics(values, images)
+            except Exception as error:  # TensorBoard: its thread's, perhaps of an earlier point
+                self.say(f"warning: {self._path.parent}: {error}, points of {name} are lost")
+                with suppress(Exception):
+                    self._loggers.pop(name).close()
+                self._loggers |= reopened(name, self._path.parent, self.config)
 
     def end_phase(self) -> None:
         if self._progress is not None:
@@ -129,7 +128,9 @@ class RunLog:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
-        self._close_board()
+        while self._loggers:
+            with suppress(Exception):
+                self._loggers.popitem()[1].close()
 
     @property
     def _is_live(self) -> bool:
@@ -144,11 +145,3 @@ def timed(spent: Counter[str], what: str) -> Iterator[None]:
         yield
     finally:
         spent[what] += time.perf_counter() - begun  # type: ignore[assignment]
-
-
-def _tensorboard(directory: Path) -> Any | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(directory / "tensorboard"))
