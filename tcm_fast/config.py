@@ -276,8 +276,11 @@ class IctConfig(ConsistencyConfig):
 
 
 @dataclass(frozen=True)
-class CdConfig(EctConfig):
+class CdConfig(RatioConfig):
     """Consistency distillation, a baseline: the pre-trained network takes one Euler step t -> r."""
+
+    images: int = 350_000 * 512
+    dropout: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -500,6 +503,7 @@ RENAMED = {
 NO_EFFECT = object()
 GONE: dict[str, Any] = {
     "engine": "ddp", "gradients": "fp32", "guard.factor": 0.5, "guard.spike": 10.0, "tcm.truncate": NO_EFFECT,
+    "cd.truncate": True,
     **{f"ict.{name}": NO_EFFECT for name in ("q", "stage_iterations", "max_ratio", "truncate", "r_min")},
     **{f"{name}.warmup_images": 0 for name in PHASES if name != "edm"},
     **{

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from tcm_fast.config import CdConfig
 from tcm_fast.kernels.noise_pair import NoisePair, network_input
 from tcm_fast.kernels.precondition import denoise
 from tcm_fast.objectives.batch import Batch
-from tcm_fast.objectives.ect import Ect
+from tcm_fast.objectives.consistency import RatioConsistency
 
 
-class Cd(Ect):
+class Cd(RatioConsistency[CdConfig]):
     """Stage 1's pairs, whose x_r the teacher computes; in eval mode."""
 
     name = "cd"
+    time_share = 0.40
     frozen_file = "teacher"
     needs = "a teacher: train edm first"
+
+    @classmethod
+    def distribution(cls, config: CdConfig) -> str:
+        return "truncated_lognormal"
 
     def inner_images(
         self, pair: NoisePair, batch: Batch

@@ -171,8 +171,8 @@ def test_a_batch_without_a_boundary_sample_is_refused():
 
 
 @pytest.mark.parametrize(("max_ratio", "share"), [(0.999, 0.270), (0.9961, 0.323)])
-def test_share_of_targets_that_need_stage_1(limit, share):
-    config = TcmConfig(batch_size=100_000, max_ratio=limit)
+def test_share_of_targets_that_need_stage_1(max_ratio, share):
+    config = TcmConfig(batch_size=100_000, max_ratio=max_ratio)
     plan = Tcm.plan(config, seed=0, images_seen=0, iteration=10**6)
     assert (plan.source == STAGE1).mean() == pytest.approx(share, abs=0.005)
 
