@@ -11,8 +11,8 @@ from tcm_fast.networks.mp_layers import MPConv
 from tcm_fast.networks.precision import make_copies
 from tcm_fast.networks.raw_network import Block, RawNetwork
 from tcm_fast.networks.recompute import after_norm, run_block, set_recompute
-from tcm_fast.objectives.noise_levels import plan_times
-from tcm_fast.objectives.objective import Objective, make_batch
+from tcm_fast.objectives.batch import make_batch
+from tcm_fast.objectives.tcm import Tcm
 
 
 class Residual(Block):
@@ -72,14 +72,14 @@ def test_what_it_declares_is_what_is_asked_for(toy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_trains_with_16_bit_copies_and_activation_checkpointing(toy, dtype):
     config = TcmConfig(batch_size=8)
-    objective = Objective("tcm", config, toy.train(), toy, dtype=dtype)
+    objective = Tcm(config, toy.train(), toy, dtype=dtype)
     objective.copies = make_copies(toy, dtype, rows_too=False)
     copied = [c for c in objective.copies if c is not None]
     assert len(copied) == (4 if dtype == torch.bfloat16 else 0)  # two convolutions, biases too
-    plan = plan_times(config, seed=5, images_seen=0, iteration=0, iterations=100)
+    plan = objective.plan(config, seed=5, images_seen=0, iteration=0, iterations=100)
     (part,) = plan.parts(1)
     images = torch.randint(0, 256, (8, 2, 8, 8), dtype=torch.uint8)
-    batch = make_batch(plan, part, images, None, seed=5, step=7, boundary_weight=0.1)
+    batch = make_batch(plan, part, images, None, seed=5, step=7)
 
     def gradients():
         toy.zero_grad()
