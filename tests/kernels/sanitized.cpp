@@ -39,14 +39,29 @@ void normalisation() {
       for (auto& row : rows) row.assign(2 * channels, 0.25f);
       std::vector<float> affine(4 * channels);
       for (uint32_t threshold : {0, 6554}) {
-        const GroupNormSilu op{x.data(),       weight.data(),  weight.data(), rows[0].data(),
-                               rows[1].data(), rows[2].data(), mean.data(),   rstd.data(),
-                               2,              channels,       pixels,        groups,
-                               1e-6,           true,           sample,        1,
-                               2,              3,              threshold};
+        const GroupNormSilu op{x.data(),
+                               weight.data(),
+                               weight.data(),
+                               rows[0].data(),
+                               rows[1].data(),
+                               rows[2].data(),
+                               mean.data(),
+                               rstd.data(),
+                               2,
+                               channels,
+                               pixels,
+                               groups,
+                               1e-6,
+                               true,
+                               sample,
+                               1,
+                               2,
+                               3,
+                               threshold};
         group_norm_silu_fwd_cpu(op, y.data(), 2);
-        const GroupNormSiluGrads grads{grad.data(),    grad.data(),    grad_x.data(), rows[3].data(),
-                                       rows[4].data(), rows[5].data(), affine.data()};
+        const GroupNormSiluGrads grads{grad.data(),    grad.data(),    grad_x.data(),
+                                       rows[3].data(), rows[4].data(), rows[5].data(),
+                                       affine.data()};
         group_norm_silu_bwd_cpu(op, grads, 2);
       }
     }
