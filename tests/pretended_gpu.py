@@ -210,8 +210,8 @@ def run_out(folder: Path, share: float, where: str) -> str:
     if where == "the first step":
         limit()
     else:
-        names = {"a capture": "_step", "a picture": "_log_step"}
-        inner, calls = getattr(trainer, names[where]), itertools.count()
+        owner, name = (trainer.runner, "step") if where == "a capture" else (trainer, "_log_step")
+        inner, calls = getattr(owner, name), itertools.count()
 
         def limited(*args: Any) -> None:
             if next(calls) == 2:
@@ -219,7 +219,7 @@ def run_out(folder: Path, share: float, where: str) -> str:
                 limit()
             inner(*args)
 
-        setattr(trainer, names[where], limited)
+        setattr(owner, name, limited)
     try:
         trainer.run()
     finally:
