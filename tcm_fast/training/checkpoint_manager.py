@@ -84,13 +84,13 @@ class CheckpointManager:
 
     def start_phase(self, phase: Phase) -> None:
         """Before the phase's first save."""
-        self.settle(waits=True)
+        self.check_last_save(wait=True)
         self._writer = CheckpointWriter(self.out, (phase.inner.frozen_file,))
 
     def save(self, phase: Phase, *, is_last: bool = False) -> None:
         """A checkpoint of everything, written while training goes on; the last one of a phase is waited for,
         and has to be written."""
-        self.settle(waits=True)
+        self.check_last_save(wait=True)
         every = self.config.milestone_every
         is_milestone = phase.step == phase.steps or bool(every and phase.step % every == 0)
         metrics = {"frechet": self.measure(phase)} if self.config.keep_best == "frechet" else {}
@@ -105,15 +105,15 @@ class CheckpointManager:
                     best=self.config.keep_best,
                 )
         if is_last:
-            self.workers.on_main(lambda: self.settle(waits=True, must=True))
+            self.workers.on_main(lambda: self.check_last_save(wait=True, must_succeed=True))
 
-    def settle(self, *, waits: bool = False, must: bool = False) -> None:
+    def check_last_save(self, *, wait: bool = False, must_succeed: bool = False) -> None:
         """Look at how the last save ended. One that failed is tried again at the next; several in a row end
-        the run, and so does the last one of a phase (`must`)."""
+        the run, and so does the last one of a phase (`must_succeed`)."""
         if self._writer is None:
             return
         with timed(self.spent, "saving"):
-            saved = self._writer.wait() if waits else self._writer.poll()
+            saved = self._writer.wait() if wait else self._writer.poll()
         if saved is None:
             return
         if saved.error is None:
@@ -121,9 +121,9 @@ class CheckpointManager:
             self.log.write("saved", path=str(saved.path), seconds=round(saved.seconds, 3))
             return
         self._failed += 1
-        if isinstance(saved.error, NotFinite) and must:
+        if isinstance(saved.error, NotFinite) and must_succeed:
             raise TrainingError(str(saved.error))
-        if must or not isinstance(saved.error, OSError | NotFinite):
+        if must_succeed or not isinstance(saved.error, OSError | NotFinite):
             raise saved.error
         if self._failed >= FAILED_SAVES:
             raise OSError(f"{saved.error} ({FAILED_SAVES} times in a row)") from saved.error

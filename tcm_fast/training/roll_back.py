@@ -36,7 +36,7 @@ def roll_back(
     streak = phase.monitor.streak
     begun = (phase.step - streak) * phase.config.batch_size
     what = f"{name}: the last {streak} steps, from image {begun:,} on, were not finite"
-    checkpoints.settle(waits=True)
+    checkpoints.check_last_save(wait=True)
     good = checkpoints.last_good(name)
     if phase.rollbacks >= guard.rollbacks:
         raise TrainingError(

@@ -20,7 +20,7 @@ import torch
 
 from tcm_fast.checkpoint import run_folder
 from tcm_fast.checkpoint.format import load_network
-from tcm_fast.config import Config, changes, to_dict
+from tcm_fast.config import Config, changes, require, to_dict
 from tcm_fast.data.dataset import class_mapping, load_images
 from tcm_fast.evaluation import metrics
 from tcm_fast.evaluation.features import feature_space
@@ -188,9 +188,16 @@ class Trainer:
         the device: the losses are in `phase.metrics` until they are read.
 
         Raises:
+            ValueError: the phase is at its end, or `phase.metrics` is full: read it.
             TrainingError: out of memory, where nothing helps.
         """
         assert self.loader is not None
+        require(phase.step < phase.steps, f"step: {phase.name} has {phase.steps} steps, all taken")
+        require(
+            not phase.metrics.is_full,
+            f"step: phase.metrics must be read every {phase.metrics.size} steps, got "
+            f"{phase.metrics.steps} unread",
+        )
         self.runner.run(phase, self.loader)
         phase.step += 1
         if phase.step < phase.steps:
@@ -274,7 +281,7 @@ class Trainer:
                 self._compare_ranks(phase)
                 self.checkpoints.save(phase)
                 saved, owes_save = time.monotonic(), False
-            self.checkpoints.settle()
+            self.checkpoints.check_last_save()
             every = config.snapshot_every
             if every and (phase.step % every == 0 or phase.step == phase.steps):
                 self.checkpoints.snapshot(phase)

@@ -114,6 +114,32 @@ def test_networks_train_in_the_layout_that_is_fast(images, tmp_path, no_pictures
         layouts.clear()
 
 
+def test_a_loop_of_ones_own(images, tmp_path, monkeypatch):
+    """Takes the steps that `run` takes."""
+    config = tiny(images, phases=["edm", "ect"], max_steps=4)
+    train(config, tmp_path / "run")
+    trainer, losses = Trainer(config, tmp_path / "own"), []
+    with trainer.settings():
+        phase = trainer.begin("edm")
+        for name in config.phases:
+            phase = phase if name == "edm" else trainer.begin(name, phase.ema_network())
+            phase.metrics.size = 3
+            for _ in range(3):
+                trainer.step(phase)
+            with pytest.raises(ValueError, match=r"step: phase.metrics must be read every 3 steps"):
+                trainer.step(phase)
+            losses.append(phase.metrics.read(trainer.workers.sum))
+            trainer.step(phase)
+            with pytest.raises(ValueError, match=f"step: {name} has 4 steps, all taken"):
+                trainer.step(phase)
+    trainer.checkpoints.close()
+    assert [found.shape for found in losses] == [(3, 3)] * 2
+    ours = dict(phase.student.named_parameters())
+    for name, value in weights(tmp_path / "run").items():
+        if name in ours:
+            assert torch.equal(value, ours[name])
+
+
 def test_the_same_seed_gives_the_same_weights(images, tmp_path):
     for name in ("a", "b"):
         train(tiny(images, max_steps=50, edm={"images": 800}, phases=["edm"]), tmp_path / name)
@@ -618,7 +644,7 @@ def test_a_folder_that_vanishes_is_made_anew(images, no_pictures, tmp_path, monk
 
     def vanishing(self, phase):
         if (phase.name, phase.step) == ("edm", 4):
-            self.checkpoints.settle(waits=True)
+            self.checkpoints.check_last_save(wait=True)
             shutil.rmtree(tmp_path / "run")
         step(self, phase)
 
