@@ -26,7 +26,7 @@ from toolchain import accepts, choose_archs, choose_nvcc, find_compiler, say  # 
 SOURCES = ["csrc/module.cpp", "csrc/philox_cpu.cpp", "csrc/group_norm_silu_cpu.cpp"]
 SOURCES += ["csrc/fused_step_cpu.cpp"]
 CUDA_SOURCES = ["csrc/philox_cuda.cu", "csrc/fused_step_cuda.cu", "csrc/device_cuda.cu"]
-HEADERS = ["csrc/operations.h", "csrc/bounds.h", "csrc/philox.h", "csrc/fused_step.h"]
+HEADERS = ["csrc/operations.h", "csrc/bounds.h", "csrc/cpu.h", "csrc/philox.h", "csrc/fused_step.h"]
 
 # Unfused products and sums: the same bits on every machine and on the device.
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]

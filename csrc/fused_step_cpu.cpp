@@ -3,21 +3,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu.h"
 #include "fused_step.h"
 #include "operations.h"
-
-// One binary for every x86-64: the widest vectors are chosen when the extension is loaded.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define TCM_FAST_VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define TCM_FAST_VECTOR
-#endif
 
 namespace tcm_fast {
 namespace {
 
-// Elements below which waking other threads costs more than it saves.
-constexpr int64_t kSerial = 1 << 15;
 // Weights that stay in the first-level cache until averages and copy have taken them.
 constexpr int64_t kRun = 1024;
 static_assert(kRun % kBlock8 == 0 && kChunk % kBlock8 == 0, "runs begin where blocks do");
@@ -302,7 +294,7 @@ void fused_step_cpu(const int64_t* table, int64_t tensors, int averages, const d
     }
   }
   const int64_t n = static_cast<int64_t>(chunks.size());
-  const int team = elements < kSerial ? 1 : static_cast<int>(std::min<int64_t>(threads, n));
+  const int team = team_for(n, elements, threads);
 
   std::vector<double> sums(n);
   std::vector<Projection> projections(lines);

@@ -5,21 +5,13 @@
 #include <vector>
 
 #include "bounds.h"
+#include "cpu.h"
 #include "operations.h"
 #include "philox.h"
-
-// One binary for every x86-64: the widest vectors are chosen when the extension is loaded.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define TCM_FAST_VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define TCM_FAST_VECTOR
-#endif
 
 namespace tcm_fast {
 namespace {
 
-// Elements below which waking other threads costs more than it saves.
-constexpr int64_t kSerial = 1 << 15;
 // Elements that stay in the first-level cache from one pass over them to the next.
 constexpr int64_t kRun = 2048;
 
@@ -283,8 +275,7 @@ struct Sample {
 
 template <typename Body>
 void for_each_sample(const GroupNormSilu& op, int threads, const Body& body) {
-  const bool is_small = op.n * op.pixels * op.channels < kSerial;
-  const int team = is_small ? 1 : static_cast<int>(std::min<int64_t>(threads, op.n));
+  const int team = team_for(op.n, op.n * op.pixels * op.channels, threads);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     Sample sample(op);

@@ -4,25 +4,16 @@
 #include <vector>
 
 #include "bounds.h"
+#include "cpu.h"
 #include "operations.h"
 #include "philox.h"
-
-// One binary for every x86-64: the widest vectors are chosen when the extension is loaded.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define TCM_FAST_VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define TCM_FAST_VECTOR
-#endif
 
 namespace tcm_fast {
 namespace {
 
-// Elements below which waking other threads costs more than it saves.
-constexpr int64_t kSerial = 1 << 15;
-
 template <typename Body>
 void for_each_sample(int64_t n, int64_t elements, int threads, const Body& body) {
-  const int team = n * elements < kSerial ? 1 : static_cast<int>(std::min<int64_t>(threads, n));
+  const int team = team_for(n, n * elements, threads);
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(static)
   for (int64_t i = 0; i < n; ++i) body(i);
 }
