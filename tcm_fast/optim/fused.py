@@ -280,6 +280,15 @@ class FusedOptimizer(TrainingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._gather()
+        self._update()
+        # Autograd and whoever keeps casts of the weights see by the version that they have changed.
+        torch.autograd.graph.increment_version([t.param for t in self._tensors])
+        for t in self._tensors:
+            t.grad = None  # or its memory would outlive zero_grad
+        return loss
+
+    def _update(self) -> None:
+        """Everything that the gathered gradients change."""
         fused_step(
             self._tensors,
             self._options(),
@@ -288,11 +297,6 @@ class FusedOptimizer(TrainingOptimizer):
             max_norm=self.max_norm,
             table=self._table,
         )
-        # Autograd and whoever keeps casts of the weights see by the version that they have changed.
-        torch.autograd.graph.increment_version([t.param for t in self._tensors])
-        for t in self._tensors:
-            t.grad = None  # or its memory would outlive zero_grad
-        return loss
 
 
 def _may_pack(numel: int, row: int = 0) -> bool:

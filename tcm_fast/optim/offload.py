@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,24 +158,13 @@ class PiecewiseOptimizer(FusedOptimizer):
 
     # ---- the step -------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take a step, or skip it where a gradient is NaN/Inf."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._gather()
+    def _update(self) -> None:
         factor = self._decide([t.grad for t in self._tensors if t.grad is not None])
         for number, piece in enumerate(self._pieces):
             slot = number % SLOTS
             self._bring_in(piece, slot)
             self._step_piece(piece, slot, factor)
             self._take_out(piece, slot)
-        torch.autograd.graph.increment_version([t.param for t in self._tensors])
-        for t in self._tensors:
-            t.grad = None  # or its memory would outlive zero_grad
-        return loss
 
     def _store_options(self) -> None:
         """Nothing to do ahead: this step is never captured in a graph."""
