@@ -32,7 +32,6 @@ class Provider:
     own_chance: bool = False
     is_ours: bool = False
     directions: tuple[str, ...] = ("forward", "both")
-    host_bound: bool = False  # cannot be captured in a graph
 
 
 def make_call(function: Call, inputs: Inputs, direction: str, seed: int = 0) -> Callable[[], Any]:

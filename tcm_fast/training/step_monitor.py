@@ -73,13 +73,11 @@ class Reading:
 
     rows: as `StepMetrics.read` gave them.
     bad: the steps whose losses or gradient were NaN or Inf.
-    streak: how many such steps in a row there are by now.
     """
 
     rows: np.ndarray
     bad: list[int]
     spikes: list[Spike]
-    streak: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,11 @@ def summarise(rows: np.ndarray) -> Summary:
 
 
 class StepMonitor:
-    """Counts NaN/Inf steps in a row, and finds spikes of the gradient's norm."""
+    """Counts NaN/Inf steps in a row, and finds spikes of the gradient's norm.
+
+    Attributes:
+        streak: NaN/Inf steps in a row by now.
+    """
 
     def __init__(self) -> None:
         self.streak = 0
@@ -125,7 +127,7 @@ class StepMonitor:
             if usual and row[2] > SPIKE * usual:
                 spikes.append(Spike(number, float(row[2]), usual))
             self._norms.append(float(row[2]))
-        return Reading(rows, bad, spikes, self.streak)
+        return Reading(rows, bad, spikes)
 
 
 def nan_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
