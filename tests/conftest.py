@@ -118,9 +118,9 @@ def triton_device(monkeypatch):
     assert _triton.LAUNCHES.total() > before, "no Triton kernel ran"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def seed():
-    """Seeds torch's default generators, and says with what."""
+    """Seeds torch's default generators before every test, whichever ran before it, and says with what."""
     torch.manual_seed(0)
     return 0
 
