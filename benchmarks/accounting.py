@@ -12,7 +12,7 @@ import json
 import time
 from collections import Counter as Multiset
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,10 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry
 
 from tcm_fast.benchmarks.optimizers import BYTES_PER_PARAMETER
 from tcm_fast.benchmarks.steps import OurStep
-from tcm_fast.kernels import qkv_attention  # noqa: F401  defines the operators
 from tcm_fast.kernels._backend import extension_gap
 from tcm_fast.planning.counter import Counter
 from tcm_fast.planning.throughput import Ceilings
@@ -63,21 +62,6 @@ def category(name: str) -> str:
         if any(mark in lower for mark in marks):
             return found
     return "normalisation and pointwise"
-
-
-def _attention_flops(qkv: Sequence[int], products: int) -> int:
-    n, channels, height, width = qkv
-    return products * 2 * n * (height * width) ** 2 * channels // 3
-
-
-@register_flop_formula(torch.ops.tcm_fast.qkv_attention_fwd)
-def _(qkv, *_, **__) -> int:
-    return _attention_flops(qkv, 2)
-
-
-@register_flop_formula(torch.ops.tcm_fast.qkv_attention_bwd)
-def _(grad_out, qkv, *_, **__) -> int:
-    return _attention_flops(qkv, 4)
 
 
 # ---- counting -----------------------------------------------------------------------------------

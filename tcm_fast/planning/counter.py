@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from tcm_fast.kernels import qkv_attention  # noqa: F401  defines the operators
 
 
 class Counter(TorchDispatchMode):
@@ -55,7 +57,7 @@ class Counter(TorchDispatchMode):
     ) -> None:
         """An operation has run: its arguments and results, and the tensors among them."""
         if func._schema.is_mutable or not _shares_storage(made, given):
-            count = _attention_flops(func) or flop_registry.get(func._overloadpacket)
+            count = flop_registry.get(func._overloadpacket)
             flops = count(*args, **kwargs, out_val=out) if count else 0
             self.work.append((flops, sum(_bytes(x) for x in (*made, *given))))
 
@@ -100,15 +102,17 @@ def _bytes(x: torch.Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _attention_flops(func: Any) -> Any:
-    """Of the attention operations: two products forward, five backward."""
-    name = func._overloadpacket._qualified_op_name
-    products = {"tcm_fast::qkv_attention_fwd": 2, "tcm_fast::qkv_attention_bwd": 5}.get(name)
-    if products is None:
-        return None
+def _attention_flops(qkv: Sequence[int], products: int) -> int:
+    n, channels, height, width = qkv
+    return products * 2 * n * (height * width) ** 2 * channels // 3
 
-    def count(*args: Any, out_val: Any, **kwargs: Any) -> int:
-        n, channels, height, width = (args[0] if products == 2 else args[1]).shape
-        return 2 * products * n * (height * width) ** 2 * channels // 3
 
-    return count
+@register_flop_formula(torch.ops.tcm_fast.qkv_attention_fwd)
+def _(qkv: Sequence[int], *_: Any, **__: Any) -> int:
+    return _attention_flops(qkv, 2)
+
+
+@register_flop_formula(torch.ops.tcm_fast.qkv_attention_bwd)
+def _(grad_out: Sequence[int], qkv: Sequence[int], *_: Any, **__: Any) -> int:
+    """The weights once more, and four gradients: as torch counts its own attention."""
+    return _attention_flops(qkv, 5)
