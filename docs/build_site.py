@@ -267,7 +267,10 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*
 
 def with_mathml(text: str) -> str:
     """HTML with its equations as MathML."""
-    from latex2mathml.converter import convert
+    try:
+        from latex2mathml.converter import convert
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("site: needs latex2mathml, pip install -e '.[site]'") from None
 
     def converted(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"

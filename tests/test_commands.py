@@ -35,8 +35,7 @@ PLACEHOLDERS = {
 }  # fmt: skip
 
 NOT_RUN = {
-    "train": "hours; tests/test_quickstart.py and tests/cli/test_main.py train",
-    "plan --preset cifar10 --gpu": "half a minute; tests/cli/test_plan.py",
+    "train": "hours, but SHORT; tests/test_quickstart.py and tests/cli/test_main.py train",
     "bench": "minutes; tests/benchmarks/test_suite.py",
     "convert network-snapshot.pkl": "needs a foreign file; tests/interchange/test_convert.py makes some",
     "sample edm2-s.safetensors": "needs that file converted",
@@ -46,6 +45,14 @@ NOT_RUN = {
     "data pack imagenet": "needs ImageNet",
 }
 """How commands begin that are only parsed, and why."""
+
+SLOW = ("plan --preset",)
+"""How those begin that take half a minute."""
+
+SHORT = [
+    "--phases", "edm", "--max-steps", "1", "--edm.batch-size", "8", "--eval.features", "", "--out", "short",
+]  # fmt: skip
+"""What makes the training of digits one that takes seconds."""
 
 
 # ---- what the pages hold ------------------------------------------------------------------------
@@ -94,7 +101,10 @@ def unique():
     seen = {}
     for page, words in commands():
         seen.setdefault(shlex.join(words), (page, words))
-    return [pytest.param(*given, id=text) for text, given in seen.items()]
+    return [
+        pytest.param(*given, id=text, marks=[pytest.mark.slow] * text.startswith(SLOW))
+        for text, given in seen.items()
+    ]
 
 
 def test_commands_are_found():
@@ -170,6 +180,9 @@ def test_commands(page, words, folder, monkeypatch, capsys):
             parse(words)
         except SystemExit:
             pytest.fail(f"{page}: tcm-fast {text} is refused: {capsys.readouterr()}")
+    if text.startswith("train --preset digits") and not {"--help", "--time-budget"} & {*words}:
+        shutil.rmtree("short", ignore_errors=True)
+        words, text = [*words, *SHORT], "(short) " + text
     is_run = "--help" in words or not any(text.startswith(start) for start in NOT_RUN)
     if is_run and leaves(words):
         said = capsys.readouterr().err
