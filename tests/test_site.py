@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,23 +37,42 @@ def test_every_page_is_in_the_navigation():
     assert len(nav) == len({*nav})
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
+def build(config, out):
+    """Exit status and output of the build as CI runs it."""
     for name in ("mkdocs", "material", "mkdocstrings_handlers", "latex2mathml"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"needs {name}: pip install -e '.[site]'")
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "--quiet",
-        "--site-dir",
-        tmp_path,
-    ]
+    # Not --quiet: warnings that are not shown do not count.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", config, "--site-dir", out]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+def test_a_broken_link_would_be_noticed(tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(ROOT / "docs", root / "docs")
+    for name in (
+        "tcm_fast",
+        "kernels",
+        "benchmarks",
+        "examples",
+        "deploy",
+        "mkdocs.yml",
+        *SITE["PAGES"],
+    ):
+        if "/" not in name:
+            (root / name).symlink_to(ROOT / name)
+    with (root / "docs/step.md").open("a") as page:
+        page.write("[a](nowhere.md) [b](../deploy/nowhere) [c](precision.md#nowhere)\n")
+    status, output = build(root / "mkdocs.yml", tmp_path / "site")
+    assert status != 0
+    assert output.count("WARNING") == output.count("Doc file 'step.md'") == 3, output
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    status, output = build(ROOT / "mkdocs.yml", tmp_path)
+    assert status == 0, output
 
     texts = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.html")}
     loaded = r'(?:<script[^>]*src|<link[^>]*rel="stylesheet"[^>]*href|<img[^>]*src)="(?:https?:)?//'
