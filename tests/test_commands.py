@@ -171,6 +171,7 @@ def leaves(words):
 @pytest.mark.parametrize(("page", "words"), unique())
 def test_commands(page, words, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("WANDB_MODE", "offline")
     if words and words[0].startswith("tcm_fast."):
         check_module(words[0], words[1:], monkeypatch)
         return
