@@ -86,11 +86,17 @@ class NetworkConfig:
     """The network; fields are named as EDM names them, None is the architecture's own default."""
 
     name: str = "ddpmpp"
+    """ddpmpp, ncsnpp, adm or edm2."""
     model_channels: int | None = None
+    """Channels at the first resolution."""
     channel_mult: tuple[int, ...] | None = None
+    """Times as many channels at each resolution, halved from one to the next."""
     num_blocks: int | None = None
+    """Residual blocks at each resolution of the encoder; the decoder has one more."""
     attn_resolutions: tuple[int, ...] | None = None
+    """Resolutions whose blocks have self-attention."""
     label_dropout: float | None = None
+    """Share of the training images whose label is left out."""
     dropout_resolutions: tuple[int, ...] | None = None
     """Drop in the blocks of these resolutions only."""
     fourier_scale: float | None = None
@@ -120,13 +126,17 @@ class PhaseConfig:
     batch_size: int = 512
     """Images per optimizer step, over all ranks and micro-batches."""
     optimizer: Literal["radam", "adam"] = "radam"
+    """Which optimizer; without weight decay."""
     lr: float = 1e-4
+    """Learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the optimizer's first and second moments."""
     decay_start: int | None = None
     """The learning rate falls as 1/sqrt(i) after this many iterations."""
     grad_clip: float | None = None
     """Largest norm of the gradient over all parameters."""
     dropout: float = 0.0
+    """Probability with which an element is dropped."""
     ema: tuple[str, ...] = ("constant:0.9999",)
     """EMA of the weights: constant:BETA, halflife:IMAGES or power:GAMMA. The first one is sampled, and the
     next phase starts from it."""
@@ -173,6 +183,7 @@ class ConsistencyConfig(PhaseConfig):
     huber_c: float = 1e-8
     """Constant of the pseudo-Huber distance."""
     weighting: Weighting = "inv_dt"
+    """w(t, r) of the loss: 1/dt with dt = t - r, 1/c_out(t)^2, 1/c_out(t), 1/sqrt(dt), or 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -343,7 +354,9 @@ class Config:
     phases: tuple[PhaseName, ...] = ("edm", "ect", "tcm")
     """Phases to run, in order; each starts from the first EMA of the one before."""
     seed: int = 0
+    """Of initial weights, order of images, noise levels, noise and dropout."""
     precision: Precision = "fp32"
+    """In which the networks compute; weights and loss are fp32."""
     micro_batches: int = 1
     """Cut each rank's share of the batch into this many passes; the result is the same. Doubled where a
     step runs out of memory."""

@@ -1,4 +1,4 @@
-"""Exponential moving emas (EMA) of a network's parameters."""
+"""Exponential moving averages (EMA) of a network's parameters."""
 
 from __future__ import annotations
 
