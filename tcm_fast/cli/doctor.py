@@ -113,6 +113,9 @@ def check_precision(args: Doctor, source: Path) -> int:
               f"{', '.join(f'{t:g}' for t in levels)}", file=sys.stderr)  # fmt: skip
     if device.type == "cpu" and "tf32" in precisions:
         print("tf32 is emulated here: operands rounded to 10 bits.")
+    print(
+        "x3, x6: fp32 convolutions emulated by 3 or 6 products of bf16 or tf32 parts (docs/precision.md)."
+    )
     if args.plot is not None:
         precision_check.plot(readings, args.plot)
         print(f"plot in {args.plot}")

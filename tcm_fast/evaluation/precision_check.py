@@ -7,12 +7,15 @@ network outputs does not. This module measures both on a trained network and rea
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcm_fast.data.dataset import ImageData
 from tcm_fast.kernels.dropout import PhiloxKey
@@ -25,6 +28,54 @@ from tcm_fast.runtime.arithmetic import PRECISIONS, tf32
 
 TIMES = (0.3, 1.0, 1.5, 3.0, 10.0, 30.0, 75.0)
 DROWNED = 0.7  # cosine below which rounding outweighs the signal (equal parts: 0.71)
+
+
+def _to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """fp32 rounded to 10 bits of mantissa, to the nearest even."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def _to_bf16(x: torch.Tensor) -> torch.Tensor:
+    return x.bfloat16().float()
+
+
+SPLITS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
+    "bf16x3": (_to_bf16, 2),
+    "bf16x6": (_to_bf16, 3),
+    "tf32x3": (_to_tf32, 2),
+}
+"""fp32 convolutions as several products on tensor cores: how an operand is rounded, in how many parts."""
+
+
+class SplitConvolutions(TorchDispatchMode):
+    """Inside, fp32 convolutions split each operand into parts, a = a_0 + a_1 + ..., each the rest so far
+    rounded, and sum the products a_i * b_j with i + j below the number of parts (Henry, Tang and
+    Heinecke, 2019, https://arxiv.org/abs/1904.06376). The products of two parts are exact in fp32, and
+    are summed in fp32: what tensor cores compute, but for their own rounding of sums."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.rounded, self.parts = SPLITS[name]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not torch.ops.aten.convolution.default or args[0].dtype != torch.float32:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias, *rest = args
+        pairs = [(i, order - i) for order in range(self.parts) for i in range(order + 1)]
+        xs, weights = self._split(x), self._split(weight)
+        # The smallest first.
+        total = sum(func(xs[i], weights[j], None, *rest) for i, j in reversed(pairs))
+        return total if bias is None else total + bias.reshape(-1, 1, 1)
+
+    def _split(self, x: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+        for _ in range(self.parts):
+            found.append(self.rounded(x))
+            x = x - found[-1]
+        return found
 
 
 @dataclass(frozen=True)
@@ -54,7 +105,7 @@ def measure(
     *,
     ratio: float = 0.999,
     times: Sequence[float] = TIMES,
-    precisions: Sequence[str] = ("fp32", "tf32", "fp16", "bf16"),
+    precisions: Sequence[str] = (*PRECISIONS, *SPLITS),
     num: int = 16,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -66,8 +117,8 @@ def measure(
         data: images of its resolution and channels; the first `num` are used (labels too).
         ratio: r/t far from zero, in (0, 1); the schedule's limit is the hardest.
         times: noise levels t.
-        precisions: what to compare with float64. tf32 on a CPU is emulated: operands of convolutions
-            and linear layers are rounded to 10 bits.
+        precisions: what to compare with float64, of `PRECISIONS` and `SPLITS`. tf32 on a CPU is emulated:
+            operands of convolutions and linear layers are rounded to 10 bits.
 
     Raises:
         ValueError: images that do not fit the network, a ratio out of range.
@@ -117,7 +168,7 @@ def _differences(
     if precision == "tf32" and not is_cuda:
         net = _rounding_to_tf32(net)
     wide = torch.float64 if precision == "float64" else torch.float32
-    dtype = wide if precision == "float64" else PRECISIONS[precision]
+    dtype = PRECISIONS.get(precision, wide)
     net = in_precision(net, dtype) if dtype != wide else net
     sample = torch.arange(len(images), device=images.device)
     key = PhiloxKey(seed=seed, step=0, sample=sample)
@@ -129,7 +180,8 @@ def _differences(
         assert pair.x_r is not None
         denoised = []
         for x, s in ((pair.x_t.to(wide), level.to(wide)), (pair.x_r.to(wide), r.to(wide))):
-            output = net.raw(network_input(x, s, net.sigma_data, dtype), s, labels)
+            with SplitConvolutions(precision) if precision in SPLITS else nullcontext():
+                output = net.raw(network_input(x, s, net.sigma_data, dtype), s, labels)
             denoised.append(denoise(output, x, s, net.sigma_data))
         found.append(denoised[0] - denoised[1])
     return found
@@ -145,12 +197,6 @@ def _rounding_to_tf32(net: Precond) -> Precond:
             modules[path].weight.data = _to_tf32(modules[path].weight.data)
             modules[path].register_forward_pre_hook(lambda _, inputs: (_to_tf32(inputs[0]),))
     return rounded
-
-
-def _to_tf32(x: torch.Tensor) -> torch.Tensor:
-    """fp32 rounded to 10 bits of mantissa, to the nearest even."""
-    bits = x.contiguous().view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
 def plot(readings: Sequence[Reading], path: str | Path) -> None:
@@ -174,5 +220,5 @@ def plot(readings: Sequence[Reading], path: str | Path) -> None:
     axes.set_xlabel("noise level t")
     axes.set_ylabel("norm, median over images")
     axes.set_title(f"D(x_t,t) - D(x_r,r) at r/t = {readings[0].ratio:g}, and its rounding error")
-    axes.legend()
+    figure.legend(loc="outside right center")
     figure.savefig(path, dpi=150)

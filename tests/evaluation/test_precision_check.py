@@ -7,7 +7,7 @@ import torch
 from tcm_fast.checkpoint.format import save_network
 from tcm_fast.cli.main import main
 from tcm_fast.data.dataset import ImageData
-from tcm_fast.evaluation.precision_check import _to_tf32, measure, plot
+from tcm_fast.evaluation.precision_check import SplitConvolutions, _to_tf32, measure, plot
 from tcm_fast.networks import build_network
 
 
@@ -33,6 +33,26 @@ def test_tf32_keeps_ten_bits_to_the_nearest_even():
     assert _to_tf32(x).tolist() == expected
 
 
+@pytest.mark.parametrize(("name", "bits"), [("bf16x3", 16), ("bf16x6", 20), ("tf32x3", 20)])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_split_convolutions(name, bits, groups):
+    """What is left out is the products of the smallest parts: 2^-18, 2^-27 and 2^-22 of each product, in
+    at most three of them; fp32's own rounding of 144 terms' sum comes on top."""
+    x, weight, bias = torch.randn(3, 16, 9, 7), torch.randn(8, 16 // groups, 3, 3), torch.randn(8)
+
+    def convolve(*operands):
+        return torch.nn.functional.conv2d(*operands, stride=2, padding=1, groups=groups)
+
+    with torch.no_grad(), SplitConvolutions(name):
+        found = convolve(x, weight, bias)
+        exact = convolve(x.double(), weight.double(), bias.double())  # float64 is left alone
+    magnitude = convolve(x.double().abs(), weight.double().abs(), bias.double().abs())
+    error = ((found - exact).abs() / magnitude).max()
+    assert found.dtype == torch.float32
+    assert error < 2.0**-bits
+    assert (convolve(x.bfloat16(), weight.bfloat16(), bias.bfloat16()) - exact).abs().max() > 2**-9
+
+
 def test_coarser_precisions_add_more_noise_to_the_same_signal():
     net = network()
     readings = measure(net, images(), num=8, times=(1.0, 10.0), ratio=0.99)
@@ -44,6 +64,8 @@ def test_coarser_precisions_add_more_noise_to_the_same_signal():
         assert fp32.noise < 0.02 * fp16.noise
         assert fp32.noise < 0.02 * tf32.noise
         assert fp16.noise < bf16.noise
+        for name in ("bf16x3", "bf16x6", "tf32x3"):
+            assert by_name[name][i].noise < 0.2 * tf32.noise
         assert fp32.signal == bf16.signal > 0
         assert fp32.cosine > 0.999 > bf16.cosine
     assert all(p.dtype == torch.float32 for p in net.parameters())
