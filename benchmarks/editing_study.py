@@ -2,8 +2,8 @@
 
 A picture: for each task what is given, its mask, and five results; last interpolations. And a table: kernel
 distances (KID) of edited images to the real ones, which the network was not trained on, of the whole images
-and of the generated part alone, beside naive copies; and images per second of CPU time. The picture goes to --out, the table
-beside it and to the standard output.
+and of the generated part alone, beside naive copies; and images per second of CPU time. The picture goes to
+--out, the table beside it and to the standard output.
 """
 
 from __future__ import annotations
