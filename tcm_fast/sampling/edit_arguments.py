@@ -83,7 +83,7 @@ def as_images(net: Precond, images: Images | None, name: str) -> torch.Tensor:
     """The images of a task, uint8 (or fp32 where it takes that) [N,H,W,C], of a size that it takes."""
     if images is None:
         raise ValueError(f"images: {name} needs some, got None")
-    y = torch.as_tensor(images).cpu()
+    y = _tensor(images)
     takes_floats, size = name == "denoise", net.img_resolution
     if not (y.dtype == torch.uint8 or (takes_floats and y.is_floating_point())):
         kinds = "uint8, or floats in units of [-1,1]," if takes_floats else "uint8"
@@ -106,6 +106,13 @@ def as_images(net: Precond, images: Images | None, name: str) -> torch.Tensor:
     elif (height, width) != (size, size):
         raise ValueError(f"images: must be the network's {size}x{size}, got {width}x{height}")
     return y
+
+
+def _tensor(images: Images) -> torch.Tensor:
+    """On the CPU; arrays that are read-only or not contiguous are copied."""
+    if isinstance(images, np.ndarray):
+        return torch.from_numpy(np.require(images, requirements=["C", "W"]))
+    return torch.as_tensor(images).cpu()
 
 
 def in_channels(y: torch.Tensor, channels: int) -> torch.Tensor:
@@ -139,7 +146,7 @@ def mask_rows(mask: Images | None, what: Task, name: str, y: torch.Tensor) -> li
         if what.mask == "needed":
             raise ValueError(f"mask: {name} needs one, which says where pixels are generated")
         return []
-    rows = torch.as_tensor(mask).cpu()
+    rows = _tensor(mask)
     if rows.dtype not in (torch.bool, torch.uint8):
         raise TypeError(f"mask: must be bool or uint8, got {str(rows.dtype)[6:]}")
     size = y.shape[1:3]
@@ -207,6 +214,11 @@ def edit_levels(
     return levels, networks_at(net, levels, stage1, allow_below_t_prime)
 
 
+def _count(labels: Labels) -> int:
+    """How many classes are given."""
+    return 1 if labels is None or np.ndim(labels) == 0 else len(labels)  # type: ignore[arg-type]
+
+
 def edit_labels(net: Precond, labels: Labels, inputs: int) -> torch.Tensor | None:
     """Labels [N] or [N,K] of the images of an edit, None for an unconditional network."""
     if net.label_dim and labels is None:
@@ -215,11 +227,9 @@ def edit_labels(net: Precond, labels: Labels, inputs: int) -> torch.Tensor | Non
             f"{net.label_dim - 1} (--classes)"
         )
     rows = label_rows(net, inputs, labels, 0)
-    if rows is None or labels is None or isinstance(labels, int):
-        return rows
-    if len(labels) not in (1, inputs):
+    if rows is not None and _count(labels) not in (1, inputs):
         raise ValueError(
-            f"labels: must be one class, or one for each of {inputs} images, got {len(labels)}"
+            f"labels: must be one class, or one for each of {inputs} images, got {_count(labels)}"
         )
     return rows
 
@@ -253,7 +263,7 @@ def both_seeds(seed: int, seeds: Sequence[int] | None) -> tuple[int, int]:
 
 def label_path(net: Precond, labels: Labels, frames: int) -> torch.Tensor | None:
     """One-hot labels fp32 [n,K] from one class to the other, None for an unconditional network."""
-    count = 1 if labels is None or isinstance(labels, int) else len(labels)
+    count = _count(labels)
     if count not in (1, 2):
         raise ValueError(f"labels: interpolate takes one class or two, got {count}")
     rows = edit_labels(net, labels, count)

@@ -220,6 +220,7 @@ def test_labels_go_with_the_images():
         return (((edited[:, 0, 3, 0].float() - 128) / 127.5 + 0.5) * 4).round().int().tolist()
 
     assert classes(labels=1) == classes(labels=[1]) == [1] * 4
+    assert classes(labels=np.int64(1)) == classes(labels=torch.tensor(1)) == [1] * 4
     assert classes(labels=[2, 0]) == classes(labels=torch.tensor([2, 0])) == [2, 2, 0, 0]
     assert classes(labels=torch.eye(3)[[0, 2]]) == [0, 0, 2, 2]
 
@@ -265,6 +266,15 @@ def test_masks_of_bytes_and_one_for_each_image():
     assert torch.equal(edited[2:, :, 2:], y[1:, :, 2:].expand(2, -1, -1, -1))
     as_bytes = masks.numpy() * np.uint8(128)
     assert torch.equal(edit(Gaussian(), y, "inpaint", mask=as_bytes, num=2), edited)
+
+
+def test_arrays_that_are_views_or_read_only():
+    y, mask = images().numpy(), HALF.numpy().copy()
+    expected = edit(Gaussian(), y, "inpaint", mask=mask)
+    y.flags.writeable = mask.flags.writeable = False
+    flipped = y[:, ::-1].copy()
+    assert torch.equal(edit(Gaussian(), flipped[:, ::-1], "inpaint", mask=mask), expected)
+    assert torch.equal(edit(Gaussian(), y, "inpaint", mask=mask), expected)
 
 
 def test_a_real_network_in_16_bits():
