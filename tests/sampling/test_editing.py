@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from replays import OnHost
 from torch import nn
 
 import tcm_fast
 from tcm_fast.cli.edit import Task
 from tcm_fast.kernels.philox import philox_normal
+from tcm_fast.runtime.cuda_graphs import GraphCache
 from tcm_fast.sampling.edit_arguments import TASKS
 from tcm_fast.sampling.editing import edit, slerp
-from tcm_fast.sampling.sampler import NOISE_LAYER, sample
+from tcm_fast.sampling.sampler import NOISE_LAYER, Sampler, sample
 
 TCM = {"phase": "tcm", "t_prime": 1.0}
 HALF = torch.tensor([[False, False, True, True]]).expand(4, 4)
@@ -290,6 +292,26 @@ def test_a_real_network_in_16_bits():
             net, y, "inpaint", mask=mask, labels=1, num=2, precision=precision, steps=2
         )
         assert torch.equal(edited[:, ~mask], y.repeat_interleave(2, 0)[:, ~mask])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_as_one_captured_graph(task, monkeypatch):
+    """As on a GPU: from the third batch on it is replayed with what the next images are."""
+    y, options = arguments(task)
+    y = torch.cat([y, images(8, size=y.shape[1], seed=1)]) if task != "interpolate" else y
+    options |= {"num": 12} if task == "interpolate" else {}
+    expected = edit(Gaussian(), y, task, **options)
+    places, make = [], Sampler.__init__
+
+    def with_graphs(self, *arguments, **given):
+        make(self, *arguments, **given)
+        places.append(OnHost())
+        self.graphs = GraphCache(places[-1])
+
+    monkeypatch.setattr(Sampler, "__init__", with_graphs)
+    assert torch.equal(edit(Gaussian(), y, task, batch_size=2, **options), expected)
+    assert places[0].captures == 1
+    assert places[0].replays >= 3
 
 
 # ---- refusals -----------------------------------------------------------------------------------
