@@ -390,4 +390,5 @@ def sample_providers(case: SampleCase) -> dict[str, Step]:
         precision=case.precision,
     )  # fmt: skip
     numbers = torch.arange(case.batch, device=device)
-    return {"plain": plain, "tcm_fast": lambda: sampler.draw(numbers, labels).cpu()}
+    given = [] if labels is None else [labels]
+    return {"plain": plain, "tcm_fast": lambda: sampler.draw(numbers, *given).cpu()}

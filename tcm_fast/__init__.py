@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tcm_fast.drop_in.accelerate import accelerate, restore
     from tcm_fast.interchange.hub import load_network
     from tcm_fast.networks import build_network
+    from tcm_fast.sampling.editing import edit
     from tcm_fast.sampling.sampler import sample
     from tcm_fast.training.trainer import Trainer
 
@@ -25,6 +26,7 @@ _HOMES = {
     "Trainer": "training.trainer",
     "accelerate": "drop_in.accelerate",
     "build_network": "networks",
+    "edit": "sampling.editing",
     "load_config": "config",
     "load_network": "interchange.hub",
     "load_preset": "config",
@@ -38,6 +40,7 @@ __all__ = [
     "Trainer",
     "accelerate",
     "build_network",
+    "edit",
     "load_config",
     "load_network",
     "load_preset",

@@ -40,6 +40,7 @@ NOT_RUN = {
     "convert network-snapshot.pkl": "needs a foreign file; tests/interchange/test_convert.py makes some",
     "sample edm2-s.safetensors": "needs that file converted",
     "sample hf:": "the Hub; tests/interchange/test_hub.py has one of its own",
+    "edit runs/photos --task colorize": "needs a network of 3 channels; tests/cli/test_edit.py",
     "push": "as above",
     "pull": "as above",
     "data pack imagenet": "needs ImageNet",
@@ -134,6 +135,10 @@ def folder(tmp_path_factory):
     train(tiny("digits:train", edm=short, ect=short, tcm=short), place / "runs/digits")
     for name in ("photos", "mine"):
         shutil.copytree(place / "runs/digits", place / "runs" / name)
+    size = {"small": 4}
+    for name in ("photo", "hole", "small", "sketch", "noisy"):
+        pixels = rng.integers(0, 256, (size.get(name, 8),) * 2, np.uint8)
+        Image.fromarray(pixels).save(place / f"{name}.png")
     (place / "mine.toml").write_text('base = "cifar10"\n')
     (place / "prices.toml").write_text("[per_hour]\nh200 = 3.1\n")
     return place

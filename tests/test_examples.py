@@ -96,3 +96,12 @@ def test_lightning(seed):
     fresh = tcm_fast.build_network("ddpmpp", img_resolution=8, img_channels=3, **TOY)
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in fresh.parameters())
     assert tcm_fast.sample(net, 2).shape == (2, 8, 8, 3)
+
+
+def test_editing():
+    """Of data that is one of two images, what is known of one leaves only that one."""
+    pictures, filled, of_rows = example("edit_any_denoiser").main()
+    expected = pictures.repeat_interleave(2, 0)
+    assert torch.equal(filled[:, :3], expected[:, :3])
+    assert (filled.int() - expected.int()).abs().max() <= 1
+    assert (of_rows.int() - expected.int()).abs().max() <= 1

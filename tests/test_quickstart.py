@@ -5,13 +5,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
+import tcm_fast
 from tcm_fast.checkpoint.format import load_checkpoint, load_network
 from tcm_fast.checkpoint.run_folder import newest_checkpoint
 from tcm_fast.data.dataset import load_images
 from tcm_fast.evaluation.features import digits_feature_space
-from tcm_fast.evaluation.metrics import evaluate_network
+from tcm_fast.evaluation.metrics import evaluate_network, kernel_distance
 
 
 @pytest.mark.slow
@@ -37,5 +39,17 @@ def test_the_quick_start_makes_digits(tmp_path):
     assert one.copied == 0
     assert one.memorised <= 0.03  # 0.01 is what chance gives
     assert one.frechet < 1.5
+
+    test = load_images("digits:test")
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[:, 4:] = True
+    filled = tcm_fast.edit(net, test.images, "inpaint", mask=mask, labels=test.labels.tolist())
+    assert (filled[:, :, :4].numpy() == test.images[:, :, :4]).all()
+    edge = test.images[
+        :, :, [0, 1, 2, 3, 3, 3, 3, 3]
+    ]  # the known half and copies of its last column
+    real = space.features(test.images)
+    by_network, by_copying = (kernel_distance(space.features(x), real) for x in (filled, edge))
+    assert by_network < by_copying / 10
     for line in ("Fréchet", "real data", f"tcm-fast sample {out}", f"tcm-fast eval {out}"):
         assert line in done.stdout

@@ -19,6 +19,7 @@ from tcm_fast.cli.bench import Bench, run_bench
 from tcm_fast.cli.convert import Convert, Ema, run_convert, run_ema
 from tcm_fast.cli.data import Data, run_data
 from tcm_fast.cli.doctor import Doctor, run_doctor
+from tcm_fast.cli.edit import Edit, run_edit
 from tcm_fast.cli.eval import Eval, SearchTimes, run_eval, run_search
 from tcm_fast.cli.hub import Pull, Push, run_pull, run_push
 from tcm_fast.cli.plan import Plan, run_plan
@@ -36,6 +37,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Train: run_train,
     Plan: run_plan,
     Sample: run_sample,
+    Edit: run_edit,
     Eval: run_eval,
     SearchTimes: run_search,
     Data: run_data,

@@ -48,7 +48,7 @@ class Sample:
 def run_sample(args: Sample) -> int:
     from tcm_fast.interchange.hub import load_network
     from tcm_fast.runtime.distributed import join
-    from tcm_fast.sampling import image_io, sampler
+    from tcm_fast.sampling import arguments, image_io, sampler
 
     workers = join(args.device)
     net = load_network(args.source, device=workers.device)
@@ -69,7 +69,7 @@ def run_sample(args: Sample) -> int:
         batches = [(args.start, sampler.sample_shared(net, args.num, workers, **options))]
     else:
         batches = sampler.sample_batches(net, args.num, **options)
-    numbers = sampler.class_numbers(net, args.num, labels, args.start)
+    numbers = arguments.class_numbers(net, args.num, labels, args.start)
     columns = len(labels) if labels and 1 < len(labels) <= MOST_COLUMNS else None
     workers.on_main(
         lambda: image_io.write_samples(

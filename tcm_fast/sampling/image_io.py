@@ -37,21 +37,40 @@ def write_samples(
         OSError: the disk is full or the like.
     """
     out = Path(out)
-    kind = out.suffix.lower()
-    if kind in NOT_OURS:
-        raise ValueError(f"out: must end in .png or .npz, or be a folder, got {out}")
+    kind = check_out(out, overwrite)
     if kind in (".png", ".npz"):
-        _check_free(out, overwrite)
         images = np.concatenate([_array(batch) for _, batch in batches])
         if kind == ".png":
             save_grid(images, out, columns, scale, overwrite=overwrite)
         else:
             save_npz(images, labels, out, overwrite=overwrite)
         return out
-    _check_folder(out)
     for first, batch in batches:
         save_images(batch, out, start=first, overwrite=overwrite)
     return out
+
+
+def check_out(out: Path, overwrite: bool = False) -> str:
+    """The ending of `out`, in lower case, after which `write_samples` goes. Its errors, before anything is
+    drawn."""
+    kind = out.suffix.lower()
+    if kind in NOT_OURS:
+        raise ValueError(f"out: must end in .png or .npz, or be a folder, got {out}")
+    if kind in (".png", ".npz"):
+        _check_free(out, overwrite)
+    else:
+        _check_folder(out)
+    return kind
+
+
+def save_image(
+    image: torch.Tensor | np.ndarray, path: str | Path, *, overwrite: bool = False
+) -> None:
+    """Write one image, uint8 [H,W,C], as a PNG of its own size. Errors as `write_samples`."""
+    path = Path(path)
+    _check_free(path, overwrite)
+    with replacing(path) as temporary:
+        _picture(_array(image[None])[0]).save(temporary, format="PNG")
 
 
 def save_grid(

@@ -7,16 +7,14 @@ keyed by (seed, sampling step, i).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from tcm_fast.checkpoint.format import load_stage1
 from tcm_fast.kernels._backend import fast_layout
 from tcm_fast.kernels.denoise_to_uint8 import denoise_to_uint8, to_uint8
 from tcm_fast.kernels.dropout import PhiloxKey
@@ -29,12 +27,19 @@ from tcm_fast.objectives import is_consistency
 from tcm_fast.runtime.arithmetic import PRECISIONS, tf32
 from tcm_fast.runtime.cuda_graphs import CaptureError, CudaPlace, GraphCache
 from tcm_fast.runtime.distributed import Workers
+from tcm_fast.sampling.arguments import (
+    Labels,
+    check_numbers,
+    label_rows,
+    network_info,
+    networks_at,
+    one_hot,
+    times_of,
+)
 from tcm_fast.sampling.solvers import (
     HEUN_STEPS,
     Denoiser,
     Solver,
-    T,
-    default_times,
     heun,
     heun_levels,
     multistep,
@@ -43,8 +48,6 @@ from tcm_fast.sampling.solvers import (
 LARGEST_BATCH = 2**20  # pixels on a GPU (1024 images at 32x32): more is no faster
 SHARED_BATCH = 256  # images of a batch that processes with GPUs share out
 NOISE_LAYER = 0x80000001  # Philox key of sampling noise; training noise has 0x80000000
-
-Labels = int | Sequence[int] | torch.Tensor | None
 
 
 # ---- sampling -----------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ def sample_batches(
 
     Arguments are checked when it is called, images are computed when they are asked for."""
     nets = [net]
-    phase = _info(net).get("phase")
+    phase = network_info(net).get("phase")
     if not is_consistency(phase):
         if times is not None:
             raise ValueError(
@@ -154,136 +157,50 @@ def sample_batches(
         solve: Solver = heun
         levels = heun_levels(HEUN_STEPS if steps is None else steps)
     else:
-        levels, solve = _times(steps, times, _info(net).get("t_prime")), multistep
-        nets = _networks_at(net, levels, stage1, allow_below_t_prime)
-    if num < 1:
-        raise ValueError(f"num: must be at least 1, got {num}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed: must lie in [0, 2**32), got {seed}")
-    if not (start >= 0 and start + num <= 2**32):
-        raise ValueError(f"start: images are numbered from 0 to 2**32 - 1, got {start} + {num}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
-    rows = _label_rows(net, num, labels, start)
+        levels, solve = times_of(steps, times, network_info(net).get("t_prime")), multistep
+        nets = networks_at(net, levels, stage1, allow_below_t_prime)
+    check_numbers(num, seed, start, batch_size)
+    rows = label_rows(net, num, labels, start)
     sampler = Sampler(nets, solve, levels, seed=seed, device=device, precision=precision)
 
-    def given(first: int, n: int) -> torch.Tensor | None:
-        if rows is None:
-            return None
-        some = rows[first : first + n].to(sampler.device)
-        if some.ndim == 1:
-            some = torch.nn.functional.one_hot(some, net.label_dim).to(torch.float32)
-        return some
+    def given(first: int, n: int) -> list[torch.Tensor]:
+        return [] if rows is None else [one_hot(rows[first : first + n], net.label_dim)]
 
-    def generate() -> Iterator[tuple[int, torch.Tensor]]:
-        size = batch_size or sampler.batch_size(given(0, 1))
-        ahead = 0 if sampler.graphs is None else 1  # batches drawn while an earlier one is used
-        with Progress(console=Console(stderr=True), disable=not progress) as bar:
-            task = bar.add_task("sampling", total=num)
-            drawn: deque[tuple[int, Fetched]] = deque()
-            own = range(share[0] * size, num, share[1] * size)
-            for first in own:
-                n = min(size, num - first)
-                numbers = torch.arange(start + first, start + first + n, device=sampler.device)
-                drawn.append((start + first, Fetched(sampler.draw(numbers, given(first, n)))))
-                while len(drawn) > (ahead if first != own[-1] else 0):
-                    number, fetched = drawn.popleft()
-                    yield number, fetched.images()
-                    bar.advance(task, len(fetched.host))
-
-    return generate()
+    return generate(sampler, num, given, start, batch_size, progress=progress, share=share)
 
 
-def class_numbers(
-    net: Precond, num: int, labels: Labels = None, start: int = 0
-) -> torch.Tensor | None:
-    """The class of each image that `sample` draws with these arguments: int64 [num], or None for an
-    unconditional network. ValueError for labels that the network does not have."""
-    rows = _label_rows(net, num, labels, start)
-    return rows if rows is None or rows.ndim == 1 else rows.argmax(1)
+def generate(
+    sampler: Sampler,
+    num: int,
+    given: Callable[[int, int], Sequence[torch.Tensor]],
+    start: int = 0,
+    batch_size: int | None = None,
+    *,
+    progress: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Batch by batch what a sampler draws: the number of the first image and uint8 [n,H,W,C].
 
+    given: (first, n) -> what `Sampler.draw` takes beside the numbers, for n images from the first-th on.
+    The rest as in `sample_batches`."""
 
-# ---- arguments ----------------------------------------------------------------------------------
+    def on_device(first: int, n: int) -> list[torch.Tensor]:
+        return [tensor.to(sampler.device) for tensor in given(first, n)]
 
-
-def _info(net: Precond) -> dict:
-    return getattr(net, "info", {})
-
-
-def _times(steps: int | None, times: Sequence[float] | None, t_prime: float | None) -> list[float]:
-    """The noise levels to visit, T first."""
-    if times is None:
-        return default_times(1 if steps is None else steps, t_prime)
-    levels = [float(t) for t in times]
-    if not levels or levels[0] != T:
-        levels.insert(0, T)
-    if not (levels[-1] > 0 and all(t > t_next for t, t_next in pairwise(levels))):
-        raise ValueError(
-            f"times: must fall strictly from at most {T:g} and stay positive, got {list(times)}"
-        )
-    if steps not in (None, 1, len(levels)):
-        raise ValueError(
-            f"steps: {steps} steps need {steps - 1} times after the first, got {len(levels) - 1}"
-        )
-    return levels
-
-
-def _networks_at(
-    net: Precond, times: Sequence[float], stage1: Precond | None, allow_below_t_prime: bool
-) -> list[Precond]:
-    """Which network computes each time: below t' the stage-1 network."""
-    t_prime = _info(net).get("t_prime")
-    if t_prime is None or times[-1] >= t_prime:
-        return [net] * len(times)
-    stage1 = stage1 or getattr(net, "stage1", None)
-    source = getattr(net, "source", None)
-    if stage1 is None and source is not None:
-        stage1 = load_stage1(source)
-    if stage1 is None:
-        if allow_below_t_prime:
-            return [net] * len(times)
-        raise ValueError(
-            f"times: {times[-1]:g} lies below t'={t_prime:g}, where this network was not trained, "
-            f"and its stage-1 network is not there; use times of at least {t_prime:g}, or allow it "
-            "with --allow-below-t-prime"
-        )
-    for name in ("img_resolution", "img_channels", "label_dim"):
-        if getattr(stage1, name) != getattr(net, name):
-            raise ValueError(
-                f"stage1: {name} must be the network's {getattr(net, name)}, "
-                f"got {getattr(stage1, name)}"
-            )
-    return [stage1 if t < t_prime else net for t in times]
-
-
-def _label_rows(net: Precond, num: int, labels: Labels, start: int) -> torch.Tensor | None:
-    """Class numbers int64 [num], rows [num,K] as they were given, or None."""
-    classes = net.label_dim
-    if not classes:
-        if labels is not None:
-            raise ValueError("labels: the network is unconditional, it takes none")
-        return None
-    if isinstance(labels, torch.Tensor) and labels.ndim == 2:
-        if labels.shape != (num, classes):
-            raise ValueError(
-                f"labels: one-hot labels must be [{num},{classes}], got {list(labels.shape)}"
-            )
-        return labels.to("cpu", torch.float32)
-    if isinstance(labels, (int, list, tuple)):
-        for label in [labels] if isinstance(labels, int) else labels:
-            if isinstance(label, int) and not 0 <= label < classes:  # perhaps of more than 64 bits
-                raise ValueError(f"labels: must lie in [0, {classes}), got {label}")
-    given = torch.as_tensor(range(classes) if labels is None else labels)
-    if given.is_floating_point() or given.ndim > 1 or given.numel() == 0:
-        raise ValueError(
-            "labels: must be an int, ints or one-hot rows, "
-            f"got {given.dtype} of shape {list(given.shape)}"
-        )
-    given = given.reshape(-1).to("cpu", torch.int64)
-    wrong = given[(given < 0) | (given >= classes)]
-    if len(wrong):
-        raise ValueError(f"labels: must lie in [0, {classes}), got {int(wrong[0])}")
-    return given[torch.arange(start, start + num) % len(given)]
+    size = batch_size or sampler.batch_size(*on_device(0, 1))
+    ahead = 0 if sampler.graphs is None else 1  # batches drawn while an earlier one is used
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("sampling", total=num)
+        drawn: deque[tuple[int, Fetched]] = deque()
+        own = range(share[0] * size, num, share[1] * size)
+        for first in own:
+            n = min(size, num - first)
+            numbers = torch.arange(start + first, start + first + n, device=sampler.device)
+            drawn.append((start + first, Fetched(sampler.draw(numbers, *on_device(first, n)))))
+            while len(drawn) > (ahead if first != own[-1] else 0):
+                number, fetched = drawn.popleft()
+                yield number, fetched.images()
+                bar.advance(task, len(fetched.host))
 
 
 def _default_batch_size(resolution: int, device: torch.device) -> int:
@@ -339,12 +256,13 @@ class Sampler:
             net.to(memory_format=fast_layout(self.device))  # type: ignore[call-overload]
         return in_precision(net, self.dtype) if isinstance(net, Precond) else net
 
-    def draw(self, numbers: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def draw(self, numbers: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
         """Images uint8 [n,H,W,C] on the device, valid until the next call. Where they run
         out of memory they are drawn in halves: the same images.
 
-        numbers: int64 [n] on the device; labels: one-hot fp32 [n,K] on the device, or None."""
-        tensors = [numbers] if labels is None else [numbers, labels]
+        numbers: int64 [n] on the device; given, on the device too and with a row for each image: for a
+        class-conditional network first one-hot labels fp32 [n,K]; then what `solve` takes besides."""
+        tensors = [numbers, *given]
         for is_last in (len(numbers) == 1 and self.graphs is None, len(numbers) == 1):
             try:
                 return self._draw_together(*tensors)
@@ -371,7 +289,8 @@ class Sampler:
         with self.graphs.memory():
             return self._draw(*tensors)
 
-    def _draw(self, numbers: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def _draw(self, numbers: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        labels, rest = (given[0], given[1:]) if self.nets[0].label_dim else (None, given)
         if self.solve is multistep and all(isinstance(net, Precond) for net in self.nets):
             return self._multistep(numbers, labels)
 
@@ -381,7 +300,7 @@ class Sampler:
         def denoiser(net: Precond) -> Denoiser:
             return lambda x, t: net(x, numbers.new_full((len(x),), t, dtype=x.dtype), labels)
 
-        return to_uint8(self.solve(noise, [denoiser(net) for net in self.nets], self.levels))
+        return to_uint8(self.solve(noise, [denoiser(net) for net in self.nets], self.levels, *rest))
 
     def _multistep(self, numbers: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """`multistep` in as few passes over the images as there are: noise and scaling before the
@@ -397,19 +316,18 @@ class Sampler:
                 y = denoise(output, noisy.x_t, t, net.sigma_data)
         return denoise_to_uint8(output, noisy.x_t, t, net.sigma_data)
 
-    def batch_size(self, labels: torch.Tensor | None) -> int:
+    def batch_size(self, *given: torch.Tensor) -> int:
         """Images a call that fill the device: on a GPU as many as take half of its free memory,
-        estimated from a small batch."""
+        estimated from a small batch. `given` as in `draw`, of one image."""
         size = _default_batch_size(self.shape[-1], self.device)
         if self.graphs is None:
             return size
         probe = 8
-        given = None if labels is None else labels[:1].expand(probe, -1)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         with torch.inference_mode(), _evaluating(self.nets):
             numbers = torch.arange(probe, device=self.device)
-            self._draw(*([numbers] if given is None else [numbers, given]))
+            self._draw(numbers, *(t.expand(probe, *t.shape[1:]) for t in given))
         each = (torch.cuda.max_memory_allocated(self.device) - before) / probe
         free, _ = torch.cuda.mem_get_info(self.device)
         fitting = max(1, int(free / 2 / max(each, 1)))

@@ -14,8 +14,9 @@ SIGMA_MIN, RHO, HEUN_STEPS = 0.002, 7.0, 18  # Karras et al. 2022, table 1
 
 Noise = Callable[[int], torch.Tensor]  # sampling step -> unit Gaussian [n,C,H,W]
 Denoiser = Callable[[torch.Tensor, float], torch.Tensor]  # x [n,C,H,W], noise level -> D(x,t)
-# noise, the denoiser and the noise level of each step -> images [n,C,H,W] in [-1,1]
-Solver = Callable[[Noise, Sequence[Denoiser], Sequence[float]], torch.Tensor]
+# noise, the denoiser and the noise level of each step, and what else the solver takes for each image
+# -> images [n,C,H,W] in [-1,1]
+Solver = Callable[..., torch.Tensor]
 
 
 def default_times(steps: int, t_prime: float | None = None) -> list[float]:
@@ -25,13 +26,18 @@ def default_times(steps: int, t_prime: float | None = None) -> list[float]:
     Geometric, because equal ratios divide ln t evenly, which is the networks' input and what training
     draws; equal differences would spend nearly all steps at noise that hides everything
     but the coarsest shapes. For more than two steps nothing is published for these networks."""
+    return geometric_levels(steps, T, max(LOWEST_TIME, t_prime or 0.0))
+
+
+def geometric_levels(steps: int, first: float, lowest: float) -> list[float]:
+    """Noise levels in a geometric sequence from `first` down to `lowest`, for one step the first alone.
+    ValueError for fewer steps than 1."""
     if steps < 1:
         raise ValueError(f"steps: must be at least 1, got {steps}")
     if steps == 1:
-        return [T]
-    lowest = max(LOWEST_TIME, t_prime or 0.0)
-    ratio = lowest / T
-    return [T * ratio ** (i / (steps - 1)) for i in range(steps - 1)] + [lowest]
+        return [first]
+    ratio = lowest / first
+    return [first * ratio ** (i / (steps - 1)) for i in range(steps - 1)] + [lowest]
 
 
 def heun_levels(steps: int) -> list[float]:

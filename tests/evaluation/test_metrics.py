@@ -15,7 +15,12 @@ from tcm_fast.checkpoint.format import save_network
 from tcm_fast.cli.main import main
 from tcm_fast.evaluation import features, metrics
 from tcm_fast.evaluation.features import FeatureSpace
-from tcm_fast.evaluation.metrics import evaluate, frechet_distance, nearest_distances
+from tcm_fast.evaluation.metrics import (
+    evaluate,
+    frechet_distance,
+    kernel_distance,
+    nearest_distances,
+)
 from tcm_fast.networks import build_network
 
 SHAPE = (898, 8, 8, 1)
@@ -23,6 +28,52 @@ SHAPE = (898, 8, 8, 1)
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
     return np.clip(127.5 * x + 128, 0, 255).astype(np.uint8)
+
+
+# ---- kernel distance ----------------------------------------------------------------------------
+
+
+def test_kernel_distance_is_the_formula(monkeypatch):
+    monkeypatch.setattr(metrics, "PAIRS_AT_ONCE", 64)  # in several blocks
+    generator = np.random.default_rng(0)
+    a, b = generator.standard_normal((9, 4)), generator.standard_normal((7, 4)) + 0.5
+
+    def kernel(x, y):
+        return (x @ y / 4 + 1) ** 3
+
+    within = [
+        np.mean([kernel(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])
+        for x in (a, b)
+    ]
+    expected = sum(within) - 2 * np.mean([kernel(x, y) for x in a for y in b])
+    assert kernel_distance(a, b) == pytest.approx(expected)
+    assert kernel_distance(b, a) == pytest.approx(expected)
+
+
+def test_kernel_distance_is_right_on_average_for_small_sets():
+    """For N(0, 1) and N(1, 1) in one dimension: E (ab+1)³ over independent pairs, by its moments."""
+    generator = np.random.default_rng(1)
+    draws = generator.standard_normal((4000, 2, 5, 1)) + np.array([0, 1]).reshape(1, 2, 1, 1)
+    # E[a³]E[b³] + 3 E[a²]E[b²] + 3 E[a]E[b] + 1 with moments 0, 1, 0 of one and 1, 2, 4 of the other
+    expected = (3 + 1) + (16 + 12 + 3 + 1) - 2 * (0 + 6 + 0 + 1)
+    found = [kernel_distance(a, b) for a, b in draws]
+    assert abs(np.mean(found) - expected) < 4 * np.std(found) / np.sqrt(len(found))
+    same = [kernel_distance(a, b) for a, b in draws[:, :1].reshape(2000, 2, 5, 1)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(len(same))
+    assert min(same) < 0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (np.zeros((1, 3)), np.zeros((4, 3)), r"\[N,D\] with N of at least 2, got \[1, 3\]"),
+        (np.zeros((4, 3)), np.zeros((4, 2)), "of one dimension, got D=3 and D=2"),
+        (np.zeros((4, 3)), np.full((4, 3), np.nan), "must be finite, got 4 of 4 rows"),
+    ],
+)
+def test_kernel_distance_refuses(a, b, message):
+    with pytest.raises(ValueError, match=f"kernel_distance: .*{message}"):
+        kernel_distance(a, b)
 
 
 # ---- Fréchet distance ---------------------------------------------------------------------------

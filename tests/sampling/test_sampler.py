@@ -19,8 +19,9 @@ from tcm_fast.kernels.denoise_to_uint8 import to_uint8
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import build_network
 from tcm_fast.runtime.cuda_graphs import GraphCache
+from tcm_fast.sampling.arguments import class_numbers
 from tcm_fast.sampling.image_io import GAP, save_grid, save_images, save_npz, write_samples
-from tcm_fast.sampling.sampler import NOISE_LAYER, Sampler, class_numbers, sample, sample_batches
+from tcm_fast.sampling.sampler import NOISE_LAYER, Sampler, sample, sample_batches
 from tcm_fast.sampling.solvers import default_times, heun, heun_levels, multistep
 
 
