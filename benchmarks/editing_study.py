@@ -18,10 +18,10 @@ import torch
 from PIL import Image, ImageDraw
 from scipy.ndimage import distance_transform_edt
 
+from tcm_fast.checkpoint.format import load_network
 from tcm_fast.data.dataset import ImageData, load_images
 from tcm_fast.evaluation.features import FeatureSpace, feature_space
 from tcm_fast.evaluation.metrics import kernel_distance
-from tcm_fast.interchange.hub import load_network
 from tcm_fast.networks import Precond
 from tcm_fast.sampling.edit_arguments import enlarged, to_grey
 from tcm_fast.sampling.editing import edit

@@ -62,6 +62,8 @@ def _cuda_gap(index: int) -> str:
         return gap
     if not module.has_cuda():
         return "tcm_fast._C was built without its CUDA half: install nvcc and tcm_fast again"
+    if torch.version.hip:
+        return "ROCm: it serves NVIDIA's GPUs"
     # Within a major version every driver runs what every toolkit builds.
     built, runs = module.cuda_runtime_version(), module.cuda_driver_version()
     if built // 1000 > runs // 1000:
@@ -134,9 +136,11 @@ def describe() -> list[tuple[str, bool, str]]:
     costs."""
     module, gap = _load()
     gpu = torch.cuda.is_available()
-    gpu_gap = (
-        "" if gpu else "torch was built without CUDA" if not torch.version.cuda else "none found"
-    )
+    other = None if gpu else torch.accelerator.current_accelerator(check_available=True)
+    if other is not None:
+        gpu_gap = f"{other.type} is there, for which tcm_fast has no kernels: it runs on the CPU"
+    else:
+        gpu_gap = "none found" if torch.version.cuda else "torch was built without CUDA"
     forced_off = "TCM_FAST_BACKEND=reference" if backend() == "reference" else ""
     has_cuda = module is not None and module.has_cuda()
     if not has_cuda:

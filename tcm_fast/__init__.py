@@ -10,10 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tcm_fast.checkpoint.format import save_network
+    from tcm_fast.checkpoint.format import load_network, save_network
     from tcm_fast.config import Config, load_config, load_preset
     from tcm_fast.drop_in.accelerate import accelerate, restore
-    from tcm_fast.interchange.hub import load_network
     from tcm_fast.networks import build_network
     from tcm_fast.sampling.editing import edit
     from tcm_fast.sampling.sampler import sample
@@ -28,7 +27,7 @@ _HOMES = {
     "build_network": "networks",
     "edit": "sampling.editing",
     "load_config": "config",
-    "load_network": "interchange.hub",
+    "load_network": "checkpoint.format",
     "load_preset": "config",
     "restore": "drop_in.accelerate",
     "sample": "sampling.sampler",

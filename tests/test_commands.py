@@ -28,7 +28,9 @@ PAGES = {page: text for page, text in SITE["pages"]().items() if page not in HIS
 
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
-OURS = re.compile(r"(?:^|\s)(?:tcm-fast|(?:python|torchrun [^&|;]*) -m (tcm_fast[\w.]*))(?:\s|$)")
+OURS = re.compile(
+    r"(?:^|(?<!pip install)\s)(?:tcm-fast|(?:python|torchrun [^&|;]*) -m (tcm_fast[\w.]*))(?:\s|$)"
+)
 PLACEHOLDERS = {
     "RUN": "runs/digits", "SRC": "PHOTOS", "DST": "packed.zip", "NAME": "digits", "IMAGES": "PHOTOS",
     "FOLDER": "packed", "H": "8", "HOURS": "8", "FILE": "network.safetensors",

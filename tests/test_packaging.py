@@ -2,12 +2,16 @@
 
 import importlib
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
+import venv
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -256,6 +260,35 @@ def test_a_library_that_is_no_driver_is_none(monkeypatch):
     sys.modules.pop("toolchain", None)
 
 
+# ---- a release's wheels -------------------------------------------------------------------------
+
+
+def test_a_release_has_wheels_for_every_python_and_every_card(toolchain):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wheels = project["tool"]["cibuildwheel"]
+    assert wheels["build"].split() == [f"cp3{minor}-*" for minor in range(11, 15)]
+    assert project["project"]["requires-python"] == ">=3.11"
+    assert wheels["environment"]["TCM_FAST_CUDA"] == "1"  # or the build fails
+    assert wheels["environment"]["CUDA_HOME"].endswith("cuda-12.8")
+    assert "cuda-nvcc-12-8 cuda-cudart-devel-12-8" in wheels["before-all"][-1]
+    for machine in ("x86_64", "aarch64"):
+        assert wheels[f"manylinux-{machine}-image"] == "manylinux_2_28"
+    assert " ".join(toolchain.CUDA_ARCHS) in wheels["test-command"]
+
+
+def test_the_workflow_builds_them_on_a_tag():
+    yaml = pytest.importorskip("yaml", reason="PyYAML reads it; not installed")
+    text = (ROOT / ".github/workflows/wheels.yml").read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow[True]["push"] == {"tags": ["v*"]}  # YAML's `on`
+    assert workflow["permissions"] == {"contents": "read"}
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    used = [step["uses"] for step in steps if "uses" in step]
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", name) for name in used)
+    assert len(used) == len(re.findall(r"uses: \S+ # v\d+\.\d+\.\d+\n", text))
+    assert any(name.startswith("pypa/cibuildwheel@") for name in used)
+
+
 # ---- archives -----------------------------------------------------------------------------------
 
 
@@ -389,3 +422,53 @@ def test_a_failing_nvcc_costs_the_cuda_half_alone(archives, tmp_path):
     status, output = run(command, tmp_path, CUDA_HOME=str(tmp_path / "cuda"), TCM_FAST_CUDA="1")
     assert status != 0
     assert "TCM_FAST_CUDA=1, and" in output
+
+
+def empty_environment(folder, wheel):
+    """A virtual environment with the wheel, and of this environment's packages links to those that run it:
+    nothing to build with."""
+    links = folder / "packages"
+    links.mkdir()
+    left_out = ("tcm_fast", "ninja", "pybind11", "__")
+    for site in map(Path, sys.path):
+        for package in site.iterdir() if site.name.endswith("-packages") and site.is_dir() else ():
+            if not package.name.startswith(left_out) and package.suffix != ".pth":
+                with suppress(FileExistsError):
+                    (links / package.name).symlink_to(package)
+    venv.create(folder / "venv", symlinks=True)
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    (site / "packages.pth").write_text(f"{links}\n")
+    python = folder / "venv/bin/python"
+    command = ["-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel]
+    code, output = run(command, folder)
+    assert code == 0, output
+    return python.parent
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_without_a_compiler(archives, tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("the environment is laid out as on Linux")
+    folder = empty_environment(tmp_path, archives[1])
+
+    def tcm_fast(*arguments):
+        ran = subprocess.run(
+            [folder / "tcm-fast", *arguments],
+            cwd=tmp_path,
+            env=environment(PATH=str(folder), COLUMNS="200"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stdout
+        return ran.stdout
+
+    assert not any(shutil.which(name, path=str(folder)) for name in ("c++", "cc", "nvcc", "ninja"))
+    tcm_fast("train", "--preset", "digits", "--phase", "ect", "--max-steps", "2", "--out", "run")
+    tcm_fast("sample", "run", "--num", "4", "--out", "samples.png")
+    assert (tmp_path / "samples.png").is_file()
+    table = {
+        line.split("│")[1].strip(): line for line in tcm_fast("doctor").splitlines() if "│" in line
+    }
+    compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    assert ("in use" in table["C++ extension, CPU half"]) == compiler

@@ -38,6 +38,7 @@ from tcm_fast.checkpoint.atomic import (
     sync,
     write_tensors,
 )
+from tcm_fast.checkpoint.hub import local_path
 from tcm_fast.checkpoint.optimizer_state import flatten_optimizer, kind_of, restore_optimizer
 from tcm_fast.checkpoint.run_folder import (
     ATTEMPTS,
@@ -97,14 +98,17 @@ def load_network(path: str | Path, device: str | torch.device = "cpu") -> Precon
     iterations, class_names), `source` the file it came from.
 
     Args:
-        path: a .safetensors file, a checkpoint's folder, or a run (its newest complete checkpoint).
-            Of a checkpoint the first EMA is taken, and the model itself where there is none.
+        path: a .safetensors file, a checkpoint's folder, a run (its newest complete checkpoint), or
+            hf:user/repo[@revision], which is downloaded once. Of a checkpoint the first EMA is taken,
+            and the model itself where there is none.
+        device: where the network is to be.
 
     Raises:
         FileNotFoundError: no such file, or a run without a complete checkpoint.
+        ModuleNotFoundError, OSError: hf: without huggingface_hub, or the Hub cannot be reached.
         ValueError: the file is damaged, is not ours, or does not fit the network it describes.
     """
-    file, header, tensors = _open_network(Path(path))
+    file, header, tensors = _open_network(local_path(path))
     try:
         with torch.random.fork_rng(devices=[]):  # loading must not move the caller's generator
             net = build_network(**header["network"])

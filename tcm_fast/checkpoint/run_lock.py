@@ -20,12 +20,15 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # not on Windows: the owner's words decide
+except ImportError:  # Windows
+    import msvcrt
+
     fcntl = None  # type: ignore[assignment]
 
 NAME = "run.lock"
 BEAT = 30.0  # seconds between signs of life
 STALE = 600.0  # seconds of silence after which another machine's run counts as gone
+FAR = 1 << 30  # the byte that Windows locks; nobody may read a locked one
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -65,6 +68,7 @@ class RunLock:
             return
         self._over.set()
         self._thread.join()
+        os.ftruncate(self._descriptor, 0)  # for Windows, which deletes no open file
         if self._is_ours():
             with suppress(OSError):
                 self.path.unlink()
@@ -74,7 +78,7 @@ class RunLock:
     def _acquire(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 self._claim()
             except BaseException:
@@ -87,11 +91,14 @@ class RunLock:
 
     def _claim(self) -> None:
         """Write ourselves into the open file. FileExistsError where its owner lives."""
-        is_free, is_known = True, fcntl is not None
+        is_free = is_known = True
         try:
             if fcntl is not None:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            else:
+                os.lseek(self._descriptor, FAR, os.SEEK_SET)
+                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except (BlockingIOError, PermissionError):
             is_free = False
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -112,11 +119,13 @@ class RunLock:
             "since": time.time(),
         }
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(own).encode(), 0)
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        os.write(self._descriptor, json.dumps(own).encode())
 
     def _read(self) -> dict[str, Any]:
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
         try:
-            owner = json.loads(os.pread(self._descriptor, 4096, 0) or b"null")
+            owner = json.loads(os.read(self._descriptor, 4096) or b"null")
         except ValueError:
             return {}
         return owner if isinstance(owner, dict) else {}
@@ -132,7 +141,7 @@ class RunLock:
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
             with suppress(OSError):
-                os.utime(self._descriptor)
+                os.utime(self._descriptor if os.utime in os.supports_fd else self.path)
 
 
 def _lives(owner: dict[str, Any], silence: float, lock_is_ours: bool) -> bool:
@@ -154,6 +163,8 @@ def _begun(pid: int) -> str | None:
         pass
     if Path("/proc/self").exists():
         return None
+    if fcntl is None:  # where `os.kill` does not ask
+        return "unknown"
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -54,8 +54,9 @@ class Ema:
 
 
 def run_convert(args: Convert) -> int:
+    from tcm_fast.checkpoint.format import load_network
+    from tcm_fast.checkpoint.hub import PREFIX
     from tcm_fast.interchange import convert
-    from tcm_fast.interchange.hub import PREFIX, load_network
 
     is_ours = args.source.is_dir() or args.source.suffix == ".safetensors"
     is_ours = is_ours or str(args.source).startswith(PREFIX)

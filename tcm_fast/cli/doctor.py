@@ -32,8 +32,8 @@ class Doctor:
     precision does to a trained network."""
 
     precision: Path | None = None
-    """A run or network file: measure the rounding error of each precision against the signal that the
-    consistency loss learns from."""
+    """A run, network file or hf:user/repo: measure the rounding error of each precision against the signal
+    that the consistency loss learns from."""
     ratio: float = 0.999
     """r/t at which to measure; the schedule's limit is the hardest."""
     data: str | None = None
@@ -78,17 +78,19 @@ def check_precision(args: Doctor, source: Path) -> int:
     from rich.table import Table
 
     from tcm_fast.checkpoint.format import load_network
+    from tcm_fast.checkpoint.hub import local_path
     from tcm_fast.data.dataset import load_images
     from tcm_fast.evaluation import precision_check
     from tcm_fast.runtime.distributed import pick_device
 
-    config = run_config(source)
+    network = local_path(source)
+    config = run_config(network)
     images = args.data or config.data.source
     if not images:
         raise ValueError(f"doctor: no images, give --data ({source} is not a run)")
     device = pick_device(args.device)
     readings = precision_check.measure(
-        load_network(source, device=device),
+        load_network(network, device=device),
         load_images(images, **config.data.reading()),
         ratio=args.ratio, num=args.num, device=device,
     )  # fmt: skip

@@ -57,7 +57,7 @@ class Edit:
 
 
 def run_edit(args: Edit) -> int:
-    from tcm_fast.interchange.hub import load_network
+    from tcm_fast.checkpoint.format import load_network
     from tcm_fast.runtime.distributed import pick_device
     from tcm_fast.sampling import image_io
     from tcm_fast.sampling.edit_arguments import to_grey

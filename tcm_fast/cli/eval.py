@@ -29,7 +29,7 @@ class Eval:
     """Evaluate a network: Fréchet distance, recognisable samples, memorised samples."""
 
     source: Positional[Path]
-    """A run, a checkpoint or a network file."""
+    """A run, a checkpoint, a network file or hf:user/repo."""
     data: str | None = None
     """Images to compare with; by default those of the run."""
     features: str | None = None
@@ -52,7 +52,7 @@ class SearchTimes:
     """Find the second noise level of two-step sampling on a small sample."""
 
     source: Positional[Path]
-    """A run, a checkpoint or a network file."""
+    """A run, a checkpoint, a network file or hf:user/repo."""
     data: str | None = None
     """Images to compare with; by default those of the run."""
     features: str | None = None
@@ -67,7 +67,8 @@ class SearchTimes:
 
 def run_config(path: Path) -> Config:
     """The configuration of the run that a path lies in; the defaults where it lies in none."""
-    for folder in (path, *path.resolve().parents):
+    # A file of the Hub's cache is a link; its configuration lies beside the link.
+    for folder in (path, path.parent, *path.resolve().parents):
         if (folder / "config.json").is_file():
             return load_config(folder / "config.json")
     return Config()
@@ -125,11 +126,13 @@ def load_for_evaluation(
 ) -> tuple[Any, Any, Any]:
     """The network, the images to compare with and the feature space that a command names."""
     from tcm_fast.checkpoint.format import load_network
+    from tcm_fast.checkpoint.hub import local_path
     from tcm_fast.data.dataset import load_images
     from tcm_fast.evaluation.features import feature_space
     from tcm_fast.evaluation.metrics import check_enough
 
-    config = run_config(args.source)
+    network = local_path(args.source)
+    config = run_config(network)
     source = args.data or config.data.source
     if not source:
         raise ValueError(
@@ -145,7 +148,7 @@ def load_for_evaluation(
         )
     images = load_images(source, **config.data.reading())
     check_enough(images)
-    return load_network(args.source, device=device), images, feature_space(features, device=device)
+    return load_network(network, device=device), images, feature_space(features, device=device)
 
 
 def print_denoising(args: Eval, net: Any, images: Any, space: Any) -> int:

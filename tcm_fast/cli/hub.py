@@ -27,8 +27,8 @@ class Push:
 
 @dataclass
 class Pull:
-    """Download a network from the Hugging Face Hub. `sample`, `convert` and `train --init` do so by
-    themselves where they are given hf:user/repo."""
+    """Download a network from the Hugging Face Hub. Commands that take a network do so by themselves
+    where they are given hf:user/repo."""
 
     repo: Positional[str]
     """user/repo."""
@@ -48,7 +48,7 @@ def run_push(args: Push) -> int:
 
 
 def run_pull(args: Pull) -> int:
-    from tcm_fast.interchange.hub import FILES, pull
+    from tcm_fast.checkpoint.hub import FILES, pull
 
     out = Path(args.repo.rpartition("/")[2]) if args.out is None else args.out
     folder = pull(args.repo, out, revision=args.revision)

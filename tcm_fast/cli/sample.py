@@ -46,7 +46,7 @@ class Sample:
 
 
 def run_sample(args: Sample) -> int:
-    from tcm_fast.interchange.hub import load_network
+    from tcm_fast.checkpoint.format import load_network
     from tcm_fast.runtime.distributed import join
     from tcm_fast.sampling import arguments, image_io, sampler
 

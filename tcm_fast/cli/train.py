@@ -82,10 +82,6 @@ def run_train(args: Train) -> int:
     settings = args.settings
     if args.phase:
         settings = replace(settings, phases=(args.phase,))
-    if str(args.init).startswith("hf:"):
-        from tcm_fast.interchange.hub import local_path
-
-        args.init = local_path(str(args.init))
     if not settings.data.source:
         raise ValueError(
             "train: no images, give --data FOLDER (or zip, npz, archive), or --preset digits to try it"

@@ -1,12 +1,6 @@
-"""Networks on the Hugging Face Hub (the [hub] extra). `hf:user/repo` names one, `hf:user/repo@REVISION` a
-certain state of it.
+"""Networks to the Hugging Face Hub (the [hub] extra); `checkpoint/hub.py` brings them from there.
 
-    push("runs/mine", "user/repo")
-    net = load_network("hf:user/repo")
-
-A repository holds what FILES names; model.safetensors alone rebuilds the network. Nothing else is downloaded,
-and nothing that is downloaded can run code. Who the user is, is huggingface_hub's affair (`hf auth login`,
-HF_TOKEN): no token is taken, written or shown here.
+push("runs/mine", "user/repo")
 """
 
 from __future__ import annotations
@@ -15,74 +9,15 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tcm_fast.checkpoint import format as network_format
+from tcm_fast.checkpoint.format import load_network
+from tcm_fast.checkpoint.hub import FILES, as_one_sentence, check_name, package
 from tcm_fast.config import Config, load_config, save_config
 from tcm_fast.networks import Precond
-
-PREFIX = "hf:"
-FILES = ("model.safetensors", "stage1.safetensors", "config.json", "samples.png", "README.md")
-LONGEST_MESSAGE = 400  # characters of what the Hub says
-
-
-def load_network(path: str | Path, device: str | torch.device = "cpu") -> Precond:
-    """`tcm_fast.checkpoint.format.load_network`, of a network on the Hub too: hf:user/repo.
-
-    Args:
-        path: a .safetensors file, a checkpoint's folder, a run (its newest complete checkpoint), or
-            hf:user/repo[@revision], which is downloaded once. Of a checkpoint the first EMA is taken.
-        device: where the network is to be.
-
-    Raises:
-        FileNotFoundError: no such file, or a run without a complete checkpoint.
-        ModuleNotFoundError: huggingface_hub is not installed.
-        OSError: the Hub has no such repository, or cannot be reached.
-        ValueError: the file is damaged, is not ours, or does not fit the network it describes.
-    """
-    return network_format.load_network(local_path(path), device)
-
-
-def local_path(source: str | Path) -> Path:
-    """The path as it is; of one on the Hub the network's file, downloaded."""
-    text = source if isinstance(source, str) else source.as_posix()
-    if not text.startswith(PREFIX):
-        return Path(source)
-    repo, _, revision = text.removeprefix(PREFIX).partition("@")
-    return pull(repo, revision=revision or None) / FILES[0]
-
-
-def pull(repo: str, folder: str | Path | None = None, *, revision: str | None = None) -> Path:
-    """Download a network's files.
-
-    Args:
-        repo: user/repo.
-        folder: where to; None takes the Hub's cache.
-        revision: a branch, tag or commit.
-
-    Returns:
-        The folder.
-
-    Raises:
-        As `load_network`; ValueError where the repository holds no network of ours.
-    """
-    hub, patterns = _hub(), list(FILES)
-    _check_name(repo)
-    with _as_one_sentence(repo):
-        found = Path(
-            hub.snapshot_download(
-                repo_id=repo, revision=revision, local_dir=folder, allow_patterns=patterns
-            )
-        )
-    if not (found / FILES[0]).is_file():
-        raise ValueError(f"hub: {repo} holds no network of tcm_fast ({FILES[0]} is missing)")
-    return found
 
 
 def push(source: str | Path, repo: str, *, public: bool = False, license: str | None = None) -> str:
@@ -100,11 +35,11 @@ def push(source: str | Path, repo: str, *, public: bool = False, license: str | 
     Raises:
         As `load_network`.
     """
-    hub = _hub()
-    _check_name(repo)
+    hub = package()
+    check_name(repo)
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_folder(source, Path(temporary), repo, license)
-        with _as_one_sentence(repo):
+        with as_one_sentence(repo):
             api = hub.HfApi()
             url = api.create_repo(repo, private=not public, exist_ok=True)
             add = hub.CommitOperationAdd
@@ -115,7 +50,7 @@ def push(source: str | Path, repo: str, *, public: bool = False, license: str | 
 
 def write_folder(source: str | Path, folder: Path, repo: str, license: str | None = None) -> Path:
     """What `push` uploads, in an empty folder."""
-    net = network_format.load_network(source)
+    net = load_network(source)
     file: Path = net.source  # type: ignore[assignment]
     shutil.copyfile(file, folder / FILES[0])
     if (stage1 := file.with_name(FILES[1])).is_file():
@@ -170,7 +105,7 @@ def model_card(
 ) -> str:
     """README.md of a network: what it is, the numbers of its run, how to use it."""
     info, parameters = net.info, sum(p.numel() for p in net.parameters())
-    data = _hub().ModelCardData(
+    data = package().ModelCardData(
         license=license, library_name="tcm_fast", pipeline_tag="unconditional-image-generation",
         tags=["consistency-models", "one-step-generation", str(info["phase"])],
     )  # fmt: skip
@@ -225,35 +160,3 @@ def _without_paths(config: Config) -> Config:
         data=replace(config.data, source=source),
         eval=replace(config.eval, features=features),
     )
-
-
-# ---- the Hub ------------------------------------------------------------------------------------
-
-
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"hub: needs the package huggingface_hub ({error}): pip install 'tcm-fast[hub]'"
-        ) from None
-    return huggingface_hub
-
-
-def _check_name(repo: str) -> None:
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        raise ValueError(f"hub: a repository is named user/repo, got {repo!r}")
-
-
-@contextmanager
-def _as_one_sentence(repo: str) -> Iterator[None]:
-    """What the Hub refuses, as an OSError of one line, in which no token is."""
-    try:
-        yield
-    except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        with suppress(Exception):
-            if token := _hub().get_token():
-                said = said.replace(token, "***")
-        said = re.sub(r"hf_[A-Za-z0-9]{8,}", "***", said)[:LONGEST_MESSAGE]
-        raise OSError(f"hub: {repo}: {said}") from None

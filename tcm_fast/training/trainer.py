@@ -75,7 +75,8 @@ class Trainer:
     Args:
         config: the resolved configuration.
         out: the run's folder.
-        init: a network file (or run) that the first phase starts from, instead of the phase before.
+        init: a network file, run or hf:user/repo that the first phase starts from, instead of the
+            phase before.
         resume: continue the newest sound checkpoint in `out`, if there is one.
 
     Attributes:

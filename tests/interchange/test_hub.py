@@ -6,14 +6,17 @@ import json
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny_runs import tiny, write_images
 
 import tcm_fast
-from tcm_fast.checkpoint import format as network_format
+from tcm_fast.checkpoint import hub as downloads
 from tcm_fast.checkpoint.format import save_network
+from tcm_fast.cli.eval import run_config
 from tcm_fast.cli.main import main
 from tcm_fast.config import Config, DataConfig, EvalConfig, load_config, save_config
 from tcm_fast.interchange import hub
@@ -24,6 +27,13 @@ SPEC = {
     "img_resolution": 8, "img_channels": 1, "model_channels": 16, "channel_mult": [1], "num_blocks": 1,
     "attn_resolutions": [],
 }  # fmt: skip
+SPEC_OF_A_RUN = {
+    "model_channels": 16,
+    "channel_mult": [1],
+    "num_blocks": 1,
+    "attn_resolutions": [],
+    "class_conditional": False,
+}
 INFO = {"phase": "tcm", "t_prime": 1.0, "images": 64, "iterations": 4, "class_names": []}
 
 
@@ -148,12 +158,12 @@ def test_there_and_back(server, run, tmp_path, capfd):
     with pytest.raises(SystemExit) as end:
         main(["push", network, "user/mine", "--license", "apache-2.0"])
     assert end.value.code == 0
-    assert set(server.files) == set(hub.FILES)
+    assert set(server.files) == set(downloads.FILES)
     assert (
         server.created[0].get("private") is True or server.created[0].get("visibility") == "private"
     )
     net = tcm_fast.load_network("hf:user/mine")
-    own = network_format.load_network(network)
+    own = tcm_fast.load_network(network)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), own.parameters(), strict=True))
     assert net.info["t_prime"] == 1.0
     assert net.source.with_name("stage1.safetensors").is_file()  # for noise levels below
@@ -165,10 +175,47 @@ def test_there_and_back(server, run, tmp_path, capfd):
             main(argv)
         assert end.value.code == 0
     assert (tmp_path / "samples.png").is_file()
-    assert set(hub.FILES) <= {path.name for path in (tmp_path / "pulled").iterdir()}
+    assert set(downloads.FILES) <= {path.name for path in (tmp_path / "pulled").iterdir()}
     assert any(sent == f"Bearer {TOKEN}" for _, sent in server.asked)
     assert TOKEN not in "".join(capfd.readouterr())
     assert not any(TOKEN.encode() in data for data in server.files.values())
+
+
+@pytest.fixture
+def pushed(server, run):
+    hub.push(run / "model.safetensors", "user/mine")
+    (run / "model.safetensors").unlink()
+    return "hf:user/mine"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "--features", "random", "--steps", "1", "--num", "8"],
+        ["search-times", "--features", "random", "--num", "8"],
+        ["doctor", "--num", "4", "--precision"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_take_one_of_the_hub(command, pushed, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, pushed, "--data", str(write_images(tmp_path)), "--device", "cpu"])
+    assert end.value.code == 0
+    assert pushed in capsys.readouterr().out
+
+
+def test_a_run_starts_from_one_of_the_hub(pushed, tmp_path, capsys):
+    config = tiny(write_images(tmp_path), phases=["ect"], network=SPEC_OF_A_RUN, ect={"images": 16})
+    trainer = tcm_fast.Trainer(config, tmp_path / "out", init=pushed)
+    assert trainer.init is not None
+    assert trainer.init.info["phase"] == "tcm"
+    trainer.run()
+
+
+def test_the_configuration_lies_beside_the_file_in_the_cache(pushed):
+    file = downloads.local_path(pushed)
+    assert run_config(file).data.source == "photos.zip:train"
+    assert downloads.local_path("runs/mine") == Path("runs/mine")
 
 
 def test_the_card_has_the_runs_own_numbers_and_no_paths(server, run, tmp_path):
@@ -209,7 +256,7 @@ def test_what_the_hub_refuses_is_one_sentence_without_the_token(server, run, cap
 def test_another_repository_is_refused(server):
     server.files["pytorch_model.bin"] = b"pickled"
     with pytest.raises(ValueError, match="holds no network of tcm_fast"):
-        hub.pull("user/mine")
+        downloads.pull("user/mine")
     assert not any("pytorch_model.bin" in path for path, _ in server.asked)
 
 
@@ -217,7 +264,7 @@ def test_another_repository_is_refused(server):
 def test_names_of_repositories(repo):
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     with pytest.raises(ValueError, match="hub: a repository is named user/repo, got"):
-        hub.pull(repo)
+        downloads.pull(repo)
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch, run):

@@ -108,6 +108,17 @@ def gap_on_a_card(monkeypatch, **versions):
     return _backend._cuda_gap.__wrapped__(0)
 
 
+def test_gpus_of_others(monkeypatch):
+    with monkeypatch.context() as rocm:
+        rocm.setattr(torch.version, "hip", "7.0")
+        assert "ROCm" in gap_on_a_card(rocm)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
+    name, is_active, why = _backend.describe()[0]
+    assert (name, is_active) == ("GPU", False)
+    assert why == "mps is there, for which tcm_fast has no kernels: it runs on the CPU"
+
+
 def test_a_driver_too_old_for_the_runtime_built_in(monkeypatch):
     said = gap_on_a_card(monkeypatch, built=13010, runs=12040)
     assert said.startswith("the driver runs CUDA 12.4, and tcm_fast._C was built with 13.1: update")

@@ -241,3 +241,46 @@ def test_ranks_whose_weights_drift_apart_end_the_run(start, tmp_path):
     said = run_ranks(2, config, tmp_path / "run", start[1], fault="drift 7", fails=True)
     assert "tcm: the ranks' weights differ after step 2, first in " in said
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+# Stands for wandb: notes which rank asks it for what, and can refuse to begin.
+STAND_IN = """
+import os
+from pathlib import Path
+
+NOTES = Path(__file__).with_name("notes.txt")
+
+def note(what):
+    with NOTES.open("a") as file:
+        file.write(f"{what} {os.environ['RANK']}\\n")
+
+class Run:
+    def define_metric(self, name, **options): pass
+    def log(self, values): note("log")
+    def finish(self): note("finish")
+
+def Settings(**options): pass
+
+def init(**options):
+    note("init")
+    if options["project"] == "refused":
+        raise RuntimeError("no key")
+    return Run()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("project", ["faces", "refused"])
+def test_one_rank_opens_the_logger(project, tmp_path, monkeypatch):
+    (stand := tmp_path / "stand").mkdir()
+    (stand / "wandb.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(stand)  # the processes take over the path
+    config = tiny(
+        write_images(tmp_path), phases=["ect"], ect={"images": 32}, log_every=1, device="cpu",
+        log={"to": ["wandb"], "project": project},
+    )  # fmt: skip
+    is_refused = project == "refused"
+    said = run_ranks(2, config, tmp_path / "run", fails=is_refused)
+    asked = (stand / "notes.txt").read_text().splitlines()
+    assert asked == (["init 0"] if is_refused else ["init 0", "log 0", "log 0", "finish 0"])
+    assert ("log.to: wandb cannot begin: no key" in said) == is_refused
