@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tcm_fast.cli.demo_editing import add_editing
 from tcm_fast.config import Precision
 
 if TYPE_CHECKING:
@@ -106,27 +107,33 @@ def build_page(net: Precond, title: str, precision: str | None = None) -> Any:
 
     with gradio.Blocks(title=f"tcm-fast: {title}", delete_cache=(HOUR, HOUR)) as page:
         gradio.Markdown(f"### {title}\n{describe(net)}")
-        with gradio.Row():
-            seed = gradio.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
-            label = gradio.Dropdown(
-                [("each in turn", EACH_IN_TURN), *((name, i) for i, name in enumerate(names(net)))],
-                value=EACH_IN_TURN, label="Class", visible=net.label_dim > 0,
-            )  # fmt: skip
-            num = gradio.Slider(1, MOST_IMAGES, 25, step=1, label="Images", min_width=240)
-        again = gradio.Button("New seed", variant="primary")
-        again.click(lambda: random.randrange(2**32), outputs=seed, api_visibility="private")
-        with gradio.Row():
-            for which, usual in zip(("first", "second"), defaults, strict=True):
-                with gradio.Column(min_width=300):
-                    steps = gradio.Slider(fewest, most, usual, step=1, label=f"Steps, {which} grid")
-                    image = gradio.Image(
-                        format="png", elem_classes="pixels", buttons=["download", "fullscreen"]
-                    )
-                gradio.on(
-                    [page.load, seed.change, label.change, num.change, steps.change],
-                    draw, [seed, label, num, steps], image, api_name=which,
-                    trigger_mode="always_last", concurrency_id="network", concurrency_limit=1,
+        with gradio.Tab("Samples"):
+            with gradio.Row():
+                seed = gradio.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
+                label = gradio.Dropdown(
+                    [("each in turn", EACH_IN_TURN), *((name, i) for i, name in enumerate(names(net)))],
+                    value=EACH_IN_TURN, label="Class", visible=net.label_dim > 0,
                 )  # fmt: skip
+                num = gradio.Slider(1, MOST_IMAGES, 25, step=1, label="Images", min_width=240)
+            again = gradio.Button("New seed", variant="primary")
+            again.click(lambda: random.randrange(2**32), outputs=seed, api_visibility="private")
+            with gradio.Row():
+                for which, usual in zip(("first", "second"), defaults, strict=True):
+                    with gradio.Column(min_width=300):
+                        steps = gradio.Slider(
+                            fewest, most, usual, step=1, label=f"Steps, {which} grid"
+                        )
+                        image = gradio.Image(
+                            format="png", elem_classes="pixels", buttons=["download", "fullscreen"]
+                        )
+                    gradio.on(
+                        [page.load, seed.change, label.change, num.change, steps.change],
+                        draw, [seed, label, num, steps], image, api_name=which,
+                        trigger_mode="always_last", concurrency_id="network", concurrency_limit=1,
+                    )  # fmt: skip
+        if is_few_step:
+            with gradio.Tab("Edit"):
+                add_editing(gradio, page, net, names(net), precision)
     return page
 
 

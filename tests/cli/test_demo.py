@@ -10,17 +10,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import tcm_fast
-from tcm_fast.cli import demo
+from tcm_fast.cli import demo, demo_editing
 from tcm_fast.cli.main import main
 from tcm_fast.sampling.image_io import grid
 
 
-def network(label_dim=3, **info):
+def network(label_dim=3, channels=1, **info):
     net = tcm_fast.build_network(
-        "ddpmpp", img_resolution=8, img_channels=1, label_dim=label_dim, model_channels=16,
+        "ddpmpp", img_resolution=8, img_channels=channels, label_dim=label_dim, model_channels=16,
         channel_mult=[1], num_blocks=1, attn_resolutions=[],
     )  # fmt: skip
     with torch.no_grad():
@@ -65,6 +65,71 @@ def test_what_a_network_is():
     assert demo.names(network(3, class_names=["cat"])) == ["0", "1", "2"]
     assert demo.names(network(0)) == []
     assert demo.describe(network(0)).endswith("M parameters, 1 × 8 × 8, no classes")
+
+
+def drawn(mode="RGB", side=80, mask=True):
+    """What the editor gives: a picture of random 10x10 blocks, which leaves an edge of the canvas free,
+    painted over in its left half."""
+    rng = np.random.default_rng(0)
+    blocks = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).convert(mode)
+    paint = np.zeros((side, side, 4), np.uint8)
+    paint[:, : side // 2] = (249, 115, 22, 255)
+    layers = [ImageOps.expand(Image.fromarray(paint), EDGE)] if mask else []
+    picture = blocks.resize((side, side), Image.Resampling.NEAREST).convert("RGBA")
+    return blocks, {
+        "background": ImageOps.expand(picture, EDGE),
+        "layers": layers,
+        "composite": None,
+    }
+
+
+EDGE = 7  # pixels
+LEFT = np.arange(8)[None].repeat(8, 0) < 4
+
+
+def test_inpainting_fills_what_is_painted_over():
+    net = network(phase="ect")
+    blocks, given = drawn("L")
+    found = demo_editing.edited(net, "inpaint", given, labels=1, seed=4, num=3)
+    images = np.array(blocks)[None, ..., None]
+    results = tcm_fast.edit(net, images, "inpaint", mask=LEFT, labels=1, seed=4, num=3)
+    hidden = np.where(LEFT[..., None], demo_editing.HIDDEN, images[0])[None].astype(np.uint8)
+    assert np.array_equal(pixels(found), pixels(grid(np.concatenate([hidden, results]))))
+    with pytest.raises(ValueError, match="mask: paint over"):
+        demo_editing.edited(net, "inpaint", drawn("L", mask=False)[1], labels=1)
+    with pytest.raises(ValueError, match="picture: there is none"):
+        demo_editing.edited(net, "inpaint", {"background": None, "layers": []}, labels=1)
+
+
+@pytest.mark.parametrize("mask", [LEFT, None])
+def test_variations_of_what_is_painted_over_or_of_all(mask):
+    net = network(0, 3, phase="ect")
+    blocks, given = drawn(mask=mask is not None)
+    found = demo_editing.edited(net, "vary", given, num=2, level=2.0)
+    images = np.array(blocks)[None]
+    results = tcm_fast.edit(net, images, "vary", mask=mask, num=2, level=2.0)
+    cells = pixels(found)
+    assert np.array_equal(cells[:, 66:], pixels(grid(np.concatenate([images, results])))[:, 66:])
+
+
+def test_colours_and_details_are_added_to_what_is_grey_or_small():
+    net = network(0, 3, phase="ect")
+    blocks, given = drawn()
+    grey = np.array(blocks.convert("L"))[None, ..., None]
+    results = tcm_fast.edit(net, grey, "colorize", num=3)
+    expected = grid(np.concatenate([grey.repeat(3, 3), results]))
+    assert np.array_equal(
+        pixels(demo_editing.edited(net, "colorize", given, num=3)), pixels(expected)
+    )
+
+    small = np.array(
+        ImageOps.crop(given["background"], EDGE).convert("RGB").resize((4, 4), Image.Resampling.BOX)
+    )[None]
+    results = tcm_fast.edit(net, small, "upscale", steps=2)
+    expected = grid(np.concatenate([small.repeat(2, 1).repeat(2, 2), results]))
+    assert np.array_equal(
+        pixels(demo_editing.edited(net, "upscale", given, 2, steps=2)), pixels(expected)
+    )
 
 
 # ---- with it ------------------------------------------------------------------------------------
@@ -137,6 +202,21 @@ def test_the_pictures_are_those_of_sample(page):
         assert drawn["label"].startswith(f"{steps} step{'s' * (steps > 1)}: 6 images in ")
 
 
+def test_an_edit_by_a_program(page, tmp_path):
+    from gradio_client import Client, handle_file
+
+    net, url = page
+    _, given = drawn("L")
+    given["background"].save(tmp_path / "picture.png")
+    given["layers"][0].save(tmp_path / "mask.png")
+    picture, mask = (handle_file(tmp_path / f"{name}.png") for name in ("picture", "mask"))
+    editor = {"background": picture, "layers": [mask], "composite": None}
+    client = Client(url, verbose=False, analytics_enabled=False)
+    found = client.predict("inpaint", editor, 1, 4, 3, 2, 1, 2, api_name="/edit")
+    expected = demo_editing.edited(net, "inpaint", given, labels=1, seed=4, num=3, steps=2)
+    assert np.array_equal(pixels(found), pixels(expected))
+
+
 @pytest.fixture(scope="module")
 def browser():
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -190,4 +270,32 @@ def test_in_a_browser(page, browser, size, tmp_path):
     assert beside == (size[0] > 800)
     assert all(address.startswith((url, "data:", "blob:")) for address in asked), asked
     assert not wrong
+    view.close()
+
+
+def test_a_mask_painted_in_a_browser(page, browser):
+    view = browser.new_page(viewport={"width": 1280, "height": 900})
+    view.set_default_timeout(120_000)  # without a GPU the editor's canvas is slow
+    view.goto(page[1])
+    view.get_by_role("tab", name="Edit").click()
+    box = view.locator(".pixels canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    middle = {"x": x - 80, "y": y - 80, "width": 160, "height": 160}
+    while pixels(io.BytesIO(view.screenshot(clip=middle))).std() < 5:  # no picture yet
+        view.wait_for_timeout(100)
+    view.mouse.move(x - 60, y)
+    view.mouse.down()
+    view.mouse.move(x + 60, y, steps=5)
+    view.mouse.up()
+    view.get_by_role("button", name="Edit", exact=True).click()
+    result = view.locator(".pixels img:visible")
+    result.wait_for()
+    cells = pixels(io.BytesIO(view.request.get(result.get_attribute("src")).body()))
+    assert cells.shape == (3 * 66 + 2, 3 * 66 + 2)
+    cells = [
+        cells[i + 2 : i + 66 : 8, j + 2 : j + 66 : 8] for i in (0, 66, 132) for j in (0, 66, 132)
+    ]
+    changed = np.any(cells[1:] != cells[0], 0)
+    assert (cells[0][changed] == demo_editing.HIDDEN).all()
+    assert 3 <= changed.sum() <= 24
     view.close()
