@@ -45,6 +45,7 @@ NOT_RUN = {
     "edit runs/photos --task colorize": "needs a network of 3 channels; tests/cli/test_edit.py",
     "push": "as above",
     "pull": "as above",
+    "demo": "serves until it is stopped; tests/cli/test_demo.py",
     "data pack imagenet": "needs ImageNet",
 }
 """How commands begin that are only parsed, and why."""

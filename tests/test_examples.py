@@ -1,10 +1,15 @@
 """The examples are short, and do what they say."""
 
+import base64
 import importlib.util
+import io
+import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import tcm_fast
@@ -105,3 +110,45 @@ def test_editing():
     assert torch.equal(filled[:, :3], expected[:, :3])
     assert (filled.int() - expected.int()).abs().max() <= 1
     assert (of_rows.int() - expected.int()).abs().max() <= 1
+
+
+# ---- the notebook -------------------------------------------------------------------------------
+
+NOTEBOOK = FOLDER / "digits.ipynb"
+
+
+def test_the_notebook_is_kept_without_outputs():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [(cell["outputs"], cell["execution_count"]) for cell in code] == [([], None)] * len(code)
+    assert sum(len(cell["source"]) for cell in code) <= 40
+
+
+@pytest.mark.slow
+def test_notebook(tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    for package in ("ipykernel", "matplotlib"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    # A kernel of this test's own: this Python, whatever kernels and settings the user has.
+    kernel = tmp_path / "jupyter/kernels/python3/kernel.json"
+    kernel.parent.mkdir(parents=True)
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+    for name in ("JUPYTER_PATH", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(tmp_path / "jupyter"))
+    monkeypatch.setenv("DIGITS_IMAGES", "1280")
+
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    pictures = [
+        Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == 2  # samples, losses
+    assert all(len(picture.convert("L").getcolors()) > 50 for picture in pictures)
+    net = tcm_fast.load_network(tmp_path / "runs/digits-notebook")
+    assert net.info["phase"] == "tcm"
+    assert net.info["images"] == 1280

@@ -21,6 +21,7 @@ DEPENDENCIES = {
     "pyarrow": "image parquet, optional: the [hf] extra",
     "diffusers": "convert --to diffusers, optional: the [diffusers] extra",
     "onnx": "convert to .onnx, optional: the [onnx] extra",
+    "gradio": "demo, optional: the [demo] extra",
     "matplotlib": "plots, optional: the [plot] extra",
     "torch-fidelity": "Inception features, optional: the [eval] extra",
 }

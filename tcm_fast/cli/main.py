@@ -18,6 +18,7 @@ from tcm_fast.cli import BROKEN_PIPE, INTERRUPTED, USER_MISTAKE
 from tcm_fast.cli.bench import Bench, run_bench
 from tcm_fast.cli.convert import Convert, Ema, run_convert, run_ema
 from tcm_fast.cli.data import Data, run_data
+from tcm_fast.cli.demo import Demo, run_demo
 from tcm_fast.cli.doctor import Doctor, run_doctor
 from tcm_fast.cli.edit import Edit, run_edit
 from tcm_fast.cli.eval import Eval, SearchTimes, run_eval, run_search
@@ -38,6 +39,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Plan: run_plan,
     Sample: run_sample,
     Edit: run_edit,
+    Demo: run_demo,
     Eval: run_eval,
     SearchTimes: run_search,
     Data: run_data,

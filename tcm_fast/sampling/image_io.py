@@ -81,14 +81,22 @@ def save_grid(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write images (uint8 [N,H,W,C], C 1 or 3) as one PNG, row by row.
+    """Write `grid` of the images as one PNG. Errors as `write_samples`."""
+    path = Path(path)
+    _check_free(path, overwrite)
+    with replacing(path) as temporary:
+        grid(images, columns, scale).save(temporary, format="PNG")
+
+
+def grid(
+    images: torch.Tensor | np.ndarray, columns: int | None = None, scale: int | None = None
+) -> Image.Image:
+    """Images (uint8 [N,H,W,C], C 1 or 3) as one picture, row by row.
 
     columns: images per row, by default about as many as rows. scale: each pixel becomes scale²
-    (nearest neighbour), by default so that small images are 64 pixels high. Errors as
-    `write_samples`.
+    (nearest neighbour), by default so that small images are 64 pixels high. ValueError for what is none.
     """
-    path, images = Path(path), _array(images)
-    _check_free(path, overwrite)
+    images = _array(images)
     num, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(num))
     scale = scale or max(1, READABLE // height)
@@ -101,8 +109,7 @@ def save_grid(
     for i, image in enumerate(images):
         top, left = GAP + i // columns * high, GAP + i % columns * wide
         sheet[top : top + height * scale, left : left + width * scale] = image
-    with replacing(path) as temporary:
-        _picture(sheet).save(temporary, format="PNG")
+    return _picture(sheet)
 
 
 def save_images(
