@@ -481,13 +481,19 @@ def load_config(path: str | Path) -> Config:
     values = _read(path)
     if path.suffix == ".json":
         return from_dict(Config, from_earlier(values))
+    values = _by_phase(values)
     while (base := values.pop("base", None)) is not None:
         require(base in preset_names(), f"base: {suggest(str(base), preset_names())}, got {base!r}")
-        values = _over(_read(PRESETS / f"{base}.toml"), values)
+        values = _over(_by_phase(_read(PRESETS / f"{base}.toml")), values)
+    return from_dict(Config, values)
+
+
+def _by_phase(values: dict[str, Any]) -> dict[str, Any]:
+    """A file's tables with what `[consistency]` holds in those of the phases, below what they hold."""
     common = values.pop("consistency", {})
     for name in ("ect", "tcm", "cd") if common else ():
         values[name] = _over(common, values.get(name, {}))
-    return from_dict(Config, values)
+    return values
 
 
 def _read(path: Path) -> Any:

@@ -103,11 +103,11 @@ def test_values_out_of_range_are_refused(section, values, word):
 
 
 def test_a_file_starts_from_a_preset(tmp_path):
-    """What it says itself counts, then what the consistency phases have in common."""
+    """The file's own phases count most, then what it says of all three, then the preset."""
     file = tmp_path / "own.toml"
     file.write_text(
         'base = "imagenet64-xl"\n[consistency]\nhuber_c = 0.1\nlr = 0.5\n'
-        "[tcm]\nbatch_size = 64\n[network]\nnum_blocks = 2\n"
+        "[tcm]\nbatch_size = 64\nlr = 0.25\n[network]\nnum_blocks = 2\n"
     )
     own, base = load_config(file), load_preset("imagenet64-xl")
     assert (own.ect.huber_c, own.tcm.huber_c, own.cd.huber_c, base.tcm.huber_c) == (
@@ -116,8 +116,8 @@ def test_a_file_starts_from_a_preset(tmp_path):
         0.1,
         0.06,
     )
-    assert own.ect.lr == base.ect.lr == 7e-4  # a phase's own value counts more
-    assert own.tcm == dataclasses.replace(base.tcm, huber_c=0.1, batch_size=64)
+    assert (own.ect.lr, own.tcm.lr, base.ect.lr) == (0.5, 0.25, 7e-4)
+    assert own.tcm == dataclasses.replace(base.tcm, huber_c=0.1, batch_size=64, lr=0.25)
     assert own.network == dataclasses.replace(base.network, num_blocks=2)
     assert own.edm == base.edm
 

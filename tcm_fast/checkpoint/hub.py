@@ -11,6 +11,7 @@ HF_TOKEN): no token is taken, written or shown here.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,18 +25,15 @@ LONGEST_MESSAGE = 400  # characters of what the Hub says
 def local_path(source: str | Path) -> Path:
     """The path as it is; of one on the Hub the network's file, downloaded once. Raises as `pull`."""
     text = source if isinstance(source, str) else source.as_posix()
-    if not text.startswith(PREFIX):
-        return Path(source)
-    repo, _, revision = text.removeprefix(PREFIX).partition("@")
-    return pull(repo, revision=revision or None) / FILES[0]
+    return pull(text) / FILES[0] if text.startswith(PREFIX) else Path(source)
 
 
 def pull(repo: str, folder: str | Path | None = None, *, revision: str | None = None) -> Path:
     """Download a network's files.
 
     Args:
-        repo: user/repo.
-        folder: where to; None takes the Hub's cache.
+        repo: user/repo or user/repo@REVISION, also with hf: in front.
+        folder: where to copy them, which holds no file of their names; None leaves them in the Hub's cache.
         revision: a branch, tag or commit.
 
     Returns:
@@ -43,20 +41,33 @@ def pull(repo: str, folder: str | Path | None = None, *, revision: str | None = 
 
     Raises:
         ModuleNotFoundError: huggingface_hub is not installed.
+        FileExistsError: a file of such a name is there.
         OSError: the Hub has no such repository, or cannot be reached.
         ValueError: the repository holds no network of ours.
     """
-    hub, patterns = package(), list(FILES)
+    hub = package()
+    repo, _, named = repo.removeprefix(PREFIX).partition("@")
     check_name(repo)
+    taken = [name for name in FILES if folder is not None and (Path(folder) / name).exists()]
+    if taken:
+        raise FileExistsError(
+            f"pull: {folder} already holds {', '.join(taken)}: choose another folder"
+        )
     with as_one_sentence(repo):
         found = Path(
             hub.snapshot_download(
-                repo_id=repo, revision=revision, local_dir=folder, allow_patterns=patterns
+                repo_id=repo, revision=revision or named or None, allow_patterns=list(FILES)
             )
         )
     if not (found / FILES[0]).is_file():
         raise ValueError(f"hub: {repo} holds no network of tcm_fast ({FILES[0]} is missing)")
-    return found
+    if folder is None:
+        return found
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (found / name).is_file():
+            shutil.copyfile(found / name, Path(folder) / name)
+    return Path(folder)
 
 
 def package() -> Any:

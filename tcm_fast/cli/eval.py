@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from tcm_fast.config import Config, load_config
 with suppress(ModuleNotFoundError):  # only the command line's parsing needs it
     from tyro.conf import Positional
 
+BUILT_IN = ("digits", "random")  # feature spaces and images that name no file
+DIGITS = ("digits", "digits:train", "digits:test")
 EVAL_ROWS = {
     "confidently classified": "confident",
     "... of uniform noise": "confident_noise",
@@ -66,12 +68,23 @@ class SearchTimes:
 
 
 def run_config(path: Path) -> Config:
-    """The configuration of the run that a path lies in; the defaults where it lies in none."""
+    """The configuration of the run that a path lies in; the defaults where it lies in none. Beside a network
+    that was downloaded it names files of somebody else's machine, so only what is built in is taken."""
     # A file of the Hub's cache is a link; its configuration lies beside the link.
-    for folder in (path, path.parent, *path.resolve().parents):
+    for folder in (path, path.parent, *path.resolve().parents[:3]):
         if (folder / "config.json").is_file():
-            return load_config(folder / "config.json")
+            config = load_config(folder / "config.json")
+            return config if (folder / "log.jsonl").is_file() else _without_files(config)
     return Config()
+
+
+def _without_files(config: Config) -> Config:
+    features, source = config.eval.features, config.data.source
+    return replace(
+        config,
+        eval=replace(config.eval, features=features if features in BUILT_IN else ""),
+        data=replace(config.data, source=source if source in DIGITS else ""),
+    )
 
 
 def run_eval(args: Eval) -> int:

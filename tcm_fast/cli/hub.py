@@ -31,9 +31,9 @@ class Pull:
     where they are given hf:user/repo."""
 
     repo: Positional[str]
-    """user/repo."""
+    """user/repo, or user/repo@REVISION."""
     out: Path | None = None
-    """Folder; by default repo."""
+    """Folder that holds none of its files yet; by default repo."""
     revision: str | None = None
     """A branch, tag or commit."""
 
@@ -50,7 +50,8 @@ def run_push(args: Push) -> int:
 def run_pull(args: Pull) -> int:
     from tcm_fast.checkpoint.hub import FILES, pull
 
-    out = Path(args.repo.rpartition("/")[2]) if args.out is None else args.out
+    name = args.repo.partition("@")[0].rpartition("/")[2]
+    out = Path(name) if args.out is None else args.out
     folder = pull(args.repo, out, revision=args.revision)
     print(f"{args.repo} in {folder}")
     print(f"to use it: tcm-fast sample {folder / FILES[0]} --num 16")

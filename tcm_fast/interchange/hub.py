@@ -42,9 +42,12 @@ def push(source: str | Path, repo: str, *, public: bool = False, license: str | 
         with as_one_sentence(repo):
             api = hub.HfApi()
             url = api.create_repo(repo, private=not public, exist_ok=True)
-            add = hub.CommitOperationAdd
-            files = [add(file.name, str(file)) for file in sorted(folder.iterdir())]
-            api.create_commit(repo, files, commit_message="A network trained with tcm_fast")
+            files = {file.name: str(file) for file in sorted(folder.iterdir())}
+            commit = [hub.CommitOperationAdd(name, path) for name, path in files.items()]
+            # What another network left: its stage-1 network, say, would sample beside this one.
+            left = {*FILES} & {*api.list_repo_files(repo)} - {*files}
+            commit += [hub.CommitOperationDelete(name) for name in sorted(left)]
+            api.create_commit(repo, commit, commit_message="A network trained with tcm_fast")
     return str(url)
 
 

@@ -76,6 +76,8 @@ class Handler(BaseHTTPRequestHandler):
             entry = json.loads(line)
             if entry["key"] == "file":
                 server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            if entry["key"] == "deletedFile":
+                del server.files[entry["value"]["path"]]
         answer = {"commitUrl": f"{server.address}/user/mine/commit/{server.sha}"}
         return self.answer({**answer, "commitOid": server.sha, "success": True})
 
@@ -142,7 +144,7 @@ def run(tmp_path):
         DataConfig(source="/home/me/photos.zip:train"),
         EvalConfig(features="inception:/home/me/w.pth"),
     )
-    save_config(Config(data=data, eval=judged), folder / "config.json")
+    save_config(Config(data=data, eval=judged, seed=11), folder / "config.json")
     save_grid(np.zeros((4, 8, 8, 1), np.uint8), folder / "grids/tcm-000000064.png", 2)
     events = [
         {"event": "eval", "phase": "ect", "images": 64, "frechet": {"1": 9.0}},
@@ -214,8 +216,54 @@ def test_a_run_starts_from_one_of_the_hub(pushed, tmp_path, capsys):
 
 def test_the_configuration_lies_beside_the_file_in_the_cache(pushed):
     file = downloads.local_path(pushed)
-    assert run_config(file).data.source == "photos.zip:train"
+    assert run_config(file).seed == 11
     assert downloads.local_path("runs/mine") == Path("runs/mine")
+
+
+@pytest.mark.parametrize("where", ["cache", "folder"])
+def test_a_downloaded_configuration_names_no_files(
+    server, pushed, where, tmp_path, monkeypatch, capsys
+):
+    """Features are read by torch.jit.load, which runs what is in the file."""
+    monkeypatch.chdir(tmp_path)
+    folder = downloads.pull(pushed, None if where == "cache" else tmp_path / "pulled")
+    taken = run_config(folder / "model.safetensors")
+    assert (taken.eval.features, taken.data.source) == ("", "")
+    with pytest.raises(SystemExit):
+        main(["eval", str(folder / "model.safetensors"), "--device", "cpu"])
+    assert "no images to compare with, give --data" in capsys.readouterr().err
+
+
+def test_pull_overwrites_nothing(server, pushed, tmp_path):
+    (folder := tmp_path / "checkout").mkdir()
+    (folder / "README.md").write_text("mine")
+    asked = len(server.asked)
+    with pytest.raises(FileExistsError, match=r"already holds README\.md"):
+        downloads.pull("user/mine", folder)
+    assert len(server.asked) == asked
+    with pytest.raises(OSError, match="hub: user/none: "):
+        downloads.pull("user/none", folder / "new")
+    assert [path.name for path in folder.iterdir()] == ["README.md"]
+    assert (folder / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["user/mine", "hf:user/mine", "user/mine@main", "hf:user/mine@main"]
+)
+def test_names_that_pull_takes(pushed, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["pull", name])
+    assert end.value.code == 0
+    assert (tmp_path / "mine/model.safetensors").is_file()
+
+
+def test_a_second_push_takes_away_what_the_first_left(server, pushed, run, tmp_path):
+    server.files["notes.txt"] = b"the user's own"
+    alone = tmp_path / "alone.safetensors"
+    save_network(alone, tcm_fast.build_network("ddpmpp", **SPEC), metadata=INFO)
+    hub.push(alone, "user/mine")
+    assert set(server.files) == {"model.safetensors", "README.md", "notes.txt"}
 
 
 def test_the_card_has_the_runs_own_numbers_and_no_paths(server, run, tmp_path):
