@@ -142,7 +142,7 @@ def _qkv_attention(case: Case) -> tuple[Work, Work]:
     image = n * c * tokens * size
     product = 2 * n * tokens**2 * c
     forward = Work(4 * image + row_sums, 2 * product)
-    return forward, Work(8 * image + row_sums, 5 * product)
+    return forward, Work(8 * image + row_sums, 4 * product)
 
 
 def _consistency_loss(case: Case) -> tuple[Work, Work]:
