@@ -46,6 +46,8 @@ def accepts(compiler: str, flag: str) -> bool:
 
 
 def find_compiler() -> str | None:
+    if sys.platform == "win32":
+        return None  # ninja's rules and the folder's link are Unix's, also where MinGW has a g++
     names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
     found = (shutil.which(name) for name in names if name)
     return next((path for path in found if path and accepts(path, "-std=c++17")), None)

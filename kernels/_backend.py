@@ -5,6 +5,9 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import shutil
+import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -40,6 +43,8 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module("tcm_fast._C")
     except ModuleNotFoundError:
+        if sys.platform == "win32":
+            return None, "tcm_fast._C is not built on Windows"
         return None, "tcm_fast._C was not built: install a C++17 compiler and tcm_fast again"
     except ImportError as error:
         return None, f"tcm_fast._C does not load: {' '.join(str(error).split())}"
@@ -118,6 +123,23 @@ def fast_layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if is_served else torch.contiguous_format
 
 
+def _triton_gap(gpu: bool) -> str:
+    """Why Triton does not run; empty where it does."""
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if not gpu:
+        return "no GPU"
+    # Its launchers are C, compiled when a run begins; on Windows it brings a compiler.
+    if sys.platform != "win32":
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            return "needs a C compiler: install gcc"
+        if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").is_file():
+            return "needs Python's headers: install python3-dev"
+    return ""
+
+
 # What is lost where a backend does not run: times of the CPU, the optimizer's from
 # benchmarks/results/optimizer_cpu.json; bytes counted, 120 for each parameter instead of 42.
 _CPU_COST = (
@@ -149,9 +171,7 @@ def describe() -> list[tuple[str, bool, str]]:
         cuda_gap = _cuda_gap(torch.cuda.current_device()) if gpu else "no GPU"
     built = "; debug build, slow" if module is not None and module.is_debug() else ""
     archs = f"; built for sm_{', '.join(module.cuda_archs())}" if module and has_cuda else ""
-    triton = importlib.util.find_spec("triton") is not None
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    triton_gap = "not installed" if not triton else "" if gpu or interpreted else "no GPU"
 
     def row(name: str, gap: str, cost: str, how: str) -> tuple[str, bool, str]:
         gap = forced_off or gap
@@ -163,5 +183,5 @@ def describe() -> list[tuple[str, bool, str]]:
         ("GPU", gpu, torch.cuda.get_device_name() if gpu else gpu_gap),
         row("C++ extension, CPU half", gap, _CPU_COST, built),
         row("C++ extension, CUDA half", cuda_gap, _CUDA_COST, archs),
-        row("Triton", triton_gap, _TRITON_COST, " (interpreted)" if interpreted else ""),
+        row("Triton", _triton_gap(gpu), _TRITON_COST, " (interpreted)" if interpreted else ""),
     ]

@@ -77,6 +77,14 @@ def test_no_compiler_is_no_error(toolchain):
     assert toolchain.choose_nvcc() is None
 
 
+def test_no_compiler_is_taken_on_windows(toolchain, monkeypatch, tmp_path):
+    compiler = script(tmp_path / "bin/g++", "exit 0")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert toolchain.find_compiler() == compiler
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert toolchain.find_compiler() is None
+
+
 def test_nvcc_is_required_where_it_is_asked_for(toolchain, monkeypatch):
     monkeypatch.setenv("TCM_FAST_CUDA", "1")
     with pytest.raises(SystemExit, match=r"TCM_FAST_CUDA=1 needs nvcc .* install the CUDA toolkit"):
@@ -167,7 +175,7 @@ def test_debug_builds_are_asked_for_by_1(setup, monkeypatch):
 def test_the_hash_of_the_sources_is_the_one_the_library_looks_for(setup):
     assert setup["sources_hash"]() == _backend.sources_hash(ROOT / "csrc")
     listed = setup["SOURCES"] + setup["CUDA_SOURCES"] + setup["HEADERS"]
-    assert sorted(listed) == sorted(f"csrc/{path.name}" for path in ROOT.glob("csrc/*[!y]"))
+    assert sorted(listed) == sorted(f"csrc/{path.name}" for path in ROOT.glob("csrc/*.[ch]*"))
 
 
 # ---- nvcc where only a driver is ----------------------------------------------------------------
@@ -270,6 +278,7 @@ def test_a_release_has_wheels_for_every_python_and_every_card(toolchain):
     assert project["project"]["requires-python"] == ">=3.11"
     assert wheels["environment"]["TCM_FAST_CUDA"] == "1"  # or the build fails
     assert wheels["environment"]["CUDA_HOME"].endswith("cuda-12.8")
+    assert wheels["environment"]["CXX"].endswith("gcc-toolset-14/root/usr/bin/g++")  # nvcc's newest
     assert "cuda-nvcc-12-8 cuda-cudart-devel-12-8" in wheels["before-all"][-1]
     for machine in ("x86_64", "aarch64"):
         assert wheels[f"manylinux-{machine}-image"] == "manylinux_2_28"

@@ -50,7 +50,7 @@ class Demo:
 
 def run_demo(args: Demo) -> int:
     gradio = import_gradio()
-    from tcm_fast.interchange.hub import load_network
+    from tcm_fast.checkpoint.format import load_network
     from tcm_fast.runtime.distributed import pick_device
 
     net = load_network(args.source, device=pick_device(args.device))

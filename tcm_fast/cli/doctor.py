@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tcm_fast.cli.eval import run_config
+from tcm_fast.config import Config
 
 DEPENDENCIES = {
     "tcm-fast": "",
@@ -35,8 +36,9 @@ class Doctor:
     precision: Path | None = None
     """A run, network file or hf:user/repo: measure the rounding error of each precision against the signal
     that the consistency loss learns from."""
-    ratio: float = 0.999
-    """r/t at which to measure; the schedule's limit is the hardest."""
+    ratio: float | None = None
+    """r/t at which to measure; by default where the run's schedule ends, which is the hardest (0.999 of a
+    network of no run)."""
     data: str | None = None
     """Images to measure on; by default those of the run."""
     num: int = 16
@@ -74,6 +76,14 @@ def run_doctor(args: Doctor) -> int:
     return 0
 
 
+def schedule_end(config: Config) -> float:
+    """The largest r/t of a run: its first consistency phase's, which later ones go on with."""
+    from tcm_fast.objectives import OBJECTIVES
+
+    gaps = (OBJECTIVES[name].smallest_gap(config.phase(name)) for name in config.phases)
+    return next((1 - gap for gap in gaps if 0 < gap < 1), 0.999)
+
+
 def check_precision(args: Doctor, source: Path) -> int:
     from rich.console import Console
     from rich.table import Table
@@ -90,12 +100,15 @@ def check_precision(args: Doctor, source: Path) -> int:
     if not images:
         raise ValueError(f"doctor: no images, give --data ({source} is not a run)")
     device = pick_device(args.device)
+    ratio = schedule_end(config) if args.ratio is None else args.ratio
     readings = precision_check.measure(
         load_network(network, device=device),
         load_images(images, **config.data.reading()),
-        ratio=args.ratio, num=args.num, device=device,
+        ratio=ratio, num=args.num, device=device,
     )  # fmt: skip
-    table = Table(title=f"{source}: rounding / signal of D(x_t,t) - D(x_r,r), and cosine")
+    table = Table(
+        title=f"{source}: rounding / signal of D(x_t,t) - D(x_r,r) at r/t = {ratio:g}, and cosine"
+    )
     table.add_column("t", justify="right")
     precisions = list(dict.fromkeys(r.precision for r in readings))
     table.add_column("signal", justify="right")

@@ -146,7 +146,7 @@ def advise(readings: Sequence[Reading]) -> str:
     """What the readings of a stage 1 say about its end and about t', in a sentence or two."""
     readings = [reading for reading in readings if reading.images]
     if len(readings) < 3:
-        return "too few readings for advice: train longer, or lower --grid-every"
+        return "too few readings for advice: train longer, or lower --grid-every, and set --eval.features"
     last = readings[-1]
     before = max(
         (r for r in readings[:-1] if r.images <= 2 / 3 * last.images),

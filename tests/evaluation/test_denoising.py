@@ -93,7 +93,7 @@ BEGUN = (1.0, 2.0, 8.0, 90.0)
 @pytest.mark.parametrize(
     ("rows", "advice"),
     [
-        ([BEGUN, (1, 2, 8, 50)], "too few readings"),
+        ([BEGUN, (1, 2, 8, 50)], "too few readings .*--eval.features$"),
         (
             [BEGUN, (0.9, 2, 8, 50), (0.8, 1.9, 7, 40), (0.7, 1.7, 6, 30)],
             "at every noise level: let",

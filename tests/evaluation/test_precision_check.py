@@ -1,11 +1,15 @@
 """Rounding against signal: the emulated rounding, the readings' sense, the command."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tcm_fast.checkpoint.format import save_network
+from tcm_fast.cli.doctor import schedule_end
 from tcm_fast.cli.main import main
+from tcm_fast.config import Config, save_config
 from tcm_fast.data.dataset import ImageData
 from tcm_fast.evaluation.precision_check import SplitConvolutions, _to_tf32, measure, plot
 from tcm_fast.networks import build_network
@@ -36,8 +40,8 @@ def test_tf32_keeps_ten_bits_to_the_nearest_even():
 @pytest.mark.parametrize(("name", "bits"), [("bf16x3", 16), ("bf16x6", 20), ("tf32x3", 20)])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_split_convolutions(name, bits, groups):
-    """What is left out is the products of the smallest parts: 2^-18, 2^-27 and 2^-22 of each product, in
-    at most three of them; fp32's own rounding of 144 terms' sum comes on top."""
+    """What is left out is the products of the smallest parts: 2^-16, 2^-24 and 2^-22 of each product, in
+    at most three of them, and far less on average; fp32's own rounding of 144 terms' sum comes on top."""
     x, weight, bias = torch.randn(3, 16, 9, 7), torch.randn(8, 16 // groups, 3, 3), torch.randn(8)
 
     def convolve(*operands):
@@ -99,6 +103,21 @@ def test_the_command_prints_a_table_and_warns(tmp_path, capsys):
     assert "bf16 drowns the signal" in printed.err
     assert "fp32" in printed.out
     assert "tf32 is emulated" in printed.out
+
+
+def test_the_ratio_is_the_runs(tmp_path, capsys):
+    save_network(tmp_path / "net.safetensors", network(), metadata={})
+    np.savez(tmp_path / "images.npz", images=images().images)
+    arguments = [str(tmp_path / "net.safetensors"), "--data", str(tmp_path / "images.npz")]
+    config = Config()
+    assert schedule_end(config) == pytest.approx(0.999)
+    assert schedule_end(replace(config, phases=("edm",))) == 0.999
+    config = replace(config, phases=("edm", "ect"), ect=replace(config.ect, max_ratio=0.5))
+    save_config(config, tmp_path / "config.json")
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--precision", *arguments, "--num", "2"])
+    assert ended.value.code == 0
+    assert "r/t = 0.5" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_plot(tmp_path):

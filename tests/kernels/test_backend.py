@@ -173,6 +173,24 @@ def test_the_description_says_what_each_missing_half_costs(no_extension, monkeyp
     assert why["Triton"] == (False, f"not installed: {_backend._TRITON_COST}")
 
 
+def test_triton_on_a_gpu_needs_a_compiler_and_headers(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(_backend, "_cuda_gap", lambda index: "")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_backend.sysconfig, "get_path", lambda *scheme: str(tmp_path))
+    for name in ("CC", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cost = _backend._TRITON_COST
+    assert _backend.describe()[3][1:] == (False, f"needs a C compiler: install gcc: {cost}")
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert "needs Python's headers: install python3-dev" in _backend.describe()[3][2]
+    (tmp_path / "Python.h").touch()
+    assert _backend.describe()[3] == ("Triton", True, "in use")
+
+
 def test_the_costs_are_those_of_the_recorded_benchmark():
     """Ours beside the fastest of torch's own paths, on one thread and on two."""
     recorded = json.loads((ROOT / "benchmarks/results/optimizer_cpu.json").read_text())
