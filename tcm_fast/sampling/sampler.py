@@ -1,6 +1,6 @@
 """Images from a trained network: one step, a few steps, or the ODE solver of a diffusion network.
 
-Image i of a seed is the same whatever the batch size, the first image or the device: its noise is
+Image i of a seed has the same noise whatever the batch size, the first image or the device: it is
 keyed by (seed, sampling step, i).
 """
 
