@@ -25,7 +25,7 @@ from tcm_fast.sampling.edit_arguments import (
     between,
     both_seeds,
     check_network,
-    checked,
+    check_projection,
     edit_labels,
     edit_levels,
     enlarged,
@@ -80,7 +80,8 @@ def edit(
     | a function P | images | P x | x - P x |
 
     What is kept is kept in bytes as well: `colorize` returns images whose `convert("L")` is the grey image
-    given, `upscale` images whose patches have the given bytes as rounded means. An edit visits the noise
+    given, `upscale` images whose patches have the given bytes as rounded means; a function's P x is kept up to
+    rounding and clipping to bytes. An edit visits the noise
     levels level = t_0 > t_1 > ...: x = y + t_0 z, x = D(x, t_0), x with the known part of y; then again from
     x with t_1 and new noise. Sources: inpainting, colourisation and super-resolution Song et al. 2023,
     `stroke` Meng et al. 2022 (SDEdit).
@@ -91,8 +92,8 @@ def edit(
         images: uint8 [N,H,W,C], of `upscale` [N,H/k,W/k,C]; `denoise` also takes floats in units of
             [-1,1], since bytes clip noise. A grey image may come with 1 channel or 3 equal ones. Of
             `interpolate` two images, or None for two seeds alone.
-        task: one of the names above, or an orthogonal projection P of fp32 [n,C,H,W] in [-1,1] onto what is
-            known, linear with P P = P.
+        task: one of the names above, or an orthogonal projection P of fp32 [n,C,H,W] in [-1,1], on the
+            network's device, onto what is known: linear, with P P = P and <P x, x - P x> = 0.
         mask: bool or uint8 [H,W] or [N,H,W]: True, or 128 and above, where pixels are generated.
         num: results of each image (1), or images of an interpolation with both ends (8).
         level: the noise level t_0 to begin with, a standard deviation in units of [-1,1]; of `denoise` that
@@ -139,7 +140,7 @@ def edit(
             known = known_patch_means(net.img_resolution // y.shape[1])
             y = enlarged(y, net.img_resolution)
         elif callable(task):
-            known = checked(Projection(task), y)
+            known = Projection(task)
         y, inputs = in_channels(y, net.img_channels), len(y)
         given = [y, *mask_rows(mask, what, name, y)]
         solve = editing(
@@ -149,6 +150,8 @@ def edit(
     check_numbers(inputs * num, seed, start, batch_size)
     levels, nets = edit_levels(net, name, what, level, steps, times, stage1, allow_below_t_prime)
     sampler = Sampler(nets, solve, levels, seed=seed, device=device, precision=precision)
+    if callable(task):
+        check_projection(task, sampler.shape, sampler.device)
 
     def given_to(first: int, n: int) -> list[torch.Tensor]:
         chosen = torch.arange(first, first + n) // num

@@ -191,6 +191,20 @@ def test_a_projection_of_ones_own():
     assert not torch.equal(edited, y.repeat_interleave(2, 0))
 
 
+@pytest.mark.parametrize(("given", "channels"), [(1, 3), (3, 1)])
+def test_a_projection_is_of_as_many_channels_as_the_network_has(given, channels):
+    seen = []
+
+    def column_means(x):
+        seen.append((x.shape[1], x.device.type))
+        return x.mean(2, keepdim=True).expand_as(x)
+
+    grey, net = images(channels=1), Gaussian(channels=channels)
+    edited = edit(net, grey.expand(-1, -1, -1, given), column_means)
+    assert edited.shape == (2, 4, 4, channels)
+    assert set(seen) == {(channels, "cpu")}
+
+
 # ---- networks, labels, seeds --------------------------------------------------------------------
 
 
@@ -350,7 +364,10 @@ REFUSED = [
     ("interpolate", {"num": 1}, ValueError, "num: interpolate needs at least its 2 ends, got 1"),
     ("interpolate", {"images": images(3)}, ValueError, "interpolate takes 2 images, got 3"),
     ("interpolate", {"seeds": (1, 2**32)}, ValueError, r"seeds: must lie in \[0, 2\*\*32\)"),
-    (lambda x: 2 * x, {}, ValueError, "task: a projection must be linear and idempotent"),
+    (lambda x: 2 * x, {}, ValueError, "linear, idempotent and orthogonal, but of noise P P x - P x is"),
+    (lambda x: x.clamp(min=0), {}, ValueError, r"P\(x \+ y\) - P x - P y is up to"),
+    (lambda x: x[..., ::2].repeat_interleave(2, 3), {}, ValueError, "<P x, x - P x> / <x, x> is up to"),
+    (lambda x: x / 0, {}, ValueError, "is up to nan"),
     (lambda x: x[:, :1], {}, ValueError, r"must keep the shape \[n,C,H,W\]"),
 ]  # fmt: skip
 
