@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
 from tcm_fast.checkpoint.format import load_stage1
 from tcm_fast.networks import Precond
+from tcm_fast.objectives import is_consistency
 from tcm_fast.sampling.solvers import T, default_times
 
 Labels = int | Sequence[int] | torch.Tensor | None
@@ -56,11 +58,20 @@ def levels_below(first: float, steps: int | None, times: Sequence[float]) -> lis
     return levels
 
 
-def stage1_of(net: Precond, stage1: Precond | None = None) -> Precond | None:
-    """The stage-1 network that belongs to a truncated one: the given one, its own, or its checkpoint's."""
+def stage1_of(net: Precond, stage1: Precond | None, is_optional: bool) -> Precond | None:
+    """The stage-1 network that belongs to a truncated one: the given one, its own, or its checkpoint's,
+    which is read once. ValueError where that checkpoint is gone, unless it is optional."""
     stage1 = stage1 or getattr(net, "stage1", None)
     source = getattr(net, "source", None)
-    return load_stage1(source) if stage1 is None and source is not None else stage1
+    if stage1 is None and source is not None:
+        if not (is_optional or Path(source).exists()):
+            raise ValueError(
+                f"net: its file {source} is gone, and with it what tells its stage-1 network; load "
+                "it again, give stage1, or allow to go without (--allow-below-t-prime)"
+            )
+        stage1 = load_stage1(source)
+        object.__setattr__(net, "stage1", stage1)  # beside the network, no part of it
+    return stage1
 
 
 def networks_at(
@@ -70,15 +81,19 @@ def networks_at(
     t_prime = network_info(net).get("t_prime")
     if t_prime is None or times[-1] >= t_prime:
         return [net] * len(times)
-    stage1 = stage1_of(net, stage1)
+    stage1 = stage1_of(net, stage1, allow_below_t_prime)
     if stage1 is None:
         if allow_below_t_prime:
             return [net] * len(times)
+        which, below = ("level", times[0]) if times[0] < t_prime else ("times", times[-1])
         raise ValueError(
-            f"times: {times[-1]:g} lies below t'={t_prime:g}, where this network was not trained, "
-            f"and its stage-1 network is not there; use times of at least {t_prime:g}, or allow it "
+            f"{which}: {below:g} lies below t'={t_prime:g}, where this network was not trained, and "
+            f"its stage-1 network is not there; use noise levels of at least {t_prime:g}, or allow it "
             "with --allow-below-t-prime"
         )
+    phase = network_info(stage1).get("phase")
+    if not is_consistency(phase):
+        raise ValueError(f"stage1: must be a consistency network, got one of phase {phase}")
     for name in ("img_resolution", "img_channels", "label_dim"):
         if getattr(stage1, name) != getattr(net, name):
             raise ValueError(

@@ -166,9 +166,7 @@ def mask_rows(mask: Images | None, what: Task, name: str, y: torch.Tensor) -> li
     return [rows.expand(len(y), *size)[:, None]]
 
 
-def check_projection(
-    project: Project, shape: tuple[int, int, int], device: torch.device
-) -> None:
+def check_projection(project: Project, shape: tuple[int, int, int], device: torch.device) -> None:
     """A function of the caller's, tried on noise of a shape [C,H,W]."""
     x, y = philox_normal(0, 0, NOISE_LAYER, torch.arange(4, device=device), shape).chunk(2)
     with tf32(False), torch.inference_mode():
@@ -202,18 +200,20 @@ def edit_levels(
         )
     if not SIGMA_MIN <= first <= T:
         raise ValueError(f"level: must lie in [{SIGMA_MIN}, {T:g}], got {first:g}")
-    stage1 = stage1_of(net, stage1)
+    count, lowest = what.steps if steps is None else steps, LOWEST_EDIT
     if times is not None:
         levels = levels_below(first, steps, times)
     else:
         t_prime = network_info(net).get("t_prime") or 0.0
-        alone = 0.0 if stage1 is not None or allow_below_t_prime else t_prime
-        lowest = max(LOWEST_EDIT, alone)
-        count = (what.steps if first > lowest else 1) if steps is None else steps
+        if count > 1 and lowest < t_prime and not allow_below_t_prime:
+            stage1 = stage1_of(net, stage1, False)
+            lowest = t_prime if stage1 is None else lowest
         if count > 1 and first <= lowest:
-            raise ValueError(
-                f"steps: more than 1 need a level above {lowest:g}, got {first:g}; or give times"
-            )
+            if steps is not None:
+                raise ValueError(
+                    f"steps: more than 1 need a level above {lowest:g}, got {first:g}; or give times"
+                )
+            count = 1
         levels = geometric_levels(count, first, lowest)
     return levels, networks_at(net, levels, stage1, allow_below_t_prime)
 

@@ -80,11 +80,11 @@ def edit(
     | a function P | images | P x | x - P x |
 
     What is kept is kept in bytes as well: `colorize` returns images whose `convert("L")` is the grey image
-    given, `upscale` images whose patches have the given bytes as rounded means; a function's P x is kept up to
-    rounding and clipping to bytes. An edit visits the noise
-    levels level = t_0 > t_1 > ...: x = y + t_0 z, x = D(x, t_0), x with the known part of y; then again from
-    x with t_1 and new noise. Sources: inpainting, colourisation and super-resolution Song et al. 2023,
-    `stroke` Meng et al. 2022 (SDEdit).
+    given, `upscale` images whose patches have the given bytes as rounded means; a function's P x is kept
+    up to rounding and clipping to bytes. An edit visits the noise levels level = t_0 > t_1 > ...:
+    x = y + t_0 z, x = D(x, t_0), x with the known part of y; then again from x with t_1 and new noise.
+    Sources: inpainting, colourisation and super-resolution Song et al. 2023, `stroke` Meng et al. 2022
+    (SDEdit).
 
     Args:
         net: a consistency network, ours or any module D(x, t, labels) with `img_resolution`,

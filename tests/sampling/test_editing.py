@@ -11,6 +11,7 @@ import tcm_fast
 from tcm_fast.cli.edit import Task
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.runtime.cuda_graphs import GraphCache
+from tcm_fast.sampling import arguments as arguments_module
 from tcm_fast.sampling.edit_arguments import TASKS
 from tcm_fast.sampling.editing import edit, slerp
 from tcm_fast.sampling.sampler import NOISE_LAYER, Sampler, sample
@@ -222,10 +223,54 @@ def test_without_stage_1_the_levels_end_at_t_prime():
     net = Gaussian(TCM)
     edit(net, images(), "inpaint", mask=HALF)
     assert net.times[-1] == 1
-    with pytest.raises(ValueError, match=r"0.5 lies below t'=1, .*not trained"):
+    with pytest.raises(
+        ValueError, match=r"level: 0.5 lies below t'=1, .*; use noise levels of at least 1"
+    ):
         edit(net, images(), "vary", level=0.5)
+    with pytest.raises(ValueError, match=r"times: 0.3 lies below t'=1"):
+        edit(net, images(), "vary", level=2.0, times=[0.5, 0.3])
     edit(net, images(), "vary", level=0.5, allow_below_t_prime=True)
     assert net.times[-1] == 0.5
+
+
+class Loaded(Gaussian):
+    """A truncated network that came from a file."""
+
+    def __init__(self, source):
+        super().__init__(TCM)
+        self.source = source
+
+
+def test_stage_1_is_read_where_it_is_needed_and_once(tmp_path, monkeypatch):
+    stage1, read = Gaussian(), []
+    monkeypatch.setattr(
+        arguments_module, "load_stage1", lambda source: read.append(source) or stage1
+    )
+    net = Loaded(tmp_path / "net.safetensors")
+    edit(net, images(), "vary", level=2.0)  # reads nothing: the file is not even there
+    edit(net, images(), "inpaint", mask=HALF, times=[2.0, 1.0])
+    assert read == []
+    for options in ({}, {"level": 2.0, "times": [0.5]}):
+        with pytest.raises(ValueError, match=r"net: its file .*net.safetensors is gone"):
+            edit(net, images(), "stroke", **options)
+    net.source.touch()
+    for _ in range(2):
+        edit(net, images(), "stroke")
+    assert read == [net.source]
+    net.source.unlink()
+    edit(net, images(), "stroke")
+    assert stage1.times == [0.2] * 3
+    assert dict(net.named_modules()).keys() == {""}
+
+
+def test_a_pre_trained_network_is_no_stage_1():
+    stage1 = Gaussian({"phase": "edm"})
+    with pytest.raises(
+        ValueError, match="stage1: must be a consistency network, got one of phase edm"
+    ):
+        edit(Gaussian(TCM), images(), "stroke", stage1=stage1)
+    with pytest.raises(ValueError, match="stage1: must be a consistency network"):
+        sample(Gaussian(TCM), 2, times=[0.5], stage1=stage1)
 
 
 def test_labels_go_with_the_images():
