@@ -40,17 +40,19 @@ def times_of(
     """The noise levels to visit, T first."""
     if times is None:
         return default_times(1 if steps is None else steps, t_prime)
-    given = [float(t) for t in times]
-    return levels_below(T, None if steps == 1 else steps, given[given[:1] == [T] :])
+    return levels_below(T, None if steps == 1 else steps, times)
 
 
 def levels_below(first: float, steps: int | None, times: Sequence[float]) -> list[float]:
-    """A first noise level and those after it, checked."""
-    levels = [first, *map(float, times)]
+    """A first noise level, which may be given too, and those after it, checked."""
+    given = [float(t) for t in times]
+    levels = [first, *given[given[:1] == [first] :]]
     if not (levels[-1] > 0 and all(t > t_next for t, t_next in pairwise(levels))):
         raise ValueError(
             f"times: must fall strictly from at most {first:g} and stay positive, got {list(times)}"
         )
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps: must be at least 1, got {steps}")
     if steps not in (None, len(levels)):
         raise ValueError(
             f"steps: {steps} steps need {steps - 1} times after the first, got {len(levels) - 1}"
@@ -110,17 +112,17 @@ def label_rows(net: Precond, num: int, labels: Labels, start: int) -> torch.Tens
         if labels is not None:
             raise ValueError("labels: the network is unconditional, it takes none")
         return None
-    if isinstance(labels, torch.Tensor) and labels.ndim == 2:
-        if labels.shape != (num, classes):
-            raise ValueError(
-                f"labels: one-hot labels must be [{num},{classes}], got {list(labels.shape)}"
-            )
-        return labels.to("cpu", torch.float32)
     if isinstance(labels, (int, list, tuple)):
         for label in [labels] if isinstance(labels, int) else labels:
             if isinstance(label, int) and not 0 <= label < classes:  # perhaps of more than 64 bits
                 raise ValueError(f"labels: must lie in [0, {classes}), got {label}")
     given = torch.as_tensor(range(classes) if labels is None else labels)
+    if given.ndim == 2:
+        if given.shape != (num, classes):
+            raise ValueError(
+                f"labels: one-hot labels must be [{num},{classes}], got {list(given.shape)}"
+            )
+        return given.to("cpu", torch.float32)
     if given.is_floating_point() or given.ndim > 1 or given.numel() == 0:
         raise ValueError(
             "labels: must be an int, ints or one-hot rows, "

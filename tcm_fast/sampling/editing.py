@@ -24,8 +24,10 @@ from tcm_fast.sampling.edit_arguments import (
     as_images,
     between,
     both_seeds,
+    check_ints,
     check_network,
     check_projection,
+    check_range,
     edit_labels,
     edit_levels,
     enlarged,
@@ -101,7 +103,7 @@ def edit(
             `stroke` 4, `vary` 1, `interpolate` 80 between seeds and 2 between images.
         steps: network calls; by default 8 where something is kept, 2 of `stroke`, 1 of the others. Their
             levels fall geometrically to 0.2, or to t' where there is no stage-1 network.
-        times: noise levels after the first, strictly falling, instead.
+        times: noise levels after the first (which may be given too), strictly falling, instead.
         seed: of the noise; result k of a seed has the same noise whatever the batch or device.
         seeds: of `interpolate`, the two seeds, by default `seed` and the one after it. Its ends are what
             `sample` draws of them at the same levels (images=None).
@@ -119,9 +121,10 @@ def edit(
     """
     name, what = find_task(task)
     check_network(net, name)
+    check_ints(num=num, steps=steps, seed=seed, start=start, batch_size=batch_size)
     # What a task does not take is an error, not ignored.
-    if mask is not None and not what.mask:
-        takers = ", ".join(key for key, value in TASKS.items() if value.mask)
+    if mask is not None and what.mask == "none":
+        takers = ", ".join(key for key, value in TASKS.items() if value.mask != "none")
         raise ValueError(f"mask: is for {takers}; {name} takes none")
     if seeds is not None and name != "interpolate":
         raise ValueError(f"seeds: are for interpolate; {name} takes one seed")
@@ -147,8 +150,10 @@ def edit(
             known, hides=name == "inpaint" or callable(task), is_noisy=name == "denoise"
         )
         rows = edit_labels(net, labels, inputs)
-    check_numbers(inputs * num, seed, start, batch_size)
+    check_numbers(inputs * num if num > 0 else num, seed, start, batch_size)
     levels, nets = edit_levels(net, name, what, level, steps, times, stage1, allow_below_t_prime)
+    if name == "denoise":
+        check_range(y, levels[0])
     sampler = Sampler(nets, solve, levels, seed=seed, device=device, precision=precision)
     if callable(task):
         check_projection(task, sampler.shape, sampler.device)
