@@ -1,6 +1,7 @@
 """Zero-shot editing with any consistency model D(x, t, labels): fill a hole, and keep a part of your own.
 
-The module needs three attributes besides; what is known is kept exactly.
+The module needs three attributes besides. Pixels outside the hole are kept exactly, what a
+projection of your own knows up to rounding and clipping to bytes.
 """
 
 import torch
@@ -30,7 +31,7 @@ def main():
     hole = torch.zeros(8, 8, dtype=torch.bool)
     hole[3:6, 2:5] = True  # these pixels are generated
     filled = tcm_fast.edit(net, pictures, "inpaint", mask=hole, num=2)  # uint8 [4,8,8,3]
-    # Or any orthogonal projection P x onto what is known, here the mean of each row:
+    # Or any orthogonal projection P x (linear, on x.device) onto what is known, here the mean of each row:
     of_rows = tcm_fast.edit(net, pictures, lambda x: x.mean(3, keepdim=True).expand_as(x), num=2)
     return pictures, filled, of_rows
 

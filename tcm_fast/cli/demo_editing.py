@@ -142,6 +142,6 @@ def edited(
     images = np.array(given).reshape(1, *small, -1)
     results = edit(net, images, task, mask=mask if uses_mask else None, **options)
     shown = np.array(given.resize((size, size), Image.Resampling.NEAREST).convert(channels))
-    if uses_mask:
+    if task == "inpaint":
         shown[mask] = HIDDEN
     return grid(np.concatenate([shown.reshape(1, size, size, -1), results.numpy()]))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tcm_fast.config import Precision
+
+if TYPE_CHECKING:
+    from tcm_fast.data.dataset import ImageData
 
 with suppress(ModuleNotFoundError):  # only the command line's parsing needs it
     from tyro.conf import Positional
@@ -29,7 +33,7 @@ class Edit:
     input: tuple[Path, ...] = ()
     """Image files of the network's size (of upscale smaller), or a folder, zip or npz of them."""
     mask: Path | None = None
-    """An image, white where pixels are generated."""
+    """An image, white where pixels are generated, or a folder, zip or npz with one for each image."""
     num: int | None = None
     """Results of each image, 1, or images of an interpolation, 8."""
     level: float | None = None
@@ -42,7 +46,7 @@ class Edit:
     seeds: tuple[int, int] | None = None
     """Both seeds of interpolate; by default the seed and the one after it."""
     classes: tuple[int, ...] | None = None
-    """Class of all images, or of each (class-conditional networks)."""
+    """Class of all images, or of each (class-conditional networks); by default the labels of the input."""
     out: Path = Path("edited.png")
     """A .png (one image, or a grid with a row for each input), an .npz, or a folder of PNGs."""
     start: int = 0
@@ -58,29 +62,41 @@ class Edit:
 
 def run_edit(args: Edit) -> int:
     from tcm_fast.checkpoint.format import load_network
+    from tcm_fast.cli.demo import names
     from tcm_fast.runtime.distributed import pick_device
     from tcm_fast.sampling import image_io
-    from tcm_fast.sampling.edit_arguments import to_grey
+    from tcm_fast.sampling.edit_arguments import FRAMES, to_grey
     from tcm_fast.sampling.editing import edit
 
-    image_io.check_out(args.out, args.overwrite)
-    images = read_images(args.input, "input") if args.input else None
-    mask = None if args.mask is None else to_grey(read_images((args.mask,), "mask"))[0, ..., 0]
     net = load_network(args.source, device=pick_device(args.device))
-    classes: Any = args.classes[0] if args.classes and len(args.classes) == 1 else args.classes
+    images = mask = None
+    classes = list(args.classes or ())
+    if args.input:
+        images, labels = read_images(args.input, "input", names(net))
+        if net.label_dim and not classes and None not in labels:
+            classes = labels
+    if args.mask:
+        mask = to_grey(read_images((args.mask,), "mask")[0])[..., 0]
+        mask = mask[0] if len(mask) == 1 else mask
+    is_path = args.task == "interpolate"
+    rows = 1 if images is None or is_path else len(images)
+    columns = (FRAMES if is_path else 1) if args.num is None else args.num
+    image_io.check_out(args.out, args.overwrite, range(args.start, args.start + rows * columns))
     results = edit(
         net, images, args.task, mask=mask, num=args.num, level=args.level, steps=args.steps,
-        times=args.times, seed=args.seed, seeds=args.seeds, labels=classes, start=args.start,
+        times=args.times, seed=args.seed, seeds=args.seeds, labels=classes or None, start=args.start,
         batch_size=args.batch_size, allow_below_t_prime=args.allow_below_t_prime,
         precision=args.precision, progress=sys.stderr.isatty(),
     )  # fmt: skip
-    rows = 1 if images is None or args.task == "interpolate" else len(images)
-    columns = len(results) // rows
+    shown = None  # the results' classes, unless they lie between two
+    if classes and not (is_path and len(set(classes)) > 1):
+        each = classes * rows if len(classes) == 1 else classes[:rows]
+        shown = [k for k in each for _ in range(columns)]
     if len(results) == 1 and args.out.suffix.lower() == ".png":
         image_io.save_image(results[0], args.out, overwrite=args.overwrite)
     else:
         image_io.write_samples(
-            [(args.start, results)], args.out, overwrite=args.overwrite,
+            [(args.start, results)], args.out, overwrite=args.overwrite, labels=shown,
             columns=columns if columns > 1 else None,
         )  # fmt: skip
     plural = "" if len(results) == 1 else "s"
@@ -88,9 +104,12 @@ def run_edit(args: Edit) -> int:
     return 0
 
 
-def read_images(paths: tuple[Path, ...], argument: str) -> Any:
-    """Image files, and folders, zips and npz of images, as one uint8 tensor [N,H,W,C]. ValueError for what is
-    no image, and for images of several sizes."""
+def read_images(
+    paths: tuple[Path, ...], argument: str, classes: Sequence[str] = ()
+) -> tuple[Any, list[Any]]:
+    """Image files, and folders, zips and npz of images, as one uint8 tensor [N,H,W,C], and the number of each
+    one's class among those named, or None. ValueError for what is no image, and for images of several
+    sizes."""
     import numpy as np
     import torch
 
@@ -98,9 +117,12 @@ def read_images(paths: tuple[Path, ...], argument: str) -> Any:
     from tcm_fast.data.decode import FileReader, decode_file
 
     found: list[tuple[Path, np.ndarray]] = []
+    labels: list[int | None] = []
     for path in paths:
         if path.is_dir() or path.suffix.lower() in SETS:
-            found += [(path, image) for image in load_images(path).images]
+            data = load_images(path)
+            found += [(path, image) for image in data.images]
+            labels += class_numbers(data, classes)
             continue
         if not path.is_file():
             raise FileNotFoundError(f"{argument}: {path} does not exist")
@@ -108,6 +130,7 @@ def read_images(paths: tuple[Path, ...], argument: str) -> Any:
         if isinstance(image, Exception):
             raise ValueError(f"{argument}: {name} cannot be read: {image}")
         found.append((path, image if image.ndim == 3 else image[..., None]))
+        labels.append(None)
     first, like = found[0]
     for path, image in found:
         if image.shape[:2] != like.shape[:2]:
@@ -117,4 +140,15 @@ def read_images(paths: tuple[Path, ...], argument: str) -> Any:
             )
     channels = max(image.shape[2] for _, image in found)
     arrays = [np.broadcast_to(image, (*like.shape[:2], channels)) for _, image in found]
-    return torch.from_numpy(np.stack(arrays))
+    return torch.from_numpy(np.stack(arrays)), labels
+
+
+def class_numbers(data: ImageData, classes: Sequence[str]) -> list[int | None]:
+    """The number of each image's class among those named; of a set without names its own."""
+    if data.labels is None:
+        return [None] * len(data)
+    names = data.class_names
+    if names == tuple(map(str, range(len(names)))):
+        return data.labels.tolist()
+    numbers = {name: i for i, name in enumerate(classes)}
+    return [numbers.get(names[k]) for k in data.labels]

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
 from tcm_fast.checkpoint.format import load_stage1
 from tcm_fast.networks import Precond
+from tcm_fast.objectives import is_consistency
 from tcm_fast.sampling.solvers import T, default_times
 
 Labels = int | Sequence[int] | torch.Tensor | None
@@ -38,17 +40,19 @@ def times_of(
     """The noise levels to visit, T first."""
     if times is None:
         return default_times(1 if steps is None else steps, t_prime)
-    given = [float(t) for t in times]
-    return levels_below(T, None if steps == 1 else steps, given[given[:1] == [T] :])
+    return levels_below(T, None if steps == 1 else steps, times)
 
 
 def levels_below(first: float, steps: int | None, times: Sequence[float]) -> list[float]:
-    """A first noise level and those after it, checked."""
-    levels = [first, *map(float, times)]
+    """A first noise level, which may be given too, and those after it, checked."""
+    given = [float(t) for t in times]
+    levels = [first, *given[given[:1] == [first] :]]
     if not (levels[-1] > 0 and all(t > t_next for t, t_next in pairwise(levels))):
         raise ValueError(
             f"times: must fall strictly from at most {first:g} and stay positive, got {list(times)}"
         )
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps: must be at least 1, got {steps}")
     if steps not in (None, len(levels)):
         raise ValueError(
             f"steps: {steps} steps need {steps - 1} times after the first, got {len(levels) - 1}"
@@ -56,11 +60,20 @@ def levels_below(first: float, steps: int | None, times: Sequence[float]) -> lis
     return levels
 
 
-def stage1_of(net: Precond, stage1: Precond | None = None) -> Precond | None:
-    """The stage-1 network that belongs to a truncated one: the given one, its own, or its checkpoint's."""
+def stage1_of(net: Precond, stage1: Precond | None, is_optional: bool) -> Precond | None:
+    """The stage-1 network that belongs to a truncated one: the given one, its own, or its checkpoint's,
+    which is read once. ValueError where that checkpoint is gone, unless it is optional."""
     stage1 = stage1 or getattr(net, "stage1", None)
     source = getattr(net, "source", None)
-    return load_stage1(source) if stage1 is None and source is not None else stage1
+    if stage1 is None and source is not None:
+        if not (is_optional or Path(source).exists()):
+            raise ValueError(
+                f"net: its file {source} is gone, and with it what tells its stage-1 network; load "
+                "it again, give stage1, or allow to go without (--allow-below-t-prime)"
+            )
+        stage1 = load_stage1(source)
+        object.__setattr__(net, "stage1", stage1)  # beside the network, no part of it
+    return stage1
 
 
 def networks_at(
@@ -70,15 +83,19 @@ def networks_at(
     t_prime = network_info(net).get("t_prime")
     if t_prime is None or times[-1] >= t_prime:
         return [net] * len(times)
-    stage1 = stage1_of(net, stage1)
+    stage1 = stage1_of(net, stage1, allow_below_t_prime)
     if stage1 is None:
         if allow_below_t_prime:
             return [net] * len(times)
+        which, below = ("level", times[0]) if times[0] < t_prime else ("times", times[-1])
         raise ValueError(
-            f"times: {times[-1]:g} lies below t'={t_prime:g}, where this network was not trained, "
-            f"and its stage-1 network is not there; use times of at least {t_prime:g}, or allow it "
+            f"{which}: {below:g} lies below t'={t_prime:g}, where this network was not trained, and "
+            f"its stage-1 network is not there; use noise levels of at least {t_prime:g}, or allow it "
             "with --allow-below-t-prime"
         )
+    phase = network_info(stage1).get("phase")
+    if not is_consistency(phase):
+        raise ValueError(f"stage1: must be a consistency network, got one of phase {phase}")
     for name in ("img_resolution", "img_channels", "label_dim"):
         if getattr(stage1, name) != getattr(net, name):
             raise ValueError(
@@ -95,17 +112,17 @@ def label_rows(net: Precond, num: int, labels: Labels, start: int) -> torch.Tens
         if labels is not None:
             raise ValueError("labels: the network is unconditional, it takes none")
         return None
-    if isinstance(labels, torch.Tensor) and labels.ndim == 2:
-        if labels.shape != (num, classes):
-            raise ValueError(
-                f"labels: one-hot labels must be [{num},{classes}], got {list(labels.shape)}"
-            )
-        return labels.to("cpu", torch.float32)
     if isinstance(labels, (int, list, tuple)):
         for label in [labels] if isinstance(labels, int) else labels:
             if isinstance(label, int) and not 0 <= label < classes:  # perhaps of more than 64 bits
                 raise ValueError(f"labels: must lie in [0, {classes}), got {label}")
     given = torch.as_tensor(range(classes) if labels is None else labels)
+    if given.ndim == 2:
+        if given.shape != (num, classes):
+            raise ValueError(
+                f"labels: one-hot labels must be [{num},{classes}], got {list(given.shape)}"
+            )
+        return given.to("cpu", torch.float32)
     if given.is_floating_point() or given.ndim > 1 or given.numel() == 0:
         raise ValueError(
             "labels: must be an int, ints or one-hot rows, "

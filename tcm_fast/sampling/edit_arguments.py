@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ import torch
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import Precond
 from tcm_fast.objectives import is_consistency
+from tcm_fast.runtime.arithmetic import tf32
 from tcm_fast.sampling.arguments import (
     Labels,
     label_rows,
@@ -20,7 +23,7 @@ from tcm_fast.sampling.arguments import (
     one_hot,
     stage1_of,
 )
-from tcm_fast.sampling.projections import LUMINANCE, Projection
+from tcm_fast.sampling.projections import LUMINANCE
 from tcm_fast.sampling.sampler import NOISE_LAYER
 from tcm_fast.sampling.solvers import SIGMA_MIN, T, geometric_levels
 
@@ -37,12 +40,12 @@ class Task:
 
     level: where its noise begins, None where that has to be given.
     steps: network calls, by default.
-    mask: whether it needs or may have one.
+    mask: whether it needs one, may have one, or takes none.
     """
 
     level: float | None
     steps: int
-    mask: str = ""
+    mask: Literal["needed", "possible", "none"] = "none"
 
 
 TASKS = {
@@ -61,12 +64,26 @@ def find_task(task: str | Project) -> tuple[str, Task]:
     """A task's name and what it is."""
     if callable(task):
         return "a projection", OWN
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise ValueError(f"task: must be one of {', '.join(TASKS)}, or a projection, got {task!r}")
     return task, TASKS[task]
 
 
+def check_ints(**given: int | None) -> None:
+    """TypeError for what is no whole number."""
+    for name, value in given.items():
+        try:
+            operator.index(0 if value is None else value)
+        except TypeError:
+            raise TypeError(f"{name}: must be an int, got {value!r}") from None
+
+
 def check_network(net: Precond, name: str) -> None:
+    for attribute in ("img_resolution", "img_channels", "label_dim"):
+        if not hasattr(net, attribute):
+            raise TypeError(
+                f"net: must have an attribute {attribute}, {type(net).__name__} has none"
+            )
     phase = network_info(net).get("phase")
     if not is_consistency(phase):
         raise ValueError(
@@ -83,12 +100,14 @@ def as_images(net: Precond, images: Images | None, name: str) -> torch.Tensor:
     """The images of a task, uint8 (or fp32 where it takes that) [N,H,W,C], of a size that it takes."""
     if images is None:
         raise ValueError(f"images: {name} needs some, got None")
-    y = _tensor(images)
+    y = _tensor(images, "images")
     takes_floats, size = name == "denoise", net.img_resolution
     if not (y.dtype == torch.uint8 or (takes_floats and y.is_floating_point())):
         kinds = "uint8, or floats in units of [-1,1]," if takes_floats else "uint8"
         raise TypeError(f"images: {name} takes {kinds} [N,H,W,C], got {str(y.dtype)[6:]}")
-    if y.ndim != 4 or not len(y) or y.shape[3] not in {1, 3, net.img_channels}:
+    # Grey images are RGB ones with equal channels and the other way round; of other networks neither.
+    channels = {1, 3} if net.img_channels in (1, 3) else {net.img_channels}
+    if y.ndim != 4 or not len(y) or y.shape[3] not in channels:
         raise ValueError(
             f"images: must be [N,H,W,C] with C {net.img_channels}, got {list(y.shape)}"
         )
@@ -108,11 +127,25 @@ def as_images(net: Precond, images: Images | None, name: str) -> torch.Tensor:
     return y
 
 
-def _tensor(images: Images) -> torch.Tensor:
+def _tensor(images: Images, argument: str) -> torch.Tensor:
     """On the CPU; arrays that are read-only or not contiguous are copied."""
-    if isinstance(images, np.ndarray):
-        return torch.from_numpy(np.require(images, requirements=["C", "W"]))
-    return torch.as_tensor(images).cpu()
+    try:
+        if isinstance(images, np.ndarray):
+            return torch.from_numpy(np.require(images, requirements=["C", "W"]))
+        return torch.as_tensor(images).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise TypeError(f"{argument}: must be a tensor or an array, got {kind}") from error
+
+
+def check_range(y: torch.Tensor, level: float) -> None:
+    """ValueError for floats that are no image in [-1,1] under noise of that level."""
+    most, found = 1 + 10 * level, y.abs().max().item() if y.is_floating_point() else 0.0
+    if found > most:
+        raise ValueError(
+            f"images: denoise takes floats in units of [-1,1], which noise of level {level:g} leaves "
+            f"within {most:g}, got {found:g}"
+        )
 
 
 def in_channels(y: torch.Tensor, channels: int) -> torch.Tensor:
@@ -146,7 +179,7 @@ def mask_rows(mask: Images | None, what: Task, name: str, y: torch.Tensor) -> li
         if what.mask == "needed":
             raise ValueError(f"mask: {name} needs one, which says where pixels are generated")
         return []
-    rows = _tensor(mask)
+    rows = _tensor(mask, "mask")
     if rows.dtype not in (torch.bool, torch.uint8):
         raise TypeError(f"mask: must be bool or uint8, got {str(rows.dtype)[6:]}")
     size = y.shape[1:3]
@@ -165,25 +198,33 @@ def mask_rows(mask: Images | None, what: Task, name: str, y: torch.Tensor) -> li
     return [rows.expand(len(y), *size)[:, None]]
 
 
-def checked(known: Projection, y: torch.Tensor) -> Projection:
-    """A projection of the caller's, tried on noise."""
-    numbers = torch.arange(2)
-    shape = (y.shape[3], y.shape[1], y.shape[2])
-    x = philox_normal(0, 0, NOISE_LAYER, numbers, shape)
-    projected = known(x)
-    if not isinstance(projected, torch.Tensor) or projected.shape != x.shape:
-        got = getattr(projected, "shape", type(projected).__name__)
-        raise ValueError(f"task: a projection must keep the shape [n,C,H,W], got {got}")
-    again, doubled = known(projected), known(2 * x)
-    if not torch.allclose(again, projected, atol=1e-4) or not torch.allclose(
-        doubled, 2 * projected, atol=1e-4
-    ):
-        off = (again - projected).abs().max().item()
-        raise ValueError(
-            "task: a projection must be linear and idempotent, but P P x differs from P x by up to "
-            f"{off:.2g} or P(2x) from 2 P x"
-        )
-    return known
+def check_projection(project: Project, shape: tuple[int, int, int], device: torch.device) -> None:
+    """A function of the caller's, tried on noise of a shape [C,H,W]."""
+    x, y = philox_normal(0, 0, NOISE_LAYER, torch.arange(4, device=device), shape).chunk(2)
+    with tf32(False), torch.inference_mode():
+        known = project(x)
+        if not isinstance(known, torch.Tensor) or known.shape != x.shape:
+            got = getattr(known, "shape", type(known).__name__)
+            raise ValueError(f"task: a projection must keep the shape [n,C,H,W], got {got}")
+        inner = (known * (x - known)).sum((1, 2, 3)) / x.square().sum((1, 2, 3))
+        for what, differences, most in (
+            ("P P x - P x", project(known) - known, 1e-4),
+            ("P(x + y) - P x - P y", project(x + y) - known - project(y), 1e-4),
+            ("<P x, x - P x> / <x, x>", inner, 1e-5),
+        ):
+            off = differences.abs().amax().item()
+            if not off <= most:  # NaN neither
+                raise ValueError(
+                    "task: a projection must be linear, idempotent and orthogonal, but of noise "
+                    f"{what} is up to {off:.2g}"
+                )
+
+
+def _number(value: float, argument: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{argument}: must be a number, got {value!r}") from None
 
 
 def edit_levels(
@@ -191,25 +232,27 @@ def edit_levels(
     times: Sequence[float] | None, stage1: Precond | None, allow_below_t_prime: bool,
 ) -> tuple[list[float], list[Precond]]:  # fmt: skip
     """The noise levels of an edit, and the network of each."""
-    first = what.level if level is None else float(level)
+    first = what.level if level is None else _number(level, "level")
     if first is None:
         raise ValueError(
             f"level: {name} needs the standard deviation of the noise, in units of [-1,1]"
         )
     if not SIGMA_MIN <= first <= T:
         raise ValueError(f"level: must lie in [{SIGMA_MIN}, {T:g}], got {first:g}")
-    stage1 = stage1_of(net, stage1)
+    count, lowest = what.steps if steps is None else steps, LOWEST_EDIT
     if times is not None:
-        levels = levels_below(first, steps, times)
+        levels = levels_below(first, steps, [_number(t, "times") for t in times])
     else:
         t_prime = network_info(net).get("t_prime") or 0.0
-        alone = 0.0 if stage1 is not None or allow_below_t_prime else t_prime
-        lowest = max(LOWEST_EDIT, alone)
-        count = (what.steps if first > lowest else 1) if steps is None else steps
+        if count > 1 and lowest < t_prime and not allow_below_t_prime:
+            stage1 = stage1_of(net, stage1, False)
+            lowest = t_prime if stage1 is None else lowest
         if count > 1 and first <= lowest:
-            raise ValueError(
-                f"steps: more than 1 need a level above {lowest:g}, got {first:g}; or give times"
-            )
+            if steps is not None:
+                raise ValueError(
+                    f"steps: more than 1 need a level above {lowest:g}, got {first:g}; or give times"
+                )
+            count = 1
         levels = geometric_levels(count, first, lowest)
     return levels, networks_at(net, levels, stage1, allow_below_t_prime)
 
@@ -254,7 +297,11 @@ def between(
 
 def both_seeds(seed: int, seeds: Sequence[int] | None) -> tuple[int, int]:
     """The two seeds of an interpolation: those given, or one and its successor."""
-    first, second = (seed, (seed + 1) % 2**32) if seeds is None else seeds
+    pair = (seed, (seed + 1) % 2**32) if seeds is None else seeds
+    try:
+        first, second = map(operator.index, pair)
+    except (TypeError, ValueError):
+        raise ValueError(f"seeds: must be two ints, got {pair!r}") from None
     for given in (first, second):
         if not 0 <= given < 2**32:
             raise ValueError(f"seeds: must lie in [0, 2**32), got {given}")

@@ -24,8 +24,10 @@ from tcm_fast.sampling.edit_arguments import (
     as_images,
     between,
     both_seeds,
+    check_ints,
     check_network,
-    checked,
+    check_projection,
+    check_range,
     edit_labels,
     edit_levels,
     enlarged,
@@ -80,10 +82,11 @@ def edit(
     | a function P | images | P x | x - P x |
 
     What is kept is kept in bytes as well: `colorize` returns images whose `convert("L")` is the grey image
-    given, `upscale` images whose patches have the given bytes as rounded means. An edit visits the noise
-    levels level = t_0 > t_1 > ...: x = y + t_0 z, x = D(x, t_0), x with the known part of y; then again from
-    x with t_1 and new noise. Sources: inpainting, colourisation and super-resolution Song et al. 2023,
-    `stroke` Meng et al. 2022 (SDEdit).
+    given, `upscale` images whose patches have the given bytes as rounded means; a function's P x is kept
+    up to rounding and clipping to bytes. An edit visits the noise levels level = t_0 > t_1 > ...:
+    x = y + t_0 z, x = D(x, t_0), x with the known part of y; then again from x with t_1 and new noise.
+    Sources: inpainting, colourisation and super-resolution Song et al. 2023, `stroke` Meng et al. 2022
+    (SDEdit).
 
     Args:
         net: a consistency network, ours or any module D(x, t, labels) with `img_resolution`,
@@ -91,8 +94,8 @@ def edit(
         images: uint8 [N,H,W,C], of `upscale` [N,H/k,W/k,C]; `denoise` also takes floats in units of
             [-1,1], since bytes clip noise. A grey image may come with 1 channel or 3 equal ones. Of
             `interpolate` two images, or None for two seeds alone.
-        task: one of the names above, or an orthogonal projection P of fp32 [n,C,H,W] in [-1,1] onto what is
-            known, linear with P P = P.
+        task: one of the names above, or an orthogonal projection P of fp32 [n,C,H,W] in [-1,1], on the
+            network's device, onto what is known: linear, with P P = P and <P x, x - P x> = 0.
         mask: bool or uint8 [H,W] or [N,H,W]: True, or 128 and above, where pixels are generated.
         num: results of each image (1), or images of an interpolation with both ends (8).
         level: the noise level t_0 to begin with, a standard deviation in units of [-1,1]; of `denoise` that
@@ -100,7 +103,7 @@ def edit(
             `stroke` 4, `vary` 1, `interpolate` 80 between seeds and 2 between images.
         steps: network calls; by default 8 where something is kept, 2 of `stroke`, 1 of the others. Their
             levels fall geometrically to 0.2, or to t' where there is no stage-1 network.
-        times: noise levels after the first, strictly falling, instead.
+        times: noise levels after the first (which may be given too), strictly falling, instead.
         seed: of the noise; result k of a seed has the same noise whatever the batch or device.
         seeds: of `interpolate`, the two seeds, by default `seed` and the one after it. Its ends are what
             `sample` draws of them at the same levels (images=None).
@@ -118,9 +121,10 @@ def edit(
     """
     name, what = find_task(task)
     check_network(net, name)
+    check_ints(num=num, steps=steps, seed=seed, start=start, batch_size=batch_size)
     # What a task does not take is an error, not ignored.
-    if mask is not None and not what.mask:
-        takers = ", ".join(key for key, value in TASKS.items() if value.mask)
+    if mask is not None and what.mask == "none":
+        takers = ", ".join(key for key, value in TASKS.items() if value.mask != "none")
         raise ValueError(f"mask: is for {takers}; {name} takes none")
     if seeds is not None and name != "interpolate":
         raise ValueError(f"seeds: are for interpolate; {name} takes one seed")
@@ -139,16 +143,20 @@ def edit(
             known = known_patch_means(net.img_resolution // y.shape[1])
             y = enlarged(y, net.img_resolution)
         elif callable(task):
-            known = checked(Projection(task), y)
+            known = Projection(task)
         y, inputs = in_channels(y, net.img_channels), len(y)
         given = [y, *mask_rows(mask, what, name, y)]
         solve = editing(
             known, hides=name == "inpaint" or callable(task), is_noisy=name == "denoise"
         )
         rows = edit_labels(net, labels, inputs)
-    check_numbers(inputs * num, seed, start, batch_size)
+    check_numbers(inputs * num if num > 0 else num, seed, start, batch_size)
     levels, nets = edit_levels(net, name, what, level, steps, times, stage1, allow_below_t_prime)
+    if name == "denoise":
+        check_range(y, levels[0])
     sampler = Sampler(nets, solve, levels, seed=seed, device=device, precision=precision)
+    if callable(task):
+        check_projection(task, sampler.shape, sampler.device)
 
     def given_to(first: int, n: int) -> list[torch.Tensor]:
         chosen = torch.arange(first, first + n) // num

@@ -50,16 +50,16 @@ def write_samples(
     return out
 
 
-def check_out(out: Path, overwrite: bool = False) -> str:
+def check_out(out: Path, overwrite: bool = False, numbers: range = range(0)) -> str:
     """The ending of `out`, in lower case, after which `write_samples` goes. Its errors, before anything is
-    drawn."""
+    drawn; of files in a folder where the images' numbers are given."""
     kind = out.suffix.lower()
     if kind in NOT_OURS:
         raise ValueError(f"out: must end in .png or .npz, or be a folder, got {out}")
     if kind in (".png", ".npz"):
         _check_free(out, overwrite)
     else:
-        _check_folder(out)
+        _check_names(out, numbers, overwrite)
     return kind
 
 
@@ -122,10 +122,7 @@ def save_images(
     """Write images (uint8 [N,H,W,C]) as folder/000000.png, ..., numbered from `start`. Errors as
     `write_samples`; where one of the files exists none is written."""
     folder = Path(folder)
-    _check_folder(folder)
-    paths = [folder / f"{start + i:06d}.png" for i in range(len(images))]
-    for path in paths:
-        _check_free(path, overwrite)
+    paths = _check_names(folder, range(start, start + len(images)), overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor() as pool:  # compressing and writing release the interpreter
@@ -177,6 +174,11 @@ def _check_free(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"out: {path} exists; choose another name, or allow --overwrite")
 
 
-def _check_folder(folder: Path) -> None:
+def _check_names(folder: Path, numbers: range, overwrite: bool) -> list[Path]:
+    """The files of images with such numbers in a folder."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"out: must be a folder, got the file {folder}")
+    paths = [folder / f"{number:06d}.png" for number in numbers]
+    for path in paths:
+        _check_free(path, overwrite)
+    return paths

@@ -67,7 +67,7 @@ class KnownMeans(Projection):
         clip(x + spread(shift)), with the one shift of each group, found by bisection, that gives its mean.
         Clipping alone would move the mean."""
         target = self.measure(y)
-        low = torch.zeros_like(target) - (1 + x.abs().amax()) / self.least
+        low = torch.zeros_like(target) - (1 + x.abs().amax((1, 2, 3), keepdim=True)) / self.least
         high = -low
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
@@ -94,6 +94,6 @@ def known_patch_means(factor: int) -> KnownMeans:
     """The means of patches of factor × factor pixels: known is the image at 1/factor of its size."""
 
     def spread(mean: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(mean, scale_factor=float(factor), mode="nearest")
+        return mean.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
     return KnownMeans(lambda x: F.avg_pool2d(x, factor), spread, least=1.0)

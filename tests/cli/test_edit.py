@@ -9,7 +9,9 @@ from PIL import Image
 
 from tcm_fast.checkpoint.format import collect, save_network, write_checkpoint
 from tcm_fast.cli.main import main
+from tcm_fast.data.dataset import load_images
 from tcm_fast.networks import build_network
+from tcm_fast.sampling import editing
 from tcm_fast.sampling.editing import edit
 
 SMALL = {"model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": []}
@@ -132,6 +134,85 @@ def test_a_set_of_images(place):
     assert (np.load("out.npz")["images"] == images)[:, ~hole].all()
 
 
+def test_a_mask_for_each_image(place, capsys):
+    images = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 1), np.uint8)
+    masks = np.stack([read("mask.png"), read("mask.png").T])[..., None]
+    np.savez("set.npz", images=images)
+    np.savez("masks.npz", images=masks)
+    command = ["edit", "grey.safetensors", "--task", "inpaint", "--mask", "masks.npz"]
+    assert run(*command, "--input", "set.npz", "--out", "out.npz") == 0
+    edited = np.load("out.npz")["images"]
+    assert (edited == images)[masks == 0].all()
+    assert all((a != b)[mask > 0].any() for a, b, mask in zip(edited, images, masks, strict=True))
+    assert run(*command, "--input", "grey.png", "--out", "one.npz") == 2
+    assert "mask: must be [8, 8], or [1,8,8]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["vary", "interpolate"])
+def test_files_in_the_way_are_seen_before_any_edit(place, task, capsys, monkeypatch):
+    def no_edit(*arguments, **options):
+        raise AssertionError
+
+    (place / "out").mkdir()
+    (place / "out" / "000006.png").touch()
+    monkeypatch.setattr(editing, "edit", no_edit)
+    command = ["edit", "grey.safetensors", "--task", task, "--input", "grey.png", "grey.png"]
+    assert run(*command, "--num", "4", "--start", "3", "--out", "out") == 2
+    assert "000006.png exists" in capsys.readouterr().err
+
+
+def save_set(name, labels, names=()):
+    """An npz with images of these labels, or a folder of folders with these names."""
+    images = np.random.default_rng(1).integers(0, 256, (len(labels), 8, 8, 3), np.uint8)
+    if not names:
+        np.savez(f"{name}.npz", images=images, labels=labels)
+        return f"{name}.npz"
+    for i, label in enumerate(labels):
+        os.makedirs(f"{name}/{names[label]}", exist_ok=True)
+        Image.fromarray(images[i]).save(f"{name}/{names[label]}/{i}.png")
+    return name
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "options", "expected"),
+    [
+        ([2, 0], (), ["--num", "2"], [2, 2, 0, 0]),
+        ([0, 1], ("cat", "owl"), [], [0, 2]),  # by name
+        ([2, 0], (), ["--classes", "1"], [1, 1]),
+        ([2, 0], (), ["--classes", "1", "2", "--num", "2"], [1, 1, 2, 2]),
+    ],
+)
+def test_labels_of_the_input_are_its_classes(place, labels, names, options, expected):
+    net = build(label_dim=3)
+    save_network(
+        "named.safetensors", net, metadata={"phase": "ect", "class_names": ["cat", "dog", "owl"]}
+    )
+    source = save_set("set", labels, names)
+    command = ["edit", "named.safetensors", "--task", "vary", "--input", source, *options]
+    assert run(*command, "--out", "out.npz") == 0
+    found = np.load("out.npz")
+    assert found["labels"].tolist() == expected
+    images = load_images(source).images
+    num = len(expected) // 2
+    edited = edit(net, images, "vary", num=num, labels=expected[::num])
+    assert (found["images"] == edited.numpy()).all()
+
+
+def test_labels_of_an_interpolation(place):
+    command = ["edit", "run", "--task", "interpolate", "--num", "3"]
+    assert run(*command, "--input", save_set("set", [2, 0]), "--out", "path.npz") == 0
+    assert "labels" not in np.load("path.npz")
+    assert run(*command, "--classes", "1", "--out", "one.npz") == 0
+    assert np.load("one.npz")["labels"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("names", [("cat", "wolf"), None])
+def test_classes_that_the_network_does_not_name_are_asked_for(place, names, capsys):
+    source = save_set("set", [0, 1], names) if names else "a.png"
+    assert run("edit", "run", "--task", "vary", "--input", source, "--out", "out.npz") == 2
+    assert "give the class of each image, 0 to 2 (--classes)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -163,8 +244,3 @@ def test_refused_in_a_sentence(place, options, message, capsys):
     assert message in shown
     assert shown.count("\n") == 1
     assert not os.path.exists("edited.png")
-
-
-def test_a_class_is_needed(place, capsys):
-    assert run("edit", "run", "--task", "vary", "--input", "a.png") == 2
-    assert "give the class of each image, 0 to 2 (--classes)" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Editing: the algorithm against a plain float64 loop, what is kept, the two networks, seeds and refusals."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ import tcm_fast
 from tcm_fast.cli.edit import Task
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.runtime.cuda_graphs import GraphCache
+from tcm_fast.sampling import arguments as arguments_module
 from tcm_fast.sampling.edit_arguments import TASKS
 from tcm_fast.sampling.editing import edit, slerp
 from tcm_fast.sampling.sampler import NOISE_LAYER, Sampler, sample
@@ -70,6 +73,8 @@ def test_the_steps_follow_the_formula():
     expected = np.floor(np.clip(127.5 * x + 128, 0, 255))
 
     edited = edit(Gaussian(), y, "inpaint", mask=HALF, times=times[1:], seed=7, start=5).numpy()
+    with_the_first = edit(Gaussian(), y, "inpaint", mask=HALF, times=times, seed=7, start=5).numpy()
+    assert (with_the_first == edited).all()
     assert edited.dtype == np.uint8
     assert (edited == y)[~hole].all()
     assert np.abs(edited.astype(int) - expected).max() <= 1
@@ -191,6 +196,20 @@ def test_a_projection_of_ones_own():
     assert not torch.equal(edited, y.repeat_interleave(2, 0))
 
 
+@pytest.mark.parametrize(("given", "channels"), [(1, 3), (3, 1)])
+def test_a_projection_is_of_as_many_channels_as_the_network_has(given, channels):
+    seen = []
+
+    def column_means(x):
+        seen.append((x.shape[1], x.device.type))
+        return x.mean(2, keepdim=True).expand_as(x)
+
+    grey, net = images(channels=1), Gaussian(channels=channels)
+    edited = edit(net, grey.expand(-1, -1, -1, given), column_means)
+    assert edited.shape == (2, 4, 4, channels)
+    assert set(seen) == {(channels, "cpu")}
+
+
 # ---- networks, labels, seeds --------------------------------------------------------------------
 
 
@@ -208,10 +227,54 @@ def test_without_stage_1_the_levels_end_at_t_prime():
     net = Gaussian(TCM)
     edit(net, images(), "inpaint", mask=HALF)
     assert net.times[-1] == 1
-    with pytest.raises(ValueError, match=r"0.5 lies below t'=1, .*not trained"):
+    with pytest.raises(
+        ValueError, match=r"level: 0.5 lies below t'=1, .*; use noise levels of at least 1"
+    ):
         edit(net, images(), "vary", level=0.5)
+    with pytest.raises(ValueError, match=r"times: 0.3 lies below t'=1"):
+        edit(net, images(), "vary", level=2.0, times=[0.5, 0.3])
     edit(net, images(), "vary", level=0.5, allow_below_t_prime=True)
     assert net.times[-1] == 0.5
+
+
+class Loaded(Gaussian):
+    """A truncated network that came from a file."""
+
+    def __init__(self, source):
+        super().__init__(TCM)
+        self.source = source
+
+
+def test_stage_1_is_read_where_it_is_needed_and_once(tmp_path, monkeypatch):
+    stage1, read = Gaussian(), []
+    monkeypatch.setattr(
+        arguments_module, "load_stage1", lambda source: read.append(source) or stage1
+    )
+    net = Loaded(tmp_path / "net.safetensors")
+    edit(net, images(), "vary", level=2.0)  # reads nothing: the file is not even there
+    edit(net, images(), "inpaint", mask=HALF, times=[2.0, 1.0])
+    assert read == []
+    for options in ({}, {"level": 2.0, "times": [0.5]}):
+        with pytest.raises(ValueError, match=r"net: its file .*net.safetensors is gone"):
+            edit(net, images(), "stroke", **options)
+    net.source.touch()
+    for _ in range(2):
+        edit(net, images(), "stroke")
+    assert read == [net.source]
+    net.source.unlink()
+    edit(net, images(), "stroke")
+    assert stage1.times == [0.2] * 3
+    assert dict(net.named_modules()).keys() == {""}
+
+
+def test_a_pre_trained_network_is_no_stage_1():
+    stage1 = Gaussian({"phase": "edm"})
+    with pytest.raises(
+        ValueError, match="stage1: must be a consistency network, got one of phase edm"
+    ):
+        edit(Gaussian(TCM), images(), "stroke", stage1=stage1)
+    with pytest.raises(ValueError, match="stage1: must be a consistency network"):
+        sample(Gaussian(TCM), 2, times=[0.5], stage1=stage1)
 
 
 def test_labels_go_with_the_images():
@@ -225,6 +288,8 @@ def test_labels_go_with_the_images():
     assert classes(labels=np.int64(1)) == classes(labels=torch.tensor(1)) == [1] * 4
     assert classes(labels=[2, 0]) == classes(labels=torch.tensor([2, 0])) == [2, 2, 0, 0]
     assert classes(labels=torch.eye(3)[[0, 2]]) == [0, 0, 2, 2]
+    assert classes(labels=np.eye(3)[[0, 2]]) == [0, 0, 2, 2]
+    assert classes(labels=[[1, 0, 0], [0, 0, 1]]) == [0, 0, 2, 2]
 
 
 def test_an_interpolation_goes_from_class_to_class():
@@ -336,7 +401,21 @@ REFUSED = [
     ("vary", {"level": float("nan")}, ValueError, "level: must lie in .*got nan"),
     ("vary", {"level": 0.1, "steps": 2}, ValueError, "steps: more than 1 need a level above 0.2"),
     ("vary", {"steps": 0}, ValueError, "steps: must be at least 1, got 0"),
-    ("vary", {"times": [1.0]}, ValueError, "times: must fall strictly from at most 1"),
+    ("vary", {"times": [2.0]}, ValueError, "times: must fall strictly from at most 1"),
+    ("vary", {"times": [0.5], "steps": 0}, ValueError, "steps: must be at least 1, got 0"),
+    ("vary", {"times": ["x"]}, TypeError, "times: must be a number, got 'x'"),
+    ("vary", {"level": "x"}, TypeError, "level: must be a number, got 'x'"),
+    ("vary", {"steps": 1.5}, TypeError, "steps: must be an int, got 1.5"),
+    ("vary", {"num": 2.5}, TypeError, "num: must be an int, got 2.5"),
+    ("vary", {"num": -1}, ValueError, "num: must be at least 1, got -1"),
+    ("vary", {"start": torch.tensor(1.5)}, TypeError, "start: must be an int, got tensor"),
+    ("vary", {"seed": 1.5}, TypeError, "seed: must be an int, got 1.5"),
+    (["vary"], {}, ValueError, r"task: must be one of inpaint, .*got \['vary'\]"),
+    ("vary", {"images": Image.new("RGB", (4, 4))}, TypeError, "must be a tensor or an array, got Image"),
+    ("vary", {"images": list(images())}, TypeError, "images: must be a tensor or an array, got list"),
+    ("vary", {"images": "a.png"}, TypeError, "images: must be a tensor or an array, got str"),
+    ("vary", {"images": np.array([None])}, TypeError, "must be a tensor or an array, got object"),
+    ("inpaint", {"mask": Path("a.png")}, TypeError, "mask: must be a tensor or an array, got .*Path"),
     ("vary", {"times": [0.5], "steps": 3}, ValueError, "3 steps need 2 times after the first, got 1"),
     ("vary", {"num": 0}, ValueError, "num: must be at least 1, got 0"),
     ("vary", {"seed": -1}, ValueError, r"seed: must lie in \[0, 2\*\*32\), got -1"),
@@ -347,10 +426,18 @@ REFUSED = [
     ("upscale", {"images": images()[:, :1]}, ValueError, "got 4x1"),
     ("denoise", {}, ValueError, "level: denoise needs the standard deviation of the noise"),
     ("denoise", {"images": images() / torch.tensor(0.0), "level": 1}, ValueError, "NaN or Inf"),
+    ("denoise", {"images": images().float(), "level": 1}, ValueError, "within 11, got 2"),
+    ("interpolate", {"seeds": (1,)}, ValueError, r"seeds: must be two ints, got \(1,\)"),
+    ("interpolate", {"seeds": (1, 2, 3)}, ValueError, "seeds: must be two ints"),
+    ("interpolate", {"seeds": 5}, ValueError, "seeds: must be two ints, got 5"),
+    ("interpolate", {"seeds": (1, 2.5)}, ValueError, "seeds: must be two ints"),
     ("interpolate", {"num": 1}, ValueError, "num: interpolate needs at least its 2 ends, got 1"),
     ("interpolate", {"images": images(3)}, ValueError, "interpolate takes 2 images, got 3"),
     ("interpolate", {"seeds": (1, 2**32)}, ValueError, r"seeds: must lie in \[0, 2\*\*32\)"),
-    (lambda x: 2 * x, {}, ValueError, "task: a projection must be linear and idempotent"),
+    (lambda x: 2 * x, {}, ValueError, "linear, idempotent and orthogonal, but of noise P P x - P x is"),
+    (lambda x: x.clamp(min=0), {}, ValueError, r"P\(x \+ y\) - P x - P y is up to"),
+    (lambda x: x[..., ::2].repeat_interleave(2, 3), {}, ValueError, "<P x, x - P x> / <x, x> is up to"),
+    (lambda x: x / 0, {}, ValueError, "is up to nan"),
     (lambda x: x[:, :1], {}, ValueError, r"must keep the shape \[n,C,H,W\]"),
 ]  # fmt: skip
 
@@ -366,6 +453,13 @@ def test_refused(task, changes, error, message):
 def test_networks_that_cannot_edit_are_refused():
     with pytest.raises(ValueError, match=r"pre-trained only \(phase edm\)"):
         edit(Gaussian({"phase": "edm"}), images(), "vary")
+    with pytest.raises(
+        TypeError, match="net: must have an attribute img_resolution, Linear has none"
+    ):
+        edit(nn.Linear(2, 2), images(), "vary")
+    for channels in (1, 3):
+        with pytest.raises(ValueError, match=rf"with C 4, got \[2, 4, 4, {channels}\]"):
+            edit(Gaussian(channels=4), images(channels=channels), "vary")
     with pytest.raises(ValueError, match="colorize needs a network of 3 channels, this one has 1"):
         edit(Gaussian(channels=1), images(channels=1), "colorize")
 

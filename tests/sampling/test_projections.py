@@ -125,3 +125,21 @@ def test_finishing_changes_only_what_does_not_fit(known):
         other = known.finish(noise(seed, 1.0), y)
         inner = ((expected - finished) * (other - finished)).sum((1, 2, 3))
         assert (inner <= 1e-4).all()
+
+
+@pytest.mark.parametrize("known", [known_luminance(), known_patch_means(2)])
+@pytest.mark.parametrize("wild", [1e6, float("nan")])
+def test_finished_images_do_not_depend_on_their_neighbours(known, wild):
+    x, y = noise(0, 2.0), noise(1, 0.1)
+    alone = known.finish(x[:1], y[:1])
+    x[1] = wild
+    assert torch.equal(known.finish(x, y)[:1], alone)
+
+
+@pytest.mark.parametrize("factor", [41, 47, 55])
+def test_patches_of_any_size(factor):
+    small = torch.arange(12.0).reshape(1, 3, 2, 2)
+    expected = np.kron(small.numpy(), np.ones((factor, factor), np.float32))
+    known = known_patch_means(factor)
+    np.testing.assert_allclose(known.spread(small).numpy(), expected)
+    torch.testing.assert_close(known.measure(torch.from_numpy(expected)), small)
