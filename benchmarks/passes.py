@@ -52,6 +52,7 @@ KINDS = {
     "addition": ("functor_add", "aten::add"),
     "fused operation": ("triton ", "tcm_fast::", "ext "),
 }  # fmt: skip
+BY_ROW = ("tcm_fast::residual_bwd",)  # whose kernels read slices of channels as they lie
 CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
 RESULT = re.compile(r"(RUN|CAP) (?:kernel )?(.+)")
 
@@ -59,6 +60,8 @@ RESULT = re.compile(r"(RUN|CAP) (?:kernel )?(.+)")
 def kind(name: str) -> str:
     """Which kind of pass an operation or a kernel is, by its name. Fused attention is attention."""
     lower, part = name.lower(), category(name)
+    if "copy" in lower and ("_foreach" in lower or "multi_tensor" in lower):
+        return COPY
     if part in ("attention", "convolution", "matrix product") and "layoutcopy" not in lower:
         return LAYOUT if any(mark in lower for mark in KINDS[LAYOUT]) else part
     found = (key for key, marks in KINDS.items() if any(mark in lower for mark in marks))
@@ -122,26 +125,32 @@ class Passes(Counting):
         tally.launches += after.launches - before.launches
         if name == "aten::convolution":
             x, weight, bias = args[:3]
-            self._converted(name, x, weight)
+            self._converted(name, input=x, weight=weight)
             if bias is not None:
                 self._hidden(BIAS, 2 * footprint(made[0]))
         elif name == "aten::convolution_backward":
             grad, x, weight = args[:3]
-            self._converted(name, x, weight, grad)
+            self._converted(name, input=x, weight=weight, gradient=grad)
             if args[-1][2]:
                 self._hidden(BIAS_GRADIENT, footprint(grad))
         elif func.namespace == "tcm_fast":
             for x in given:
-                if x.ndim == 4 and x.is_floating_point() and not _is_dense(x, layout_of(x)):
+                if (
+                    x.ndim != 4
+                    or not x.is_floating_point()
+                    or (name in BY_ROW and x.stride(1) == 1)
+                ):
+                    continue
+                if not _is_dense(x, layout_of(x)):
                     self._moved(COPY, name, x)
                     self._hidden(COPY, 2 * x.numel() * x.element_size())
 
-    def _converted(self, name: str, x: torch.Tensor, weight: torch.Tensor, *more: Any) -> None:
-        """What cuDNN gets in another layout than that of x or the weight."""
-        layout = _cudnn_layout(x, weight)
-        for tensor in (x, weight, *more):
+    def _converted(self, name: str, **operands: torch.Tensor) -> None:
+        """What cuDNN gets in another layout than it computes in."""
+        layout = _cudnn_layout(operands["input"], operands["weight"])
+        for what, tensor in operands.items():
             if not _is_dense(tensor, layout):
-                self._moved(LAYOUT, name, tensor)
+                self._moved(LAYOUT, f"{name} {what}", tensor)
                 self._hidden(LAYOUT, 2 * tensor.numel() * tensor.element_size())
 
     def _hidden(self, which: str, num_bytes: int) -> None:
@@ -170,8 +179,9 @@ def count_passes(config: Config, name: str, shape: ImageShape) -> Passes:
     if OBJECTIVES[name].frozen_file:
         frozen = build_on_meta(config, shape, name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = build_objective(config, name, net, frozen, has_copies=True)
+    batches = step_batches(config, name, shape, on_gpu=True, last=True)
     with assuming_kernels(True), Passes() as passes:
-        for batch in step_batches(config, name, shape, on_gpu=True, last=True):
+        for batch in batches:
             objective(batch)[0].backward()
     return passes
 

@@ -87,12 +87,75 @@ def test_refuses():
         residual(bias, bias)
 
 
-def test_the_gradient_of_a_concatenation_keeps_its_layout(triton_device):
+SLICES = [
+    (2, 24, 4, 3, 8, 40),
+    (3, 7, 5, 3, 6, 20),
+    (1, 256, 8, 8, 0, 512),
+    (2, 5, 1, 1, 0, 8),
+    (1, 16, 1, 6, 16, 48),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scale", [1.0, math.sqrt(0.5)])
+@pytest.mark.parametrize("place", SLICES, ids=str)
+def test_the_backward_kernel_reads_a_slice_of_channels(
+    triton_device, poisoned, check_against_oracle, dtype, bias, scale, place
+):
+    """As it lies, with the same bits as from a dense copy."""
+    n, c, h, w, first, channels = place
+    whole = torch.randn(n, channels, h, w, generator=torch.Generator().manual_seed(2))
+    whole = whole.to(triton_device, dtype).contiguous(memory_format=CL)
+    part = whole[:, first : first + c]
+    assert module._row(part) == channels
+    grad_x, grad_bias = torch.ops.tcm_fast.residual_bwd(part, scale, bias)
+    dense = torch.ops.tcm_fast.residual_bwd(part.contiguous(memory_format=CL), scale, bias)
+    assert grad_x.is_contiguous(memory_format=CL)
+    assert torch.equal(grad_x, dense[0])
+    exact = part.double() * scale
+    check_against_oracle(grad_x, (part.float() * scale).to(dtype), exact, f"grad {dtype}")
+    if bias:
+        assert torch.equal(grad_bias, dense[1])
+        plain = (part.float() * scale).sum((0, 2, 3))
+        check_against_oracle(grad_bias, plain, exact.sum((0, 2, 3)), f"grad_bias {dtype}")
+
+
+def test_rows_of_what_is_no_slice_of_channels():
+    x = torch.empty(2, 8, 4, 4).contiguous(memory_format=CL)
+    assert module._row(x) == 8
+    assert module._row(x[:, 2:5]) == 8
+    for other in (
+        x[:, ::2],
+        x[:, :, ::2],
+        x[..., 1:],
+        x.contiguous(),
+        x[:1, :1, :1, :1].expand(2, 8, 4, 4),
+    ):
+        assert module._row(other) == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+def test_the_gradient_of_a_concatenation_keeps_its_layout(triton_device, scale):
     """It is a slice of channels: neither contiguous nor channels_last by torch's words, but it lies so."""
-    x, skip = torch.randn(2, 2, 8, 4, 4, device=triton_device)
+    check_the_gradient_of_a_concatenation(triton_device, scale)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+def test_the_references_gradient_of_a_concatenation_is_dense(scale, monkeypatch):
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    check_the_gradient_of_a_concatenation("cpu", scale)
+
+
+def check_the_gradient_of_a_concatenation(device, scale):
+    x, skip = torch.randn(2, 2, 8, 4, 4, device=device)
     x, skip = (v.contiguous(memory_format=torch.channels_last).requires_grad_() for v in (x, skip))
+    bias = torch.zeros(8, device=device, requires_grad=True)
     seen = []
     x.register_hook(seen.append)
-    both = torch.cat([residual(x, skip, 0.7), skip], 1)
-    both.backward(torch.randn_like(both))
+    both = torch.cat([residual(x, skip, scale, bias), skip], 1)
+    upstream = torch.randn_like(both)
+    both.backward(upstream)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x.grad, upstream[:, :8] * scale)
+    torch.testing.assert_close(bias.grad, x.grad.sum((0, 2, 3)))
