@@ -24,11 +24,12 @@ from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
 # -- reference ------------------------------------------------------------------------------------
 
 
-def residual_reference(x, skip, scale, bias=None):
+def residual_reference(x, skip, scale, bias=None, skip_bias=None):
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide) + skip.to(wide)
-    if bias is not None:
-        out = out + bias.to(wide)[:, None, None]
+    for b in (bias, skip_bias):
+        if b is not None:
+            out = out + b.to(wide)[:, None, None]
     return out.mul_(scale).to(x.dtype) if scale != 1 else out.to(x.dtype)
 
 
@@ -37,14 +38,16 @@ def residual_reference(x, skip, scale, bias=None):
 
 @triton.jit
 def _residual_fwd_kernel(
-    x, skip, bias, out, pixels, scale,
+    x, skip, bias, skip_bias, out, pixels, scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
-    PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP_BIAS: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     b = tl.zeros([WIDTH], tl.float32)
     if HAS_BIAS:
         b = tl.load(bias + c, mask=c < CHANNELS, other=0).to(tl.float32)
+    if HAS_SKIP_BIAS:
+        b += tl.load(skip_bias + c, mask=c < CHANNELS, other=0).to(tl.float32)
     for i in tl.range(PIECE):
         p = (tl.program_id(0).to(tl.int64) * PIECE + i) * PIXELS + tl.arange(0, PIXELS)
         inside = (p < pixels)[:, None] & (c < CHANNELS)[None, :]
@@ -100,14 +103,17 @@ def _constants(shape, is_channels_last, has_bias):
     return constants, (-(-tiles // piece), slabs)
 
 
-def _fwd(x, skip, scale, bias):
+def _fwd(x, skip, scale, bias, skip_bias):
     layout = layout_of(x)
     x, skip = laid_out(layout, x, skip)
     out = torch.empty_like(x)
     constants, grid = _constants(x.shape, layout == torch.channels_last, bias is not None)
-    bias = None if bias is None else bias.contiguous()
+    biases = [None if b is None else b.contiguous() for b in (bias, skip_bias)]
     pixels = x.numel() // x.shape[1]
-    launch(_residual_fwd_kernel, grid, x, skip, *given(x, bias), out, pixels, scale, **constants)
+    launch(
+        _residual_fwd_kernel, grid, x, skip, *given(x, *biases), out, pixels, scale, **constants,
+        HAS_SKIP_BIAS=skip_bias is not None,
+    )  # fmt: skip
     return out
 
 
@@ -162,10 +168,10 @@ def specialisations(capability: int) -> list[Variant]:
     scalars = {"pixels": "i32", "scale": "fp32"}
     for (size, c, scale, row), dtype, has_bias in product(_SITES, DTYPES.values(), (True, False)):
         constants, grid = _constants((64, c, size, size), True, has_bias)
-        fwd = dict.fromkeys(("x", "skip", "bias", "out"), dtype)
+        fwd = dict.fromkeys(("x", "skip", "bias", "skip_bias", "out"), dtype)
         bwd = {"grad_out": dtype, "grad_x": dtype, "grad_bias": "fp32"}
         kernels = [
-            (_residual_fwd_kernel, fwd, {}),
+            (_residual_fwd_kernel, fwd, {"HAS_SKIP_BIAS": has_bias and size > 8}),
             (_residual_bwd_kernel, bwd, {"WRITES": scale != 1 or row > 0, "GRAD_ROW": row or c}),
         ]
         if scale == 1 and not has_bias and not row:
@@ -184,8 +190,10 @@ def specialisations(capability: int) -> list[Variant]:
 # -- registration ---------------------------------------------------------------------------------
 
 
-def _fwd_by_reference(x, skip, scale, bias):
-    return residual_reference(x, skip, scale, bias).contiguous(memory_format=layout_of(x))
+def _fwd_by_reference(x, skip, scale, bias, skip_bias):
+    return residual_reference(x, skip, scale, bias, skip_bias).contiguous(
+        memory_format=layout_of(x)
+    )
 
 
 def _bwd_by_reference(grad_out, scale, wants_bias):
@@ -200,8 +208,8 @@ def _bias_bwd_by_reference(grad_out):
 
 
 def _save(ctx, inputs, output):
-    _, _, ctx.scale, bias = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    _, _, ctx.scale, *biases = inputs
+    ctx.bias_dtypes = [None if b is None else b.dtype for b in biases]
 
 
 def _is_dense(x):
@@ -209,13 +217,18 @@ def _is_dense(x):
 
 
 def _backward(ctx, grad_out):
-    wants_bias = ctx.needs_input_grad[3]
+    wanted = ctx.needs_input_grad[3:]
+    wants_bias = any(wanted)
     grad_x, grad_bias = grad_out, None
     if ctx.scale != 1 or not _is_dense(grad_out):
         grad_x, grad_bias = torch.ops.tcm_fast.residual_bwd(grad_out, ctx.scale, wants_bias)
     elif wants_bias:
         grad_bias = torch.ops.tcm_fast.residual_bias_bwd(grad_out)
-    return grad_x, grad_x, None, grad_bias.to(ctx.bias_dtype) if wants_bias else None
+    biases = [
+        grad_bias.to(dtype) if wants else None
+        for wants, dtype in zip(wanted, ctx.bias_dtypes, strict=True)
+    ]
+    return grad_x, grad_x, None, *biases
 
 
 def _fake_bias(grad_out):
@@ -242,7 +255,7 @@ class _DenseGradient(torch.autograd.Function):
 
 
 _fwd = register(
-    "residual_fwd(Tensor x, Tensor skip, float scale, Tensor? bias) -> Tensor",
+    "residual_fwd(Tensor x, Tensor skip, float scale, Tensor? bias, Tensor? skip_bias) -> Tensor",
     _fwd, _fwd_by_reference, lambda x, *_: dense_like(x), save=_save, backward=_backward,
 )  # fmt: skip
 _bwd = register(
@@ -258,18 +271,22 @@ _bias_bwd = register(
 
 
 def residual(
-    x: torch.Tensor, skip: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    scale: float = 1.0,
+    bias: torch.Tensor | None = None,
+    skip_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(x + bias + skip) · scale.
+    """(x + bias + skip + skip_bias) · scale.
 
     Args:
         x, skip: activations [N,C,H,W] of one floating dtype, contiguous or channels_last.
         scale: factor of the sum.
-        bias: that the convolution before has left out, [C], any floating dtype.
+        bias, skip_bias: that the convolutions before x and skip have left out, [C], any floating dtype.
 
     Returns:
         [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64). The
-        gradients of x and skip are one tensor.
+        gradients of x and skip are one tensor, those of the biases equal.
 
     Raises:
         TypeError: not floating, or dtypes that differ. ValueError: shapes or devices that do not fit.
@@ -285,13 +302,13 @@ def residual(
             f"residual: skip must be {list(x.shape)} on {x.device} like x, got {list(skip.shape)} on "
             f"{skip.device}"
         )
-    if bias is not None and (bias.shape != x.shape[1:2] or bias.device != x.device):
-        raise ValueError(
-            f"residual: bias must be [{x.shape[1]}] on {x.device}, got {list(bias.shape)} on "
-            f"{bias.device}"
-        )
+    for name, b in (("bias", bias), ("skip_bias", skip_bias)):
+        if b is not None and (b.shape != x.shape[1:2] or b.device != x.device):
+            raise ValueError(
+                f"residual: {name} must be [{x.shape[1]}] on {x.device}, got {list(b.shape)} on {b.device}"
+            )
     is_served = x.dtype != torch.float64 and x.shape[1] > 0
     if is_served and runs_triton("residual", x.device.type):
-        return torch.ops.tcm_fast.residual_fwd(x, skip, scale, bias)
-    out = residual_reference(x, skip, scale, bias)
+        return torch.ops.tcm_fast.residual_fwd(x, skip, scale, bias, skip_bias)
+    out = residual_reference(x, skip, scale, bias, skip_bias)
     return _DenseGradient.apply(out) if scale == 1 and out.requires_grad else out

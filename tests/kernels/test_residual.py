@@ -15,32 +15,49 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(2, 24, 4, 3), (3, 7, 5, 3), (1, 256, 8, 8)]
 
 
-def case(shape=(2, 24, 4, 3), bias=True):
+def case(shape=(2, 24, 4, 3), biases=1):
     generator = torch.Generator().manual_seed(1)
-    shapes = [shape, shape, shape[1:2]][: 2 + bias]
+    shapes = [shape, shape, shape[1:2], shape[1:2]][: 2 + biases]
     return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
 
 
 def pair(scale):
-    def ours(function, x, skip, bias=None):
-        return function(x, skip, scale, bias)
+    def ours(function, x, skip, *biases):
+        return function(x, skip, scale, *biases)
 
     return (partial(ours, function) for function in (residual, residual_reference))
 
 
 def test_the_reference_is_the_formula():
     x, skip, bias = case()
-    expected = (x + bias[:, None, None] + skip) / math.sqrt(2)
-    assert torch.allclose(residual_reference(x, skip, math.sqrt(0.5), bias), expected, rtol=1e-12)
+    expected = (x + 3 * bias[:, None, None] + skip) / math.sqrt(2)
+    found = residual_reference(x, skip, math.sqrt(0.5), bias, 2 * bias)
+    assert torch.allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [CL, NCHW], ids=str)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("biases", [0, 1, 2])
 @pytest.mark.parametrize("scale", [1.0, math.sqrt(0.5)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernels(compare, dtype, layout, bias, scale, shape):
-    compare(*pair(scale), case(shape, bias), [shape], dtype, layout)
+def test_kernels(compare, dtype, layout, biases, scale, shape):
+    compare(*pair(scale), case(shape, biases), [shape], dtype, layout)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+def test_one_of_two_biases_has_a_gradient(triton_device, wanted):
+    x, skip, *biases = (v.float().to(triton_device) for v in case(biases=2))
+    leaves = [b.requires_grad_(wants) for b, wants in zip(biases, wanted, strict=True)]
+    out = residual(x, skip, 0.5, *leaves)
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+    for bias, wants in zip(leaves, wanted, strict=True):
+        if wants:
+            torch.testing.assert_close(bias.grad, 0.5 * upstream.sum((0, 2, 3)))
+        else:
+            assert bias.grad is None
+    exact = residual_reference(*(v.double() for v in (x, skip)), 0.5, *(b.double() for b in leaves))
+    torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_kernels_whose_sums_come_in_pieces(compare, monkeypatch):
@@ -64,7 +81,9 @@ def test_layouts_that_differ_empty_batches_and_the_operators(triton_device):
     assert residual(x[:0], skip[:0], 0.5, bias).shape == (0, 24, 4, 3)
     bias.requires_grad_()
     for scale in (0.5, 1.0):
-        torch.library.opcheck(torch.ops.tcm_fast.residual_fwd.default, (x, skip, scale, bias))
+        for skip_bias in (None, torch.ones_like(bias, requires_grad=True)):
+            arguments = x, skip, scale, bias, skip_bias
+            torch.library.opcheck(torch.ops.tcm_fast.residual_fwd.default, arguments)
 
 
 def test_compiles_to_one_graph():
@@ -83,6 +102,8 @@ def test_refuses():
         residual(x, skip[:1])
     with pytest.raises(ValueError, match=r"residual: bias must be \[24\] on cpu, got \[3\]"):
         residual(x, skip, 1.0, bias[:3])
+    with pytest.raises(ValueError, match=r"residual: skip_bias must be \[24\] on cpu, got \[4\]"):
+        residual(x, skip, 1.0, bias, bias[:4])
     with pytest.raises(ValueError, match=r"x must be \[N,C,H,W\], got \[24\]"):
         residual(bias, bias)
 
