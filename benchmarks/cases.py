@@ -171,7 +171,8 @@ def _denoise_to_uint8(case: Case) -> tuple[Work, Work]:
 
 def _residual(case: Case) -> tuple[Work, Work]:
     """Two images in and one out; backward one in and one out, the gradient of both."""
-    image, bias = _elements(case, "x") * case.dtype.itemsize, 4 * _elements(case, "bias")
+    image = _elements(case, "x") * case.dtype.itemsize
+    bias = 4 * (_elements(case, "bias") + _elements(case, "skip_bias"))
     return Work(3 * image + bias), Work(2 * image + bias)
 
 

@@ -19,6 +19,7 @@ from tcm_fast.kernels._common import (
     has_asm,
     laid_out,
     layout_of,
+    power_of_2,
     register,
     rows,
     scaled_silu,
@@ -116,6 +117,27 @@ def _modulate_mp_silu_bwd_kernel(
     tl.store(grad_factor + piece * CHANNELS + c, tl.sum(sums, 0), mask=own)
 
 
+@triton.jit
+def _modulate_mp_silu_gain_kernel(
+    grad_factor, scale, gain, grad_scale, grad_gain, pieces, scale_row,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """From the pieces' sums [N, pieces, C] the gradient of scale, and in fp64 what a sample's WIDTH channels
+    add to that of gain: one number out of the whole batch, few products, and what is left of many that
+    cancel."""
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    own = c < CHANNELS
+    total = tl.zeros([WIDTH], tl.float32)
+    for i in tl.range(pieces):
+        total += tl.load(grad_factor + (n * pieces + i) * CHANNELS + c, mask=own, other=0)
+    at_scale = total * tl.load(gain).to(tl.float32)
+    tl.store(grad_scale + n * CHANNELS + c, at_scale.to(grad_scale.dtype.element_ty), mask=own)
+    s = tl.load(scale + n * scale_row + c, mask=own, other=0).to(tl.float64)
+    at_gain = tl.sum(total.to(tl.float64) * s, 0)
+    tl.store(grad_gain + n * tl.num_programs(1) + tl.program_id(1), at_gain)
+
+
 # -- launchers ------------------------------------------------------------------------------------
 
 LANES = 2 << 10  # elements of a tile; half as many with a mask, whose random words take registers
@@ -137,6 +159,11 @@ def _constants(shape, threshold, is_channels_last, asm):
         GAIN=1 / MP_SILU, ASM=asm, num_warps=4,
     )  # fmt: skip
     return constants, (n, -(-tiles // piece), slabs)
+
+
+def _gain_constants(n, c):
+    width = min(power_of_2(c), 256)
+    return dict(CHANNELS=c, WIDTH=width, num_warps=2), (n, -(-c // width))
 
 
 def _arguments(x, scale, gain, sample, seed, step, layer, threshold):
@@ -161,18 +188,21 @@ def _bwd(grad_y, x, scale, gain, sample, seed, step, layer, threshold):
     x, grad_y = laid_out(layout, x, grad_y)
     grad_x = torch.empty_like(x)
     constants, grid = _constants(x.shape, threshold, layout == torch.channels_last, has_asm(x))
-    n, pieces, _ = grid
-    sums = torch.empty((n, pieces, x.shape[1]), dtype=torch.float32, device=x.device)
+    (n, pieces, _), c = grid, x.shape[1]
+    sums = torch.empty((n, pieces, c), dtype=torch.float32, device=x.device)
     tensors, scalars = _arguments(x, scale, gain, sample, seed, step, layer, threshold)
     launch(
         _modulate_mp_silu_bwd_kernel, grid, grad_y, x, *tensors, grad_x, sums, *scalars, **constants
     )
-    grad_factor = sums.sum(1)
     grad_scale = torch.empty(scale.shape, dtype=scale.dtype, device=scale.device)
-    torch.mul(grad_factor, gain, out=grad_scale)
-    # One number out of the whole batch: few products, and what is left of many that cancel.
-    grad_gain = (grad_factor.double() * scale).sum()
-    return grad_x, grad_scale, grad_gain.to(gain.dtype)
+    constants, grid = _gain_constants(n, c)
+    grad_gain = torch.empty(grid, dtype=torch.float64, device=x.device)
+    scale = tensors[0]
+    launch(
+        _modulate_mp_silu_gain_kernel, grid, sums, scale, gain, grad_scale, grad_gain, pieces,
+        scale.stride(0), **constants,
+    )  # fmt: skip
+    return grad_x, grad_scale, grad_gain.sum().to(gain.dtype)
 
 
 def specialisations(capability: int) -> list[Variant]:
@@ -193,6 +223,14 @@ def specialisations(capability: int) -> list[Variant]:
                 pointers | {"grad_y": dtype, "grad_x": dtype, "grad_factor": "fp32"},
                 {},
             ),
+            programs=math.prod(grid), aligned=("scale_row",),
+        )  # fmt: skip
+        constants, grid = _gain_constants(64, c)
+        pointers = dict.fromkeys(("scale", "grad_scale"), dtype)
+        pointers |= {"grad_factor": "fp32", "gain": "fp32", "grad_gain": "fp64"}
+        variants += forms(
+            f"{size}x{size}x{c} {dtype}", {"pieces": "i32", "scale_row": "i32"}, constants,
+            (_modulate_mp_silu_gain_kernel, pointers, {}),
             programs=math.prod(grid), aligned=("scale_row",),
         )  # fmt: skip
     return variants

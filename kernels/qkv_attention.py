@@ -27,8 +27,14 @@ def qkv_attention_reference(qkv, num_heads, *, normalize=False, scale=None):
     c = channels // 3
     d = c // num_heads
     # One copy brings all three to [n, head, pixel, channel of the head], which every fused backend
-    # of scaled_dot_product_attention takes; the interleaved views would fall back to its slow path.
-    split = qkv.reshape(n, num_heads, d, 3, height * width).permute(3, 0, 1, 4, 2).contiguous()
+    # of scaled_dot_product_attention takes; the interleaved views would fall back to its slow path. It goes
+    # over a view, whose gradient lies as qkv does.
+    is_channels_last = qkv.is_contiguous(memory_format=torch.channels_last)
+    if is_channels_last:
+        by_pixel = qkv.permute(0, 2, 3, 1).reshape(n, height * width, num_heads, d, 3)
+        split = by_pixel.permute(4, 0, 2, 1, 3).contiguous()
+    else:
+        split = qkv.reshape(n, num_heads, d, 3, height * width).permute(3, 0, 1, 4, 2).contiguous()
     wide = torch.promote_types(qkv.dtype, torch.float32)
     if normalize:
         x = split.to(wide)
@@ -42,7 +48,6 @@ def qkv_attention_reference(qkv, num_heads, *, normalize=False, scale=None):
     else:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     out = out.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)
-    is_channels_last = qkv.is_contiguous(memory_format=torch.channels_last)
     return out if is_channels_last else out.contiguous()
 
 

@@ -11,6 +11,7 @@ from tcm_fast.kernels._common import (
     DTYPES,
     address,
     dense_like,
+    empty,
     forms,
     given,
     laid_out,
@@ -23,11 +24,12 @@ from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
 # -- reference ------------------------------------------------------------------------------------
 
 
-def residual_reference(x, skip, scale, bias=None):
+def residual_reference(x, skip, scale, bias=None, skip_bias=None):
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide) + skip.to(wide)
-    if bias is not None:
-        out = out + bias.to(wide)[:, None, None]
+    for b in (bias, skip_bias):
+        if b is not None:
+            out = out + b.to(wide)[:, None, None]
     return out.mul_(scale).to(x.dtype) if scale != 1 else out.to(x.dtype)
 
 
@@ -36,14 +38,16 @@ def residual_reference(x, skip, scale, bias=None):
 
 @triton.jit
 def _residual_fwd_kernel(
-    x, skip, bias, out, pixels, scale,
+    x, skip, bias, skip_bias, out, pixels, scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
-    PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP_BIAS: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     b = tl.zeros([WIDTH], tl.float32)
     if HAS_BIAS:
         b = tl.load(bias + c, mask=c < CHANNELS, other=0).to(tl.float32)
+    if HAS_SKIP_BIAS:
+        b += tl.load(skip_bias + c, mask=c < CHANNELS, other=0).to(tl.float32)
     for i in tl.range(PIECE):
         p = (tl.program_id(0).to(tl.int64) * PIECE + i) * PIXELS + tl.arange(0, PIXELS)
         inside = (p < pixels)[:, None] & (c < CHANNELS)[None, :]
@@ -58,16 +62,22 @@ def _residual_fwd_kernel(
 def _residual_bwd_kernel(
     grad_out, grad_x, grad_bias, pixels, scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
-    PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr, SCALES: tl.constexpr,
+    PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr, WRITES: tl.constexpr,
+    GRAD_ROW: tl.constexpr,
 ):  # fmt: skip
+    """GRAD_ROW: elements from a pixel of grad_out to the next in channels_last, more than CHANNELS where
+    grad_out is a slice of channels."""
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     sums = tl.zeros([PIXELS, WIDTH], tl.float32)
     for i in tl.range(PIECE):
         p = (tl.program_id(0).to(tl.int64) * PIECE + i) * PIXELS + tl.arange(0, PIXELS)
         inside = (p < pixels)[:, None] & (c < CHANNELS)[None, :]
         at = address(p, c, CHANNELS, HW, CHANNELS_LAST)
-        grad = tl.load(grad_out + at, mask=inside, other=0).to(tl.float32) * scale
-        if SCALES:
+        source = at
+        if GRAD_ROW != CHANNELS:
+            source = address(p, c, GRAD_ROW, HW, CHANNELS_LAST)
+        grad = tl.load(grad_out + source, mask=inside, other=0).to(tl.float32) * scale
+        if WRITES:
             tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
         sums += grad
     if HAS_BIAS:
@@ -93,29 +103,45 @@ def _constants(shape, is_channels_last, has_bias):
     return constants, (-(-tiles // piece), slabs)
 
 
-def _fwd(x, skip, scale, bias):
+def _fwd(x, skip, scale, bias, skip_bias):
     layout = layout_of(x)
     x, skip = laid_out(layout, x, skip)
     out = torch.empty_like(x)
     constants, grid = _constants(x.shape, layout == torch.channels_last, bias is not None)
-    bias = None if bias is None else bias.contiguous()
+    biases = [None if b is None else b.contiguous() for b in (bias, skip_bias)]
     pixels = x.numel() // x.shape[1]
-    launch(_residual_fwd_kernel, grid, x, skip, *given(x, bias), out, pixels, scale, **constants)
+    launch(
+        _residual_fwd_kernel, grid, x, skip, *given(x, *biases), out, pixels, scale, **constants,
+        HAS_SKIP_BIAS=skip_bias is not None,
+    )  # fmt: skip
     return out
 
 
-def _launch_bwd(grad_out, scale, wants_bias, scales):
-    """The gradients of x, grad_out itself unless it `scales`, and of the bias, in fp32."""
+def _row(x):
+    """Elements from a pixel of x [N,C,H,W] to the next where it is a slice of a channels_last tensor's
+    channels; 0 where it is not."""
+    n, c, h, w = x.shape
+    along = [(w, 1), (h, w), (n, h * w)]  # sizes, and pixels from one to the next
+    strides = [(size, step, x.stride(i)) for (size, step), i in zip(along, (3, 2, 0), strict=True)]
+    row = next((stride // step for size, step, stride in strides if size > 1), c)
+    fits = all(size == 1 or stride == step * row for size, step, stride in strides)
+    return row if fits and row >= c and (c == 1 or x.stride(1) == 1) else 0
+
+
+def _launch_bwd(grad_out, scale, wants_bias, writes):
+    """The gradients of x, grad_out itself unless one is written, and of the bias, in fp32."""
     layout = layout_of(grad_out)
-    (grad_out,) = laid_out(layout, grad_out)
-    grad_x = torch.empty_like(grad_out) if scales else grad_out
+    row = _row(grad_out) if writes and layout == torch.channels_last else 0
+    if not row:
+        (grad_out,) = laid_out(layout, grad_out)
+    grad_x = empty(grad_out, grad_out.shape, layout) if writes else grad_out
     constants, grid = _constants(grad_out.shape, layout == torch.channels_last, wants_bias)
     n, c, h, w = grad_out.shape
     rows = grid[0] if wants_bias else 0
     sums = torch.empty((rows, c), dtype=torch.float32, device=grad_out.device)
     launch(
         _residual_bwd_kernel, grid, grad_out, grad_x, sums, n * h * w, scale, **constants,
-        SCALES=scales,
+        WRITES=writes, GRAD_ROW=row or c,
     )  # fmt: skip
     return grad_x, sums.sum(0)
 
@@ -125,28 +151,35 @@ def _bwd(grad_out, scale, wants_bias):
 
 
 def _bias_bwd(grad_out):
-    """Of a residual without a factor: its gradient is grad_out, only the bias has one of its own."""
+    """Of a residual without a factor, grad_out dense: its gradient is grad_out, only the bias has one of its
+    own."""
     return _launch_bwd(grad_out, 1.0, True, False)[1]
 
 
-_SITES = ((32, 256, 0.7071), (64, 192, 1.0), (8, 768, 1.0))
+# Resolution, width, factor; width of the concatenation whose gradient comes in, where there is one.
+_SITES = (
+    (32, 256, 0.7071, 0), (64, 192, 1.0, 0), (8, 768, 1.0, 0), (32, 256, 0.7071, 512), (64, 192, 1.0, 384),
+)  # fmt: skip
 
 
 def specialisations(capability: int) -> list[Variant]:
     """Forms in which DDPM++ on CIFAR-10 and ADM at 64 x 64 use the kernels, in channels_last."""
     variants = []
     scalars = {"pixels": "i32", "scale": "fp32"}
-    for (size, c, scale), dtype, has_bias in product(_SITES, DTYPES.values(), (True, False)):
+    for (size, c, scale, row), dtype, has_bias in product(_SITES, DTYPES.values(), (True, False)):
         constants, grid = _constants((64, c, size, size), True, has_bias)
-        fwd = dict.fromkeys(("x", "skip", "bias", "out"), dtype)
+        fwd = dict.fromkeys(("x", "skip", "bias", "skip_bias", "out"), dtype)
         bwd = {"grad_out": dtype, "grad_x": dtype, "grad_bias": "fp32"}
         kernels = [
-            (_residual_fwd_kernel, fwd, {}),
-            (_residual_bwd_kernel, bwd, {"SCALES": scale != 1}),
+            (_residual_fwd_kernel, fwd, {"HAS_SKIP_BIAS": has_bias and size > 8}),
+            (_residual_bwd_kernel, bwd, {"WRITES": scale != 1 or row > 0, "GRAD_ROW": row or c}),
         ]
-        if scale == 1 and not has_bias:
+        if scale == 1 and not has_bias and not row:
             del kernels[1]  # the gradient is what came in
-        site = f"{size}x{size}x{c}{' bias' if has_bias else ''} {dtype}"
+        if row:
+            del kernels[0]
+        of = f" of {row}" if row else ""
+        site = f"{size}x{size}x{c}{of}{' bias' if has_bias else ''} {dtype}"
         programs = grid[0] * grid[1]
         variants += forms(
             site, scalars, constants, *kernels, programs=programs, aligned=("pixels",)
@@ -157,8 +190,10 @@ def specialisations(capability: int) -> list[Variant]:
 # -- registration ---------------------------------------------------------------------------------
 
 
-def _fwd_by_reference(x, skip, scale, bias):
-    return residual_reference(x, skip, scale, bias).contiguous(memory_format=layout_of(x))
+def _fwd_by_reference(x, skip, scale, bias, skip_bias):
+    return residual_reference(x, skip, scale, bias, skip_bias).contiguous(
+        memory_format=layout_of(x)
+    )
 
 
 def _bwd_by_reference(grad_out, scale, wants_bias):
@@ -173,26 +208,54 @@ def _bias_bwd_by_reference(grad_out):
 
 
 def _save(ctx, inputs, output):
-    _, _, ctx.scale, bias = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    _, _, ctx.scale, *biases = inputs
+    ctx.bias_dtypes = [None if b is None else b.dtype for b in biases]
+
+
+def _is_dense(x):
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _backward(ctx, grad_out):
-    wants_bias = ctx.needs_input_grad[3]
+    wanted = ctx.needs_input_grad[3:]
+    wants_bias = any(wanted)
     grad_x, grad_bias = grad_out, None
-    if ctx.scale != 1:
+    if ctx.scale != 1 or not _is_dense(grad_out):
         grad_x, grad_bias = torch.ops.tcm_fast.residual_bwd(grad_out, ctx.scale, wants_bias)
     elif wants_bias:
         grad_bias = torch.ops.tcm_fast.residual_bias_bwd(grad_out)
-    return grad_x, grad_x, None, grad_bias.to(ctx.bias_dtype) if wants_bias else None
+    biases = [
+        grad_bias.to(dtype) if wants else None
+        for wants, dtype in zip(wanted, ctx.bias_dtypes, strict=True)
+    ]
+    return grad_x, grad_x, None, *biases
 
 
 def _fake_bias(grad_out):
     return grad_out.new_empty(grad_out.shape[1], dtype=torch.float32)
 
 
+class _DenseGradient(torch.autograd.Function):
+    """x itself. Its gradient, a slice of channels where a concatenation comes next, is made dense once for
+    all who read it: without a factor nothing else would before the convolution, which lays it out anew."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous(memory_format=layout_of(grad))
+
+
 _fwd = register(
-    "residual_fwd(Tensor x, Tensor skip, float scale, Tensor? bias) -> Tensor",
+    "residual_fwd(Tensor x, Tensor skip, float scale, Tensor? bias, Tensor? skip_bias) -> Tensor",
     _fwd, _fwd_by_reference, lambda x, *_: dense_like(x), save=_save, backward=_backward,
 )  # fmt: skip
 _bwd = register(
@@ -208,18 +271,22 @@ _bias_bwd = register(
 
 
 def residual(
-    x: torch.Tensor, skip: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    scale: float = 1.0,
+    bias: torch.Tensor | None = None,
+    skip_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(x + bias + skip) · scale.
+    """(x + bias + skip + skip_bias) · scale.
 
     Args:
         x, skip: activations [N,C,H,W] of one floating dtype, contiguous or channels_last.
         scale: factor of the sum.
-        bias: that the convolution before has left out, [C], any floating dtype.
+        bias, skip_bias: that the convolutions before x and skip have left out, [C], any floating dtype.
 
     Returns:
         [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64). The
-        gradients of x and skip are one tensor.
+        gradients of x and skip are one tensor, those of the biases equal.
 
     Raises:
         TypeError: not floating, or dtypes that differ. ValueError: shapes or devices that do not fit.
@@ -235,12 +302,13 @@ def residual(
             f"residual: skip must be {list(x.shape)} on {x.device} like x, got {list(skip.shape)} on "
             f"{skip.device}"
         )
-    if bias is not None and (bias.shape != x.shape[1:2] or bias.device != x.device):
-        raise ValueError(
-            f"residual: bias must be [{x.shape[1]}] on {x.device}, got {list(bias.shape)} on "
-            f"{bias.device}"
-        )
+    for name, b in (("bias", bias), ("skip_bias", skip_bias)):
+        if b is not None and (b.shape != x.shape[1:2] or b.device != x.device):
+            raise ValueError(
+                f"residual: {name} must be [{x.shape[1]}] on {x.device}, got {list(b.shape)} on {b.device}"
+            )
     is_served = x.dtype != torch.float64 and x.shape[1] > 0
     if is_served and runs_triton("residual", x.device.type):
-        return torch.ops.tcm_fast.residual_fwd(x, skip, scale, bias)
-    return residual_reference(x, skip, scale, bias)
+        return torch.ops.tcm_fast.residual_fwd(x, skip, scale, bias, skip_bias)
+    out = residual_reference(x, skip, scale, bias, skip_bias)
+    return _DenseGradient.apply(out) if scale == 1 and out.requires_grad else out

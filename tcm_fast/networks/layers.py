@@ -270,7 +270,15 @@ class UNetBlock(Block):
         # Where x also goes past a normalisation, its two gradients meet in that one's kernel.
         run = partial(after_norm, recompute=self.recompute_norms)
         h, x = run(partial(self.norm0, with_x=True), self.conv0, x, with_bias=False)
-        skip = x if self.skip is None else self.skip(x)
+        # Where a sum is a kernel, the biases of the layers before go in there; elsewhere the convolutions
+        # add them for nothing.
+        is_kernel = runs_triton("residual", x.device.type)
+        skip, skip_bias = x, None
+        if isinstance(self.skip, Conv2d):
+            skip = self.skip(x, with_bias=not is_kernel)
+            skip_bias = self.skip.bias if is_kernel else None
+        elif self.skip is not None:
+            skip = self.skip(x)
         # A bias before the normalisation goes in with its `add`: no pass over the pixels adds it, none
         # sums its gradient.
         modulation, bias = self.affine(emb), self.conv0.bias
@@ -283,12 +291,9 @@ class UNetBlock(Block):
             fused = {"add": modulation + bias}
         p = self.dropout if self.training else 0.0
         key = dropout_key.at_layer(self.layer) if p > 0 and dropout_key is not None else None
-        # Where a sum is a kernel, the bias of the layer before goes in there; elsewhere the convolution
-        # adds it for nothing.
-        is_kernel = runs_triton("residual", x.device.type)
         norm1 = partial(self.norm1, **fused, dropout_p=p, dropout_key=key)
         h = run(norm1, self.conv1, h, with_bias=not is_kernel)
-        x = residual(h, skip, self.skip_scale, self.conv1.bias if is_kernel else None)
+        x = residual(h, skip, self.skip_scale, self.conv1.bias if is_kernel else None, skip_bias)
         if self.attention:
             qkv, x = run(partial(self.norm2, silu=False, with_x=True), self.qkv, x)
             attended = qkv_attention(qkv, num_heads=self.num_heads)

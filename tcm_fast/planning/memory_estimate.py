@@ -125,7 +125,7 @@ def _dry_step(config: Config, name: str, shape: ImageShape, on_gpu: bool, last: 
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     frozen = build_on_meta(config, shape, name) if OBJECTIVES[name].frozen_file else None
     objective = build_objective(config, name, net, frozen, has_copies=True)
-    batches = _batches(config, name, shape, on_gpu, last)
+    batches = step_batches(config, name, shape, on_gpu, last)
 
     own = [
         *net.parameters(),
@@ -172,7 +172,9 @@ def _tagged(net: Precond, counter: Counter) -> Iterator[None]:
             handle.remove()
 
 
-def _batches(config: Config, name: str, shape: ImageShape, on_gpu: bool, last: bool) -> list[Batch]:
+def step_batches(
+    config: Config, name: str, shape: ImageShape, on_gpu: bool, last: bool
+) -> list[Batch]:
     """The first of a step's micro-batches, and the second where there is one."""
     phase = config.phase(name)
     iteration = END if last else 0

@@ -73,6 +73,25 @@ def test_every_element_is_written(compare, triton_device, poisoned):
     compare(*pair(3, 0.4, triton_device), case(shape), [shape], torch.float32)
 
 
+def test_more_channels_than_a_program_sums(compare, triton_device):
+    shape = (2, 600, 2, 2)
+    compare(*pair(2, 0.0, triton_device), case(shape), [shape], torch.bfloat16)
+
+
+def test_gradients_of_strided_rows_and_empty_batches(triton_device):
+    x, scale, gain = (v.float().to(triton_device) for v in case((3, 20, 4, 4)))
+    wide = torch.cat([scale, scale], 1)[:, :20]
+    assert wide.stride(0) == 40
+    arguments = x, x, scale, gain, None, None, None, 0, 0
+    dense = torch.ops.tcm_fast.modulate_mp_silu_bwd(*arguments)
+    strided = torch.ops.tcm_fast.modulate_mp_silu_bwd(x, x, wide, *arguments[3:])
+    for a, b in zip(dense, strided, strict=True):
+        assert torch.equal(a, b)
+    empty = torch.ops.tcm_fast.modulate_mp_silu_bwd(x[:0], x[:0], scale[:0], *arguments[3:])
+    assert [v.shape for v in empty] == [(0, 20, 4, 4), (0, 20), ()]
+    assert empty[2] == 0
+
+
 def test_masks_do_not_depend_on_layout_or_batch(triton_device):
     x, scale, gain = (v.float().to(triton_device) for v in case((3, 16, 4, 4)))
     sample = torch.tensor([9, 2, 5], device=triton_device)

@@ -321,3 +321,37 @@ def test_refuses(options, message):
     with pytest.raises(ValueError, match=message) as error:
         narrow(**options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"in_channels": 24},
+        {"up": True},
+        {"up": True, "resample_filter": (1, 3, 3, 1)},
+        {"down": True},
+        {"in_channels": 24, "adaptive_scale": True, "skip_scale": 1.0, "attention": True},
+        {"down": True, "adaptive_scale": True, "skip_scale": 1.0, "resample_proj": False},
+    ],
+    ids=str,
+)
+def test_a_block_with_kernels_is_the_reference(options, triton_device, monkeypatch):
+    """Its biases go into the sums there. What leaves it is joined with something, as in the decoder."""
+    c_in = options.get("in_channels", 16)
+    options = {"layer": 0, "dropout": 0.0} | options | {"in_channels": c_in}
+    block = randomised(UNetBlock(out_channels=16, emb_channels=8, **options)).to(triton_device)
+    x, emb = torch.randn(2, c_in, 4, 4), torch.randn(2, 8)
+    x = x.to(triton_device).contiguous(memory_format=torch.channels_last)
+    leaves = [x.requires_grad_(), emb.to(triton_device).requires_grad_(), *block.parameters()]
+
+    def numbers():
+        y = block(*leaves[:2])
+        joined = torch.cat([y, 2 * y], 1)
+        upstream = torch.linspace(-1, 1, joined.numel(), device=triton_device).view(joined.shape)
+        upstream = upstream.contiguous(memory_format=torch.channels_last)
+        return y.detach(), *torch.autograd.grad(joined, leaves, upstream)
+
+    ours = numbers()
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    for a, b in zip(ours, numbers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
