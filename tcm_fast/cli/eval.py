@@ -35,8 +35,8 @@ class Eval:
     data: str | None = None
     """Images to compare with; by default those of the run."""
     features: str | None = None
-    """Feature space: digits, random, inception:WEIGHTS or a TorchScript file; by default that of the run,
-    or random."""
+    """Feature space: digits, random, efficientnet, inception:WEIGHTS or a TorchScript file; by default that
+    of the run, or random."""
     steps: tuple[int, ...] = (1, 2)
     num: int = 0
     """Samples; 0 takes as many as there are images to compare with."""
@@ -156,7 +156,7 @@ def load_for_evaluation(
         features = "random"
         warnings.warn(
             f"{command}: {args.source} names no feature space, so in random features, whose distances "
-            "compare runs on the same images only; --features inception:WEIGHTS is usual",
+            "compare runs on the same images only; --features efficientnet sees more",
             stacklevel=2,
         )
     images = load_images(source, **config.data.reading())

@@ -1,7 +1,8 @@
 """Feature spaces: what a Fréchet distance compares images by.
 
 A small classifier for the built-in digits, trained on the spot; a network that the user brings as a
-file; Inception for numbers that compare with published ones; random weights where there is nothing else.
+file; EfficientNet, whose weights a package brings; Inception for numbers that compare with published ones;
+random weights where there is nothing else.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from scipy.special import softmax
 from torch import nn
 
 from tcm_fast.data.dataset import ImageData, load_images, split_halves
+from tcm_fast.evaluation import pretrained
 
 BATCH_PIXELS = 1 << 20  # pixels that go through a feature network at once
 
@@ -109,7 +111,8 @@ def feature_space(name: str, *, device: str | torch.device = "cpu") -> FeatureSp
     """The space that a configuration names.
 
     Args:
-        name: `digits`, `random`, `inception:WEIGHTS` or another of `FEATURE_SPACES`; or a TorchScript file.
+        name: `digits`, `random`, `efficientnet`, `inception:WEIGHTS` or another of `FEATURE_SPACES`; or a
+            TorchScript file.
 
     Raises:
         ValueError, FileNotFoundError: there is no such space here; the message says why.
@@ -134,8 +137,8 @@ def feature_space_from_file(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"features: {path} does not exist, expected digits, random, inception:WEIGHTS or a "
-            "TorchScript file"
+            f"features: {path} does not exist, expected digits, random, efficientnet, "
+            "inception:WEIGHTS or a TorchScript file"
         )
     try:
         with warnings.catch_warnings():
@@ -159,6 +162,17 @@ def feature_space_from_file(
 
     network.eval()
     return FeatureSpace(path.name, features, device=device)
+
+
+def efficientnet_feature_space(*, device: str | torch.device = "cpu") -> FeatureSpace:
+    """1,280 features of a network trained on ImageNet, without a download (`pretrained.efficientnet`): they
+    see compression, blur, noise and missing classes, which random weights do not. Its distances compare
+    runs with each other, not with published ones.
+
+    Raises:
+        ValueError: its packages are not installed.
+    """
+    return FeatureSpace("efficientnet", pretrained.efficientnet(device), device=device)
 
 
 def inception_feature_space(
@@ -412,6 +426,7 @@ def digits_feature_space() -> FeatureSpace:
 FEATURE_SPACES: dict[str, Callable[[str, str | torch.device], FeatureSpace]] = {
     "digits": lambda _, device: digits_feature_space(),
     "random": lambda _, device: random_feature_space(device=device),
+    "efficientnet": lambda _, device: efficientnet_feature_space(device=device),
     "inception:": lambda weights, device: inception_feature_space(weights, device=device),
 }
 """By name, with a colon where an argument follows: that argument and a device -> a space."""

@@ -50,7 +50,8 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
         |mu_a - mu_b|² + tr(S_a) + tr(S_b) - 2 tr((S_a^½ S_b S_a^½)^½)
 
     The last trace is taken as the sum of the singular values of S_a^½ S_b^½, which is the same and
-    does not square the condition number; singular covariances (N <= D) are no difficulty.
+    does not square the condition number; singular covariances (N <= D) are no difficulty. Of few images
+    those of the centred features, A Bᵀ, are the same again and soon computed.
 
     Args:
         features_a, features_b: [N,D] and [M,D], N and M at least 2.
@@ -58,15 +59,18 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     Raises:
         ValueError: shapes that do not fit, or features that are not finite.
     """
-    (mean_a, cov_a), (mean_b, cov_b) = _moments(features_a), _moments(features_b)
-    if len(mean_a) != len(mean_b):
+    a, b = (_checked(x, "frechet_distance") for x in (features_a, features_b))
+    if a.shape[1] != b.shape[1]:
         raise ValueError(
             "frechet_distance: both sets need features of one dimension, got "
-            f"D={len(mean_a)} and D={len(mean_b)}"
+            f"D={a.shape[1]} and D={b.shape[1]}"
         )
-    overlap = np.linalg.svd(_root(cov_a) @ _root(cov_b), compute_uv=False).sum()
-    distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap
-    return max(float(distance), 0.0)
+    shift = np.square(a.mean(0) - b.mean(0)).sum()
+    a, b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    few = len(a) + len(b) < 2 * a.shape[1]
+    product = a @ b.T if few else _root(a.T @ a) @ _root(b.T @ b)
+    overlap = np.linalg.svd(product, compute_uv=False).sum()
+    return max(float(shift + np.square(a).sum() + np.square(b).sum() - 2 * overlap), 0.0)
 
 
 def _checked(features: np.ndarray, function: str) -> np.ndarray:
@@ -82,12 +86,6 @@ def _checked(features: np.ndarray, function: str) -> np.ndarray:
             f"{function}: features must be finite, got {bad} of {len(features)} rows that are not"
         )
     return features
-
-
-def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and unbiased covariance [D,D]."""
-    features = _checked(features, "frechet_distance")
-    return features.mean(0), np.cov(features, rowvar=False).reshape(2 * features.shape[1:])
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
