@@ -196,28 +196,35 @@ def load_for_evaluation(
     """The network, the images to compare with and the feature space that a command names."""
     from tcm_fast.checkpoint.format import load_network
     from tcm_fast.checkpoint.hub import local_path
+
+    network = local_path(args.source)
+    images, space = load_reference(args, args.source, run_config(network), command, device)
+    return load_network(network, device=device), images, space
+
+
+def load_reference(
+    args: Any, name: Path, config: Config, command: str, device: Any
+) -> tuple[Any, Any]:
+    """The images to compare with and the feature space: `args.data` and `args.features`, or those of the
+    configuration of the run that a message calls `name`."""
     from tcm_fast.data.dataset import load_images
     from tcm_fast.evaluation.features import feature_space
     from tcm_fast.evaluation.metrics import check_enough
 
-    network = local_path(args.source)
-    config = run_config(network)
     source = args.data or config.data.source
     if not source:
-        raise ValueError(
-            f"{command}: no images to compare with, give --data ({args.source} is not a run)"
-        )
+        raise ValueError(f"{command}: no images to compare with, give --data ({name} is not a run)")
     features = args.features or config.eval.features
     if not features:
         features = "random"
         warnings.warn(
-            f"{command}: {args.source} names no feature space, so in random features, whose distances "
+            f"{command}: {name} names no feature space, so in random features, whose distances "
             "compare runs on the same images only; --features efficientnet sees more",
             stacklevel=2,
         )
     images = load_images(source, **config.data.reading())
     check_enough(images)
-    return load_network(network, device=device), images, feature_space(features, device=device)
+    return images, feature_space(features, device=device)
 
 
 def print_denoising(args: Eval, net: Any, images: Any, space: Any) -> int:

@@ -60,3 +60,65 @@ def mean_and_deviation(values: Iterable[float | None]) -> tuple[float | None, fl
     if not len(known):
         return None, None
     return float(known.mean()), _deviation(known) if len(known) > 1 else None
+
+
+# ---- two networks -------------------------------------------------------------------------------
+
+TRAINING_SPREAD = 0.2
+"""Relative standard deviation of a distance over the seeds of a training, about that of the digits' kernel
+distance (docs/evaluation.md)."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a network's distance lies above another's."""
+
+    value: float
+    """Mean over the seeds; above 0 the network is worse than the other."""
+    of_samples: float
+    """Half of its 95 % confidence interval: what other samples of the same two networks change; nan for one
+    seed."""
+    of_training: float
+    """What two trainings of one recipe differ by at most, at 95 %."""
+
+    @property
+    def is_of_networks(self) -> bool:
+        """Whether these two networks differ, whatever the samples."""
+        return abs(self.value) > self.of_samples
+
+    @property
+    def is_of_recipes(self) -> bool:
+        """Whether they differ by more than two trainings of one recipe do."""
+        return abs(self.value) > math.hypot(self.of_samples, self.of_training)
+
+
+def difference(
+    network: Repeats, other: Repeats, name: str, *, spread: float = TRAINING_SPREAD
+) -> Difference:
+    """Compare two networks by a metric of which less is better; their sets of samples are of the same seeds,
+    in the same order, and so of the same noise: what it makes of both alike drops out.
+
+    Args:
+        name: of a metric of their reports.
+        spread: standard deviation of the metric over the seeds of a training, relative to what it is above
+            that of real images; 0 asks about these networks alone.
+
+    Raises:
+        ValueError: different numbers of sets; a negative spread.
+    """
+    if len(network.reports) != len(other.reports):
+        raise ValueError(
+            "difference: both networks need as many sets of samples, got "
+            f"{len(network.reports)} and {len(other.reports)}"
+        )
+    if not spread >= 0:
+        raise ValueError(f"difference: spread must not be negative, got {spread}")
+    paired = network.values(name) - other.values(name)
+    num = len(paired)
+    real = max(network.reports[0].metrics_real[name], 0.0)
+    size = max((network.mean(name) + other.mean(name)) / 2 - real, 0.0)
+    return Difference(
+        value=float(paired.mean()),
+        of_samples=_quantile(num - 1) * _deviation(paired) / math.sqrt(num),
+        of_training=_quantile(10**6) * math.sqrt(2) * spread * size,
+    )
