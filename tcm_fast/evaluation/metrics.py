@@ -217,7 +217,7 @@ class Report:
     num_real: int
     """Images on either side of `metrics_real`."""
     metrics: dict[str, float]
-    """Samples against real images, by the names of `METRICS`."""
+    """Samples against real images, by the names of `METRICS` and of the space's own."""
     metrics_real: dict[str, float]
     """Half of the real images against the other half."""
     confident: float | None
@@ -285,7 +285,8 @@ def evaluate(
                 f"{list(train.images.shape[1:])}, got {list(images.shape)}"
             )
     num = min(len(samples), len((held_out or train).images))  # of real images
-    real = _evaluate_real(train, held_out, space, num, tuple(METRICS.items()))
+    metrics = {**METRICS, **space.metrics}
+    real = _evaluate_real(train, held_out, space, num, tuple(metrics.items()))
     distances = nearest_distances(samples[:NEAREST_NUM], train.images, device=space.device)
     features = space.features(samples)
     threshold = float(np.quantile(real.distances[:, 0], 0.01))
@@ -294,7 +295,7 @@ def evaluate(
         num=len(samples),
         num_reference=num,
         num_real=real.num,
-        metrics={name: metric(features, real.features) for name, metric in METRICS.items()},
+        metrics={name: metric(features, real.features) for name, metric in metrics.items()},
         metrics_real=real.metrics,
         confident=_share_confident(space, samples),
         confident_real=real.confident,

@@ -1,7 +1,9 @@
 """EfficientNet's features against known degradations of photographs, and its packages' absence."""
 
 import io
+import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from tcm_fast.evaluation import features, pretrained
-from tcm_fast.evaluation.metrics import frechet_distance, kernel_distance
+from tcm_fast.evaluation.metrics import evaluate, frechet_distance, kernel_distance
 
 NUM = 40
 
@@ -117,3 +119,135 @@ def test_a_missing_package_is_named(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ValueError, match=r"efficientnet needs .*tcm-fast\[features\]"):
         features.feature_space("efficientnet")
+
+
+# ---- torch-fidelity -----------------------------------------------------------------------------
+
+
+class Extractor(torch.nn.Module):
+    """A stand-in for one of torch-fidelity's, which reads what it is given."""
+
+    def __init__(self, name, features, feature_extractor_weights_path):
+        super().__init__()
+        load = torch.jit.load if isinstance(feature_extractor_weights_path, str) else torch.load
+        state = load(feature_extractor_weights_path)
+        self.offset = state["offset"] if isinstance(state, dict) else state.offset
+        self.features = (name, *features)
+
+    def forward(self, x):
+        return (x.float().mean((2, 3)) + self.offset,)
+
+
+class Archive(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("offset", torch.tensor([4.0, 5.0, 6.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.offset
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_other_extractors_by_path(tmp_path, monkeypatch):
+    """VGG16's weights as torch's, CLIP's as TorchScript; never fetched."""
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    for module, kind in (("vgg16", "VGG16"), ("clip", "CLIP")):
+        stub = types.SimpleNamespace(**{f"FeatureExtractor{kind}": Extractor})
+        monkeypatch.setitem(sys.modules, f"torch_fidelity.feature_extractor_{module}", stub)
+    torch.save({"offset": torch.tensor([1.0, 2.0, 3.0])}, tmp_path / "vgg16.pth")
+    torch.jit.script(Archive()).save(tmp_path / "clip.pt")
+    black = np.zeros((2, 4, 4, 3), np.uint8)
+    for name, file, offset in (("vgg16", "vgg16.pth", [1, 2, 3]), ("clip", "clip.pt", [4, 5, 6])):
+        space = features.feature_space(f"{name}:{tmp_path / file}")
+        assert (space.name, {*space.metrics}) == (name, {"precision", "recall"})
+        np.testing.assert_array_equal(space.features(black), [offset] * 2)
+        with pytest.raises(FileNotFoundError, match=f"the weights of {name} are missing, got"):
+            features.feature_space(f"{name}:{tmp_path / 'none'}")
+    with pytest.raises(ValueError, match=r"clip\.pt must hold the weights of vgg16, got others"):
+        features.feature_space(f"vgg16:{tmp_path / 'clip.pt'}")
+
+
+def test_a_spaces_own_metrics_are_in_its_reports(train, test):
+    space = features.FeatureSpace(
+        "mean",
+        lambda x: x.float().flatten(1),
+        channels=1,
+        metrics={"shift": lambda a, b: float(a.mean() - b.mean())},
+    )
+    report = evaluate(test.images // 2, train, space)
+    assert report.metrics["shift"] == pytest.approx(-test.images.mean() / 2, rel=0.1)
+    assert "shift" in report.metrics_real
+
+
+def test_precision_and_recall_need_more_than_three():
+    with pytest.raises(ValueError, match="needs more than 3 of each, got 3 and 9"):
+        pretrained.precision_and_recall(np.zeros((3, 2)), np.zeros((9, 2)))
+
+
+@pytest.fixture(scope="module")
+def fidelity():
+    try:
+        import torch_fidelity
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision for another torch
+        pytest.skip(f"needs torch-fidelity: {error}")
+    return torch_fidelity
+
+
+@pytest.mark.slow
+def test_the_figures_are_those_of_torch_fidelitys_command_line(
+    fidelity, photographs, tmp_path, monkeypatch, capsys
+):
+    """Of Inception with random weights, whose file both are given: to 1e-3."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.fidelity import main
+
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda self, state, *_, **__: None)
+        torch.save({}, tmp_path / "none.pth")
+        net = FeatureExtractorInceptionV3(
+            "inception", ["2048"], feature_extractor_weights_path=tmp_path / "none.pth"
+        )
+    for parameter in net.parameters():
+        if parameter.ndim == 4:
+            torch.nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    weights = tmp_path / "inception.pth"
+    torch.save(net.state_dict(), weights)
+    sets = photographs[0][:12], photographs[1][:16]
+    for name, images in zip(("samples", "real"), sets, strict=True):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{i:02d}.png")
+    arguments = ["--input1", tmp_path / "samples", "--input2", tmp_path / "real", "--fid", "--kid"]
+    arguments += [
+        "--prc",
+        "--kid-subset-size",
+        12,
+        "--kid-subsets",
+        1,
+        "--cpu",
+        "--json",
+        "--no-cache",
+    ]
+    arguments += ["--feature-extractor", "inception-v3-compat"]
+    arguments += ["--feature-extractor-weights-path", weights, "--silent", "--cache-root", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["fidelity", *map(str, arguments)])
+    main()
+    theirs = json.loads(capsys.readouterr().out)
+    space = features.feature_space(f"inception:{weights}")
+    samples, real = map(space.features, sets)
+    ours = {
+        "frechet_inception_distance": frechet_distance(samples, real),
+        **{name: metric(samples, real) for name, metric in space.metrics.items()},
+    }
+    for name, value in ours.items():
+        assert value == pytest.approx(theirs[name], rel=1e-3, abs=1e-3 * (name in space.metrics)), (
+            name
+        )
+    # Its KID takes as many of both sides, at random: all 12 samples, and some 12 real images.
+    kept = np.random.RandomState(2020)
+    kept.choice(12, 12, replace=False)
+    chosen = kept.choice(16, 12, replace=False)
+    assert kernel_distance(samples, real[chosen]) == pytest.approx(
+        theirs["kernel_inception_distance_mean"], rel=1e-3
+    )
