@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,16 @@ def run_compare(args: Compare) -> int:
         ("data", args.data, [c.data.source for c in configs]),
         ("features", args.features, [c.eval.features for c in configs]),
     ):
-        if given is None and len({*of_runs}) > 1:
-            named = ", ".join(value or "none" for value in of_runs)
-            raise ValueError(f"compare: the runs need the same {what}, got {named}; give --{what}")
-    images, space = load_reference(args, args.sources[0], configs[0], "compare", device)
+        named = sorted({value for value in of_runs if value})
+        if given is None and len(named) > 1:
+            raise ValueError(
+                f"compare: the runs need the same {what}, got {', '.join(named)}; give --{what}"
+            )
+    config = next((c for c in configs if c.data.source), configs[0])
+    features = args.features or next((c.eval.features for c in configs if c.eval.features), None)
+    images, space = load_reference(
+        replace(args, features=features), args.sources[0], config, "compare", device
+    )
     names = names_of(args.sources)
     found: dict[str, Repeats] = {}
     drawn: list[Any] = []

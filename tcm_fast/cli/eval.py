@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SCALES = {"KID": 1000}
 """Metrics that are printed as a multiple, as is usual."""
-BUILT_IN = ("digits", "random")  # feature spaces and images that name no file
+BUILT_IN = ("digits", "random", "efficientnet")  # feature spaces and images that name no file
 DIGITS = ("digits", "digits:train", "digits:test")
 EVAL_ROWS = {
     "confidently classified": "confident",

@@ -58,6 +58,7 @@ def test_mistakes(runs, tmp_path, monkeypatch, capsys):
         assert run("compare", *argv) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "other").mkdir()
+    (tmp_path / "other/log.jsonl").touch()
     (tmp_path / "other/config.json").write_text(
         (b / "config.json").read_text().replace("images.npz", "x.npz")
     )
