@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -254,6 +254,7 @@ def evaluate(
     space: FeatureSpace,
     *,
     held_out: ImageData | None = None,
+    names: Collection[str] | None = None,
 ) -> Report:
     """Evaluate samples against the images that their network was trained on, and images held out from
     it.
@@ -270,6 +271,7 @@ def evaluate(
         train: the training set.
         space: where Fréchet distance and confidence come from.
         held_out: images of the same kind that were not trained on.
+        names: the metrics to take; by default those of `METRICS` and of the space.
 
     Raises:
         ValueError: images that do not fit together or that the space does not take, too few of
@@ -286,6 +288,7 @@ def evaluate(
             )
     num = min(len(samples), len((held_out or train).images))  # of real images
     metrics = {**METRICS, **space.metrics}
+    metrics = {k: metric for k, metric in metrics.items() if names is None or k in names}
     real = _evaluate_real(train, held_out, space, num, tuple(metrics.items()))
     distances = nearest_distances(samples[:NEAREST_NUM], train.images, device=space.device)
     features = space.features(samples)
@@ -319,6 +322,7 @@ def evaluate_network(
     num: int = 0,
     seed: int = 0,
     held_out: ImageData | None = None,
+    names: Collection[str] | None = None,
     workers: Workers | None = None,
 ) -> Report:
     """`evaluate` of `num` samples of a network in `steps` steps; 0 is as many as there are images
@@ -326,9 +330,10 @@ def evaluate_network(
     get its report, which does not depend on their number."""
     num = num or len((held_out or _held_out_digits(train) or train).images)
     if workers is None:
-        return evaluate(sample(net, num, steps=steps, seed=seed), train, space, held_out=held_out)
+        samples = sample(net, num, steps=steps, seed=seed)
+        return evaluate(samples, train, space, held_out=held_out, names=names)
     samples = sample_shared(net, num, workers, steps=steps, seed=seed)
-    return workers.on_main(lambda: evaluate(samples, train, space, held_out=held_out))
+    return workers.on_main(lambda: evaluate(samples, train, space, held_out=held_out, names=names))
 
 
 def spread(images: Images) -> float:

@@ -147,7 +147,7 @@ class Archive(torch.nn.Module):
         return x + self.offset
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:'torch.load' received a zip file")
 def test_other_extractors_by_path(tmp_path, monkeypatch):
     """VGG16's weights as torch's, CLIP's as TorchScript; never fetched."""
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
@@ -177,6 +177,19 @@ def test_a_spaces_own_metrics_are_in_its_reports(train, test):
     report = evaluate(test.images // 2, train, space)
     assert report.metrics["shift"] == pytest.approx(-test.images.mean() / 2, rel=0.1)
     assert "shift" in report.metrics_real
+    assert {*evaluate(test.images, train, space, names=["KID"]).metrics} == {"KID"}
+
+
+def test_a_torchvision_for_another_torch_is_named(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "torch_fidelity"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "torch_fidelity.py").write_text("raise RuntimeError('operator nms does not exist')")
+    (tmp_path / "weights.pth").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ValueError, match="needs a torchvision that was built for this torch, got op"
+    ):
+        features.feature_space(f"vgg16:{tmp_path / 'weights.pth'}")
 
 
 def test_precision_and_recall_need_more_than_three():
