@@ -33,7 +33,7 @@ OURS = re.compile(
 )
 PLACEHOLDERS = {
     "RUN": "runs/digits", "SRC": "PHOTOS", "DST": "packed.zip", "NAME": "digits", "IMAGES": "PHOTOS",
-    "FOLDER": "packed", "H": "8", "HOURS": "8", "FILE": "network.safetensors",
+    "OTHER": "runs/mine", "FOLDER": "packed", "H": "8", "HOURS": "8", "FILE": "network.safetensors",
 }  # fmt: skip
 
 NOT_RUN = {

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from tcm_fast.cli import BROKEN_PIPE, INTERRUPTED, USER_MISTAKE
 from tcm_fast.cli.bench import Bench, run_bench
+from tcm_fast.cli.compare import Compare, run_compare
 from tcm_fast.cli.convert import Convert, Ema, run_convert, run_ema
 from tcm_fast.cli.data import Data, run_data
 from tcm_fast.cli.demo import Demo, run_demo
@@ -41,6 +42,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Edit: run_edit,
     Demo: run_demo,
     Eval: run_eval,
+    Compare: run_compare,
     SearchTimes: run_search,
     Data: run_data,
     Ema: run_ema,

@@ -1,29 +1,30 @@
 """Feature spaces: what a Fréchet distance compares images by.
 
 A small classifier for the built-in digits, trained on the spot; a network that the user brings as a
-file; Inception for numbers that compare with published ones; random weights where there is nothing else.
+file; EfficientNet, whose weights a package brings; torch-fidelity's, Inception among them for numbers that
+compare with published ones; random weights where there is nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from torch import nn
 
 from tcm_fast.data.dataset import ImageData, load_images, split_halves
+from tcm_fast.evaluation import pretrained
 
 BATCH_PIXELS = 1 << 20  # pixels that go through a feature network at once
 
@@ -39,6 +40,7 @@ class FeatureSpace:
         channels: C that the network takes; grey images are repeated for a network that takes 3.
         resolution: H = W that it takes, None for any.
         classifier: features float64 [N,D] -> calibrated probabilities [N,K], if there is one.
+        metrics: by name, besides those of `metrics.METRICS`.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class FeatureSpace:
         resolution: int | None = None,
         classifier: Callable[[np.ndarray], np.ndarray] | None = None,
         device: str | torch.device = "cpu",
+        metrics: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = MappingProxyType({}),
     ) -> None:
         self.name, self.network, self.classifier = name, network, classifier
+        self.metrics = metrics
         self.channels, self.resolution = channels, resolution
         self.device = torch.device(device)
 
@@ -109,7 +113,8 @@ def feature_space(name: str, *, device: str | torch.device = "cpu") -> FeatureSp
     """The space that a configuration names.
 
     Args:
-        name: `digits`, `random`, `inception:WEIGHTS` or another of `FEATURE_SPACES`; or a TorchScript file.
+        name: `digits`, `random`, `efficientnet`, `inception:WEIGHTS` or another of `FEATURE_SPACES`; or a
+            TorchScript file.
 
     Raises:
         ValueError, FileNotFoundError: there is no such space here; the message says why.
@@ -134,8 +139,8 @@ def feature_space_from_file(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"features: {path} does not exist, expected digits, random, inception:WEIGHTS or a "
-            "TorchScript file"
+            f"features: {path} does not exist, expected digits, random, efficientnet, "
+            "inception:WEIGHTS or a TorchScript file"
         )
     try:
         with warnings.catch_warnings():
@@ -161,48 +166,32 @@ def feature_space_from_file(
     return FeatureSpace(path.name, features, device=device)
 
 
-def inception_feature_space(
-    weights: str | Path, *, device: str | torch.device = "cpu"
-) -> FeatureSpace:
-    """Inception's 2048 pooled features, those of published Fréchet distances, by torch-fidelity.
-
-    Args:
-        weights: torch-fidelity's weights as `.pth` (read without unpickling objects) or
-            safetensors.
+def efficientnet_feature_space(*, device: str | torch.device = "cpu") -> FeatureSpace:
+    """1,280 features of a network trained on ImageNet, without a download (`pretrained.efficientnet`): they
+    see compression, blur, noise and missing classes, which random weights do not. Its distances compare
+    runs with each other, not with published ones.
 
     Raises:
-        FileNotFoundError: there are no weights.
-        ValueError: the file holds other weights, or torch-fidelity is not installed.
+        ValueError: its packages are not installed.
     """
-    weights = Path(weights)
-    if not weights.is_file():
-        raise FileNotFoundError(
-            f"features: the weights of inception are missing, got inception:{weights} "
-            "(torch-fidelity's are weights-inception-2015-12-05-6726825d.pth)"
-        )
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        raise ValueError(
-            "features: inception needs torch-fidelity, install it with pip install 'tcm-fast[eval]'"
-        ) from None
-    try:
-        if weights.suffix == ".safetensors":
-            state = load_file(weights)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        # torch-fidelity unpickles what it is given, so it is given only what has passed above.
-        checked = io.BytesIO()
-        torch.save(state, checked)
-        checked.seek(0)
-        network = FeatureExtractorInceptionV3(
-            "inception", ["2048"], feature_extractor_weights_path=checked
-        ).to(device)
-    except Exception as error:  # the unpickler and load_state_dict raise nearly anything
-        raise ValueError(
-            f"features: {weights} must hold the weights of inception, got others"
-        ) from error
-    return FeatureSpace("inception", lambda images: network(images)[0], device=device)
+    return FeatureSpace("efficientnet", pretrained.efficientnet(device), device=device)
+
+
+def fidelity_feature_space(
+    name: str, weights: str | Path, *, device: str | torch.device = "cpu"
+) -> FeatureSpace:
+    """Features of torch-fidelity (`pretrained.FIDELITY`): Inception's 2,048 of published Fréchet distances,
+    CLIP's, VGG16's; with its precision and recall.
+
+    Args:
+        name: inception, clip or vgg16.
+        weights: their file, as `pretrained.fidelity` says.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `pretrained.fidelity`.
+    """
+    network = pretrained.fidelity(name, weights, device)
+    return FeatureSpace(name, network, device=device, metrics=pretrained.PRECISION_AND_RECALL)
 
 
 def random_feature_space(seed: int = 0, *, device: str | torch.device = "cpu") -> FeatureSpace:
@@ -409,9 +398,14 @@ def digits_feature_space() -> FeatureSpace:
     )
 
 
+def _fidelity(name: str, weights: str, device: str | torch.device) -> FeatureSpace:
+    return fidelity_feature_space(name, weights, device=device)
+
+
 FEATURE_SPACES: dict[str, Callable[[str, str | torch.device], FeatureSpace]] = {
     "digits": lambda _, device: digits_feature_space(),
     "random": lambda _, device: random_feature_space(device=device),
-    "inception:": lambda weights, device: inception_feature_space(weights, device=device),
+    "efficientnet": lambda _, device: efficientnet_feature_space(device=device),
+    **{f"{name}:": functools.partial(_fidelity, name) for name in pretrained.FIDELITY},
 }
 """By name, with a colon where an argument follows: that argument and a device -> a space."""

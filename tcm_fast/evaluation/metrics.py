@@ -3,14 +3,15 @@
 A Fréchet distance compares two sets of images by the mean and covariance of their features. Which
 features, the `FeatureSpace` says. Every number comes beside the same number for real images, since its
 absolute value says little: a Fréchet distance of finite sets is biased upwards by an amount that grows as
-the sets shrink (Chong & Forsyth 2020), so both sides always have equally many images.
+the sets shrink (Chong & Forsyth 2020), so both sides have equally many images unless more samples are
+asked for. The kernel distance has no such bias: below 5,000 images it is the one to go by.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ CONFIDENT = 0.9  # calibrated probability from which a sample counts as recognis
 COPY_RATIO = 1 / 3  # nearest over second-nearest distance below which a sample counts as a copy
 NEAREST_NUM = 2048  # images whose nearest neighbours are looked for: enough for a 1st percentile
 SPREAD_NUM = 4096  # images that `spread` looks at
+MANY = 5000  # images from which the bias of a Fréchet distance is small
 PAIRS_AT_ONCE = 1 << 25  # distances in memory, 128 MiB of them
 
 
@@ -50,7 +52,8 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
         |mu_a - mu_b|² + tr(S_a) + tr(S_b) - 2 tr((S_a^½ S_b S_a^½)^½)
 
     The last trace is taken as the sum of the singular values of S_a^½ S_b^½, which is the same and
-    does not square the condition number; singular covariances (N <= D) are no difficulty.
+    does not square the condition number; singular covariances (N <= D) are no difficulty. Of few images
+    those of the centred features, A Bᵀ, are the same again and soon computed.
 
     Args:
         features_a, features_b: [N,D] and [M,D], N and M at least 2.
@@ -58,15 +61,18 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     Raises:
         ValueError: shapes that do not fit, or features that are not finite.
     """
-    (mean_a, cov_a), (mean_b, cov_b) = _moments(features_a), _moments(features_b)
-    if len(mean_a) != len(mean_b):
+    a, b = (_checked(x, "frechet_distance") for x in (features_a, features_b))
+    if a.shape[1] != b.shape[1]:
         raise ValueError(
             "frechet_distance: both sets need features of one dimension, got "
-            f"D={len(mean_a)} and D={len(mean_b)}"
+            f"D={a.shape[1]} and D={b.shape[1]}"
         )
-    overlap = np.linalg.svd(_root(cov_a) @ _root(cov_b), compute_uv=False).sum()
-    distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap
-    return max(float(distance), 0.0)
+    shift = np.square(a.mean(0) - b.mean(0)).sum()
+    a, b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
+    few = len(a) + len(b) < 2 * a.shape[1]
+    product = a @ b.T if few else _root(a.T @ a) @ _root(b.T @ b)
+    overlap = np.linalg.svd(product, compute_uv=False).sum()
+    return max(float(shift + np.square(a).sum() + np.square(b).sum() - 2 * overlap), 0.0)
 
 
 def _checked(features: np.ndarray, function: str) -> np.ndarray:
@@ -82,12 +88,6 @@ def _checked(features: np.ndarray, function: str) -> np.ndarray:
             f"{function}: features must be finite, got {bad} of {len(features)} rows that are not"
         )
     return features
-
-
-def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and unbiased covariance [D,D]."""
-    features = _checked(features, "frechet_distance")
-    return features.mean(0), np.cov(features, rowvar=False).reshape(2 * features.shape[1:])
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -130,11 +130,24 @@ def kernel_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     return within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))
 
 
-FRECHET = "Fréchet distance"
+def kernel_distance_in_parts(features_a: np.ndarray, features_b: np.ndarray) -> float:
+    """`kernel_distance`, of more than 5,000 features on either side the mean over parts of at most so many:
+    as unbiased, in a time that grows with their number instead of its square."""
+    num = max(1, min(math.ceil(len(features_a) / MANY), math.ceil(len(features_b) / MANY)))
+    parts = (np.array_split(x, num) for x in (features_a, features_b))
+    return float(np.mean([kernel_distance(a, b) for a, b in zip(*parts, strict=True)]))
+
+
+FRECHET, KERNEL = "Fréchet distance", "KID"
 Metric = Callable[[np.ndarray, np.ndarray], float]
-METRICS: dict[str, Metric] = {FRECHET: frechet_distance}
+METRICS: dict[str, Metric] = {FRECHET: frechet_distance, KERNEL: kernel_distance_in_parts}
 """Metrics by name: features [N,D] of samples and [M,D] of real images -> a number. `evaluate` and `tcm-fast
 eval` apply all of them."""
+
+
+def decisive(num: int) -> str:
+    """The name of the metric to go by with so many images: the kernel distance below 5,000."""
+    return KERNEL if num < MANY else FRECHET
 
 
 # ---- memorising ---------------------------------------------------------------------------------
@@ -198,11 +211,13 @@ class Report:
 
     space: str
     num: int
-    """Samples, and images they are compared with."""
+    """Samples."""
+    num_reference: int
+    """Images they are compared with: as many, or all where there are fewer."""
     num_real: int
     """Images on either side of `metrics_real`."""
     metrics: dict[str, float]
-    """Samples against real images, by the names of `METRICS`."""
+    """Samples against real images, by the names of `METRICS` and of the space's own."""
     metrics_real: dict[str, float]
     """Half of the real images against the other half."""
     confident: float | None
@@ -239,6 +254,7 @@ def evaluate(
     space: FeatureSpace,
     *,
     held_out: ImageData | None = None,
+    names: Collection[str] | None = None,
 ) -> Report:
     """Evaluate samples against the images that their network was trained on, and images held out from
     it.
@@ -250,10 +266,12 @@ def evaluate(
     nearest other one.
 
     Args:
-        samples: uint8 [N,H,W,C], N at least 2.
+        samples: uint8 [N,H,W,C], N at least 2; all of them count, also where there are fewer images to
+            compare with.
         train: the training set.
         space: where Fréchet distance and confidence come from.
         held_out: images of the same kind that were not trained on.
+        names: the metrics to take; by default those of `METRICS` and of the space.
 
     Raises:
         ValueError: images that do not fit together or that the space does not take, too few of
@@ -268,16 +286,19 @@ def evaluate(
                 f"evaluate: {name} must be two or more of the shape of the training images, "
                 f"{list(train.images.shape[1:])}, got {list(images.shape)}"
             )
-    num = min(len(samples), len((held_out or train).images))
-    real = _evaluate_real(train, held_out, space, num, tuple(METRICS.items()))
+    num = min(len(samples), len((held_out or train).images))  # of real images
+    metrics = {**METRICS, **space.metrics}
+    metrics = {k: metric for k, metric in metrics.items() if names is None or k in names}
+    real = _evaluate_real(train, held_out, space, num, tuple(metrics.items()))
     distances = nearest_distances(samples[:NEAREST_NUM], train.images, device=space.device)
-    features = space.features(samples[:num])
+    features = space.features(samples)
     threshold = float(np.quantile(real.distances[:, 0], 0.01))
     return Report(
         space=space.name,
-        num=num,
+        num=len(samples),
+        num_reference=num,
         num_real=real.num,
-        metrics={name: metric(features, real.features) for name, metric in METRICS.items()},
+        metrics={name: metric(features, real.features) for name, metric in metrics.items()},
         metrics_real=real.metrics,
         confident=_share_confident(space, samples),
         confident_real=real.confident,
@@ -301,6 +322,7 @@ def evaluate_network(
     num: int = 0,
     seed: int = 0,
     held_out: ImageData | None = None,
+    names: Collection[str] | None = None,
     workers: Workers | None = None,
 ) -> Report:
     """`evaluate` of `num` samples of a network in `steps` steps; 0 is as many as there are images
@@ -308,9 +330,10 @@ def evaluate_network(
     get its report, which does not depend on their number."""
     num = num or len((held_out or _held_out_digits(train) or train).images)
     if workers is None:
-        return evaluate(sample(net, num, steps=steps, seed=seed), train, space, held_out=held_out)
+        samples = sample(net, num, steps=steps, seed=seed)
+        return evaluate(samples, train, space, held_out=held_out, names=names)
     samples = sample_shared(net, num, workers, steps=steps, seed=seed)
-    return workers.on_main(lambda: evaluate(samples, train, space, held_out=held_out))
+    return workers.on_main(lambda: evaluate(samples, train, space, held_out=held_out, names=names))
 
 
 def spread(images: Images) -> float:

@@ -107,8 +107,9 @@ class SampleMonitor:
         """Quality in so many steps, None for the Heun solver; all processes have to call it."""
         assert self.space is not None
         return metrics.evaluate_network(
-            net, self.data, self.space, steps=steps, num=self.config.eval.num, workers=self.workers
-        )
+            net, self.data, self.space, steps=steps, num=self.config.eval.num,
+            names=(metrics.FRECHET,), workers=self.workers,
+        )  # fmt: skip
 
     def frechet_distance(self, phase: Phase) -> float:
         """Of the first EMA's samples, for the choice of the best checkpoint."""

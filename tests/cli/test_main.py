@@ -140,8 +140,18 @@ def test_train_sample_and_evaluate(tiny, folder, tmp_path, capsys):
     assert run("sample", out, "--num", 5, "--out", tmp_path / "a.png") == 2
     assert "a.png" in capsys.readouterr().err
 
-    assert run("eval", out, "--features", "random", "--num", 12) == 0
-    assert "Fréchet distance" in capsys.readouterr().out
+    assert run("eval", out, "--features", "random", "--num", 12, "--seeds", 2) == 0
+    shown = capsys.readouterr().out
+    assert "2 × 12" in shown
+    assert re.search(r"KID × 1000 .* ± .*Fréchet distance .* ± ", shown, re.DOTALL)
+    assert "2 sets of 12 samples do not tell apart runs that differ by less than" in shown
+    assert run("eval", out, "--features", "random", "--num", 100, "--seeds", 1) == 0
+    shown = capsys.readouterr().out
+    assert " ± " not in shown
+    assert "one set of samples has no error bar" in shown
+    assert re.search(r"100 samples are compared with all \d+ images there are", shown)
+    assert run("eval", out, "--seeds", 0) == 2
+    assert "seeds: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_a_phase_from_a_file(tiny, folder, tmp_path):

@@ -63,6 +63,22 @@ def test_kernel_distance_is_right_on_average_for_small_sets():
     assert min(same) < 0
 
 
+def test_kernel_distance_in_parts(monkeypatch):
+    """As unbiased as whole; the parts only leave out pairs."""
+    generator = np.random.default_rng(0)
+    a, b = generator.standard_normal((60, 4)), generator.standard_normal((41, 4)) + 0.5
+    assert metrics.kernel_distance_in_parts(a, b) == kernel_distance(a, b)
+    monkeypatch.setattr(metrics, "MANY", 25)
+    expected = (kernel_distance(a[:30], b[:21]) + kernel_distance(a[30:], b[21:])) / 2
+    assert metrics.kernel_distance_in_parts(a, b) == pytest.approx(expected)
+    assert metrics.kernel_distance_in_parts(a, b[:9]) == kernel_distance(a, b[:9])
+
+
+def test_the_kernel_distance_decides_below_5000_images():
+    assert metrics.decisive(4999) == metrics.KERNEL
+    assert metrics.decisive(5000) == metrics.FRECHET
+
+
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
@@ -122,8 +138,9 @@ def test_frechet_of_scaled_and_shifted_sets_has_a_closed_form(seed, dim, factor,
     assert got == pytest.approx(expected, rel=1e-6, abs=1e-9 * (1 + factor**2))
 
 
-def test_frechet_agrees_with_the_general_formula():
-    a, b = draw(1, 500, 6, 1.0), draw(2, 400, 6, 1.0)
+@pytest.mark.parametrize("num", [(500, 400), (9, 400), (5, 4)])
+def test_frechet_agrees_with_the_general_formula(num):
+    a, b = draw(1, num[0], 6, 1.0), draw(2, num[1], 6, 1.0)
     cov_a, cov_b = np.cov(a.T), np.cov(b.T)
     expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(
         cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real
@@ -195,6 +212,15 @@ def test_report_of_real_images(space, train, test):
     assert evaluate(torch.from_numpy(test.images), train, space, held_out=test) == report
 
 
+def test_more_samples_than_images_all_count(space, train, test):
+    doubled = np.concatenate([test.images, noisy(test.images, 1.0)])
+    report = evaluate(doubled, train, space)
+    assert (report.num, report.num_reference, report.num_real) == (1796, 898, 898)
+    found = space.features(doubled)
+    assert report.frechet == pytest.approx(frechet_distance(found, space.features(test.images)))
+    assert report.metrics_real == evaluate(test.images, train, space).metrics_real
+
+
 def test_report_flags_copies(space, train, test):
     """The Fréchet distance is blind to copies, even pleased with them; the distances are not."""
     report = evaluate(noisy(train.images[:898], 0.02), train, space)
@@ -245,7 +271,8 @@ def test_a_metric_and_a_feature_space_from_outside(train, test, tmp_path, monkey
     report = evaluate(test.images // 2, train, space)
     halved, whole = (2 * x.mean() for x in (test.images // 2, test.images))
     assert report.metrics["shift"] == pytest.approx(halved - whole, rel=1e-5)
-    assert set(report.metrics) == set(report.metrics_real) == {metrics.FRECHET, "shift"}
+    assert set(report.metrics) == {metrics.FRECHET, metrics.KERNEL, "shift"}
+    assert set(report.metrics_real) == {*report.metrics}
     net = build_network(
         "ddpmpp", img_resolution=8, img_channels=1, model_channels=8, channel_mult=[1],
         num_blocks=1, attn_resolutions=[],
@@ -273,7 +300,7 @@ def test_evaluate_network(space, train):
         num_blocks=1, attn_resolutions=[],
     )  # fmt: skip
     report = metrics.evaluate_network(net, train, space, steps=1, num=40)
-    assert report.num == report.num_real == 40
+    assert report.num == report.num_reference == report.num_real == 40
     assert report == metrics.evaluate_network(net, train, space, steps=1, num=40)
     assert report.confident < 0.5
 
