@@ -169,7 +169,8 @@ def draw_gradients(tensors, seed):
 @needs_extension
 @pytest.mark.parametrize("normalized", [False, True])
 def test_the_pass_is_the_references(normalized):
-    """The same random bits: a code differs where the arithmetic before differs in its last place."""
+    """The same random bits: a code differs where the arithmetic before differs in its last place, which
+    happens to some two in a million (on two instruction sets)."""
     shapes = ROWS if normalized else SHAPES
     ours, theirs = (packed_tensors(shapes, normalized=normalized) for _ in range(2))
     controls = [StepControl.on("cpu", seed=5) for _ in range(2)]
@@ -181,13 +182,15 @@ def test_the_pass_is_the_references(normalized):
                 getattr(b, key).copy_(getattr(a, key))
         fused_step(ours, [ADAM], controls[0], ema_decays=[0.9])
         fused_step_reference(theirs, [ADAM], controls[1], ema_decays=[0.9])
+        codes = different = 0
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.param, b.param, rtol=2e-6, atol=1e-6)
             for key in KEYS:
                 x, y = getattr(a, key), getattr(b, key)
-                assert (x != y).sum() <= 1 + 2e-3 * x.numel()
+                codes, different = codes + x.numel(), different + int((x != y).sum())
                 x, y = (unpack_8_bits_reference(z, a.param, TOP[key], a.row) for z in (x, y))
                 torch.testing.assert_close(x, y, rtol=1 / 7, atol=1e-5)
+        assert different <= 3 + 1e-4 * codes
 
 
 @needs_extension
