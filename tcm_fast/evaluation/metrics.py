@@ -61,12 +61,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     Raises:
         ValueError: shapes that do not fit, or features that are not finite.
     """
-    a, b = (_checked(x, "frechet_distance") for x in (features_a, features_b))
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(
-            "frechet_distance: both sets need features of one dimension, got "
-            f"D={a.shape[1]} and D={b.shape[1]}"
-        )
+    a, b = _checked(features_a, features_b, "frechet_distance")
     shift = np.square(a.mean(0) - b.mean(0)).sum()
     a, b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b))
     few = len(a) + len(b) < 2 * a.shape[1]
@@ -75,19 +70,25 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     return max(float(shift + np.square(a).sum() + np.square(b).sum() - 2 * overlap), 0.0)
 
 
-def _checked(features: np.ndarray, function: str) -> np.ndarray:
-    """Features float64 [N,D], finite and N at least 2."""
-    features = np.asarray(features, np.float64)
-    if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
+def _checked(a: np.ndarray, b: np.ndarray, function: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two sets of features as float64 [N,D] and [M,D], finite, N and M at least 2."""
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    for features in (a, b):
+        if features.ndim != 2 or len(features) < 2 or features.shape[1] < 1:
+            raise ValueError(
+                f"{function}: features must be [N,D] with N of at least 2, got {list(features.shape)}"
+            )
+        if not np.isfinite(features).all():
+            bad = (~np.isfinite(features)).any(axis=1).sum()
+            raise ValueError(
+                f"{function}: features must be finite, got {bad} of {len(features)} rows that are not"
+            )
+    if a.shape[1] != b.shape[1]:
         raise ValueError(
-            f"{function}: features must be [N,D] with N of at least 2, got {list(features.shape)}"
+            f"{function}: both sets need features of one dimension, got "
+            f"D={a.shape[1]} and D={b.shape[1]}"
         )
-    if not np.isfinite(features).all():
-        bad = (~np.isfinite(features)).any(axis=1).sum()
-        raise ValueError(
-            f"{function}: features must be finite, got {bad} of {len(features)} rows that are not"
-        )
-    return features
+    return a, b
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -111,12 +112,7 @@ def kernel_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     Raises:
         ValueError: shapes that do not fit, or features that are not finite.
     """
-    a, b = (_checked(x, "kernel_distance") for x in (features_a, features_b))
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(
-            "kernel_distance: both sets need features of one dimension, got "
-            f"D={a.shape[1]} and D={b.shape[1]}"
-        )
+    a, b = _checked(features_a, features_b, "kernel_distance")
 
     def total(x: np.ndarray, y: np.ndarray) -> float:
         rows = max(1, PAIRS_AT_ONCE // 4 // len(y))
