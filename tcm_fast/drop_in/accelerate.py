@@ -29,12 +29,12 @@ from tcm_fast.drop_in.known_blocks import (
     Block,
     attends_to_tokens,
     attention_obstacle,
+    has_hooks,
     known_attention,
     known_block,
     sub_modules,
 )
 from tcm_fast.drop_in.norm_silu import (
-    has_hooks,
     is_norm,
     sequential_forward,
     sequential_runs,

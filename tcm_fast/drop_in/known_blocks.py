@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tcm_fast.kernels._triton import runs_triton
 from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.modulate_mp_silu import modulate_mp_silu
@@ -21,6 +22,7 @@ from tcm_fast.kernels.mp_sum import MP_SILU, mp_sum
 from tcm_fast.kernels.pixel_norm_mp_silu import pixel_norm_mp_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.resample import resample
+from tcm_fast.kernels.residual import residual
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,14 @@ def original_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def has(module: nn.Module, *names: str) -> bool:
     return all(hasattr(module, name) for name in names)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward or backward hooks."""
+    return any(
+        getattr(module, f"_{kind}")
+        for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    )
 
 
 # ---- normalisations -----------------------------------------------------------------------------
@@ -102,6 +112,48 @@ def _image(channels: int, size: int = 8) -> torch.Tensor:
     return torch.randn(2, channels, size, size)
 
 
+# ---- convolutions and sums ------------------------------------------------------------------------
+
+
+def without_bias(conv: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A layer's output and the bias that it has left to who reads the output; None where it has added
+    its bias itself. Only torch's own convolution and EDM's, where it does not resample, leave it."""
+    if has_hooks(conv) or not isinstance(getattr(conv, "bias", None), torch.Tensor):
+        return conv(x), None
+    if type(conv) is nn.Conv2d:
+        return conv._conv_forward(x, conv.weight, None), conv.bias
+    if type(conv).__name__ == "Conv2d" and has(conv, "up", "down") and not (conv.up or conv.down):
+        return F.conv2d(x, conv.weight.to(x.dtype), padding=conv.weight.shape[-1] // 2), conv.bias
+    return conv(x), None
+
+
+def modulation(
+    n: int, bias: torch.Tensor | None, params: torch.Tensor | None, is_scale_shift: bool
+) -> dict[str, torch.Tensor]:
+    """What the embedding's layer has computed for n samples, and the bias that the convolution before has
+    left, as arguments of `group_norm_silu`."""
+    fused: dict[str, torch.Tensor] = {}
+    if params is not None and is_scale_shift:
+        fused["scale"], fused["shift"] = params.chunk(2, 1)
+    elif params is not None:
+        fused["add"] = params
+    if bias is not None:
+        fused["add"] = fused["add"] + bias if "add" in fused else bias.expand(n, -1)
+    return fused
+
+
+def residual_sum(
+    conv: nn.Module, h: torch.Tensor, skip: nn.Module | None, x: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """(conv(h) + skip(x)) scale; where the sum is a kernel, it adds the biases of the two as well."""
+    if not runs_triton("residual", h.device.type):  # a convolution adds its bias for nothing
+        return (conv(h) + (x if skip is None else skip(x))) * scale
+    h, bias = without_bias(conv, h)
+    x, skip_bias = (x, None) if skip is None else without_bias(skip, x)
+    dtype = torch.promote_types(h.dtype, x.dtype)
+    return residual(h.to(dtype), x.to(dtype), scale, bias, skip_bias)
+
+
 # ---- dropout ------------------------------------------------------------------------------------
 
 
@@ -148,20 +200,14 @@ def _edm_forward(self: Any, x: torch.Tensor, emb: torch.Tensor, *args: Any, **kw
         return original_forward(self, x, emb, *args, **kwargs)
     # Where x also goes past a normalisation, its two gradients meet in that one's kernel.
     h, x = normalise(x, self.norm0, silu=True, with_x=True)
-    h = self.conv0(h)
-    params = self.affine(emb)
-    if self.adaptive_scale:
-        scale, shift = params.chunk(2, 1)
-        modulation = {"scale": scale, "shift": shift}
-    else:
-        modulation = {"add": params}
-    h = normalise(h, self.norm1, silu=True, **modulation, **dropped(self, h, self.dropout))
-    h = self.conv1(h)
-    x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+    h, bias = without_bias(self.conv0, h)
+    fused = modulation(len(h), bias, self.affine(emb), self.adaptive_scale)
+    h = normalise(h, self.norm1, silu=True, **fused, **dropped(self, h, self.dropout))
+    x = residual_sum(self.conv1, h, self.skip, x, self.skip_scale)
     if self.num_heads:
         norm, qkv, proj = _attention(self)  # type: ignore[misc]
         h, x = normalise(x, norm, silu=False, with_x=True)
-        x = (proj(qkv_attention(qkv(h), self.num_heads)) + x) * self.skip_scale
+        x = residual_sum(proj, qkv_attention(qkv(h), self.num_heads), None, x, self.skip_scale)
     return x
 
 
@@ -246,27 +292,21 @@ def _resnet_forward(
 ) -> torch.Tensor:
     unknown = args or any(value is not None for value in kwargs.values())
     embeds = self.time_emb_proj is not None and temb is not None
-    if unknown or (temb is not None) != embeds or not 0 <= self.dropout.p < 1:
+    says_why = self.time_embedding_norm == "scale_shift" and not embeds  # what is missing
+    if unknown or says_why or (temb is not None) != embeds or not 0 <= self.dropout.p < 1:
         return original_forward(self, input_tensor, temb, *args, **kwargs)
     h, x = normalise(input_tensor, self.norm1, silu=True, with_x=True)
     resample = self.upsample or self.downsample
     if resample is not None:
         x, h = resample(x), resample(h)
-    h = self.conv1(h)
-    modulation: dict[str, Any] = {}
+    h, bias = without_bias(self.conv1, h)
+    params = None
     if embeds:
         params = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        if self.time_embedding_norm == "scale_shift":
-            modulation["scale"], modulation["shift"] = params.chunk(2, 1)
-        else:
-            modulation["add"] = params
-    elif self.time_embedding_norm == "scale_shift":
-        return original_forward(self, input_tensor, temb)  # which says what is missing
+    fused = modulation(len(h), bias, params, self.time_embedding_norm == "scale_shift")
     drops = dropped(self.dropout, h, self.dropout.p)
-    h = self.conv2(normalise(h, self.norm2, silu=True, **modulation, **drops))
-    if self.conv_shortcut is not None:
-        x = self.conv_shortcut(x)
-    return (x + h) / self.output_scale_factor
+    h = normalise(h, self.norm2, silu=True, **fused, **drops)
+    return residual_sum(self.conv2, h, self.conv_shortcut, x, 1 / self.output_scale_factor)
 
 
 def _resnet_example(module: Any) -> tuple[torch.Tensor | None, ...]:

@@ -12,6 +12,7 @@ from tcm_fast.drop_in.known_blocks import (
     NORM_NAMES,
     activates,
     dropped,
+    has_hooks,
     known_block,
     norm_obstacle,
     normalise,
@@ -25,14 +26,6 @@ def is_norm(module: Any) -> bool:
     block = known_block(module)
     is_known = block is not None and block.class_name in NORM_NAMES
     return is_known and not norm_obstacle(module) and not activates(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has forward or backward hooks."""
-    return any(
-        getattr(module, f"_{kind}")
-        for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    )
 
 
 def sequential_runs(sequence: nn.Sequential) -> dict[int, int]:

@@ -10,6 +10,7 @@ from foreign_networks import FAMILIES
 from rounding import allowed_errors
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tcm_fast
 from tcm_fast.drop_in import known_blocks
@@ -144,19 +145,66 @@ def test_a_planted_error_is_caught(family, wrong, found_in, monkeypatch):
         assert_same_function(randomise(make()).eval(), *inputs(channels))
 
 
-def test_the_kernels_compute_it(triton_device):
-    net = one_block(heads=1, adaptive=True)
+def resnet_block(**options):
+    return randomise(theirs.ResnetBlock2D(8, 16, 8, **options))
+
+
+BLOCKS = {
+    "EDM, scale and shift, attention": lambda: one_block(heads=1, adaptive=True),
+    "EDM, down": lambda: one_block(down=True),
+    "diffusers": resnet_block,
+    "diffusers, scale and shift": lambda: resnet_block(norm="scale_shift"),
+}
+
+
+class Biases(TorchDispatchMode):
+    """Counts the convolutions that add a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.added = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default:
+            self.added += args[2] is not None
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_kernels_compute_it(block, triton_device):
+    net = BLOCKS[block]()
     x, emb = inputs(8, n=2)
     exact = copy.deepcopy(net).double()
     oracle = run(exact, x.double(), emb.double())
     allowed = allowed_errors(lambda: run(exact, x.double(), emb.double()), torch.float32, TERMS)
     net.to(triton_device)
     tcm_fast.accelerate(net)
-    after = run(net, x.to(triton_device), emb.to(triton_device))
+    with Biases() as biases:
+        after = run(net, x.to(triton_device), emb.to(triton_device))
+    # The q, k and v of an attention, the layers that resample; the rest goes into the sums and norms.
+    assert biases.added == {"EDM, scale and shift, attention": 1, "EDM, down": 2}.get(block, 0)
     for name, value in oracle.items():
         if value.abs().max() > 1e-9 * oracle["grad_x"].abs().max():
             error = (after[name].cpu().double() - value).abs().max().item()
             assert error <= allowed[name], f"{name}: error {error:.3g} is above {allowed[name]:.3g}"
+
+
+def test_layers_that_are_hooked_or_adapted_are_called(triton_device):
+    block, heard = one_block(), []
+    block.conv0.register_forward_hook(lambda *_: heard.append("conv0"))
+    block.conv1 = nn.utils.parametrizations.weight_norm(block.conv1)
+    block.skip = nn.Sequential(block.skip)
+    x, emb = (value.to(triton_device) for value in inputs(8))
+    block.to(triton_device)
+    expected = run(copy.deepcopy(block), x, emb)
+    tcm_fast.accelerate(block)
+    assert is_accelerated(block)
+    heard.clear()
+    found = run(block, x, emb)
+    assert heard == ["conv0"]
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert (value - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-5, name
 
 
 @pytest.mark.parametrize(
