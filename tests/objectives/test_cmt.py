@@ -240,6 +240,28 @@ def test_the_teacher_computes_each_trajectory_once(points, parts, rows):
     assert counted == [rows] * 8 * parts
 
 
+@pytest.mark.parametrize(("size", "points"), [(24, 6), (24, 4), (36, 4), (30, 5), (20, 7)])
+def test_any_cut_solves_the_same_trajectories(size, points):
+    """Each once in a part, and as in the whole batch: into 1 to `size` parts."""
+    config = CmtConfig(batch_size=size, steps=8, points=points)
+    plan = planned(config)
+    student, teacher = (Precond(Zero(), img_resolution=8, img_channels=2, spec={}) for _ in "ab")
+    objective, rows = Cmt(config, student, teacher), []
+    raw = teacher.raw
+    teacher.raw = lambda x, *a, **k: rows.append(len(x)) or raw(x, *a, **k)
+    images = torch.zeros(size, *SHAPE).byte()
+    whole = None
+    for count in (n for n in range(1, size + 1) if size % n == 0):
+        found = torch.empty(2, size, *SHAPE)
+        for part in plan.parts(count):
+            batch = make_batch(plan, part, images[part], None, seed=SEED, step=STEP)
+            rows.clear()
+            found[:, part] = torch.stack(objective.points(batch))
+            assert {*rows} == {len({*plan.images(part)})}
+        whole = found if whole is None else whole
+        torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_sixteen_bits_are_near(dtype, distance):
