@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-PhaseName = Literal["edm", "ect", "tcm", "ict", "cd"]
+PhaseName = Literal["edm", "ect", "tcm", "ict", "cd", "cmt"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 Weighting = Literal["inv_dt", "inv_cout_sq", "inv_cout", "inv_sqrt_dt", "one"]
@@ -295,6 +295,37 @@ class CdConfig(RatioConfig):
 
 
 @dataclass(frozen=True)
+class CmtConfig(PhaseConfig):
+    """Mid-training, between edm and ect: the end of the pre-trained network's ODE from every point of it (Hu
+    et al., ICLR 2026)."""
+
+    images: int = 75_000 * 512
+    steps: int = 16
+    """Steps of the ODE solver from 80 to 0.002: the levels from which the end is learnt."""
+    points: int | None = None
+    """Samples of a batch that share a trajectory, each with a point of its own (the greatest common divisor
+    of this and batch_size); None is all points, which costs least."""
+    distance: Literal["pixel", "huber"] = "pixel"
+    """Between the network's image and the trajectory's end: squared error, or pseudo-Huber."""
+    huber_c: float = 1e-8
+    """Constant of the pseudo-Huber distance."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.steps >= 1, f"cmt.steps: must be at least 1, got {self.steps}")
+        require(
+            self.points is None or 1 <= self.points <= self.steps,
+            f"cmt.points: must lie in [1, steps = {self.steps}], got {self.points}",
+        )
+        require(self.huber_c >= 0, f"cmt.huber_c: must not be negative, got {self.huber_c}")
+
+    @property
+    def sharing(self) -> int:
+        """Samples of a batch that share a trajectory."""
+        return math.gcd(self.batch_size, self.points or self.steps)
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """How samples are evaluated during training."""
 
@@ -348,6 +379,7 @@ class Config:
     tcm: TcmConfig = field(default_factory=TcmConfig)
     ict: IctConfig = field(default_factory=IctConfig)
     cd: CdConfig = field(default_factory=CdConfig)
+    cmt: CmtConfig = field(default_factory=CmtConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -273,7 +273,7 @@ def cases() -> dict[str, Callable[[Path], str]]:
             train, preset=preset, size=size, network=network, precision=precision,
             cuda_graph=graph, of_phase=of_phase, **own,
         )  # fmt: skip
-    for phase in ("ict", "cd"):
+    for phase in ("ict", "cd", "cmt"):
         found[f"train digits {phase}"] = partial(train, phases=("edm", phase))
     for letter in "mlx":
         preset = f"imagenet64-{letter if letter != 'x' else 'xl'}"

@@ -44,8 +44,11 @@ class Objective(nn.Module, Generic[C]):
     name: ClassVar[str]
     """Of the phase and of its section in the configuration."""
     is_consistency: ClassVar[bool] = True
-    """Whether it trains a consistency function: sampled in few steps, and the iteration count of another
-    such phase goes on. Otherwise a denoiser, sampled by the Heun solver."""
+    """Whether it trains a consistency function, sampled in few steps. Otherwise a denoiser, sampled by the
+    Heun solver."""
+    counts_on: ClassVar[bool] = True
+    """Whether a consistency phase shares its schedule (of r/t, learning rate and EMA) with another one beside
+    it: iterations are counted on from one to the next."""
     sampling_steps: ClassVar[tuple[int | None, ...]] = (1, 2)
     """Numbers of steps in which its samples are evaluated; None is the Heun solver's usual number."""
     frozen_file: ClassVar[str] = ""
@@ -54,6 +57,8 @@ class Objective(nn.Module, Generic[C]):
     """Whether the frozen network is in train mode: dropout, with the student's masks."""
     needs: ClassVar[str] = ""
     """Which network it has to start from, for the user: "a teacher: train edm first"."""
+    needs_denoiser: ClassVar[bool] = False
+    """Whether that network may not be a consistency function."""
     time_share: ClassVar[float]
     """Of a run's time, relative to those of the other phases."""
 
@@ -132,6 +137,11 @@ class Objective(nn.Module, Generic[C]):
     def schedule(cls, config: C) -> dict[str, float]:
         """What a table of the recipe shows of the noise levels."""
         return {}
+
+    @classmethod
+    def note(cls, config: C) -> str:
+        """What the log says when the phase begins; empty for nothing."""
+        return ""
 
     @classmethod
     def smallest_gap(cls, config: C) -> float:

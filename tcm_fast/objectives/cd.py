@@ -18,6 +18,7 @@ class Cd(RatioConsistency[CdConfig]):
     time_share = 0.40
     frozen_file = "teacher"
     needs = "a teacher: train edm first"
+    needs_denoiser = True
 
     @classmethod
     def distribution(cls, config: CdConfig) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from tcm_fast.config import T_MAX, T_MIN, IctConfig, RatioConfig
+from tcm_fast.config import T_MAX, T_MIN, CmtConfig, IctConfig, RatioConfig
 
 # Where a sample's target comes from, in the order in which a batch is sorted: each network has one end
 # of the batch, so that either may take some rows too many and its number of rows stay the same.
@@ -120,11 +120,20 @@ def karras(u: np.ndarray, config: IctConfig, iteration: int, iterations: int) ->
     return grid[np.searchsorted(shares / shares[-1], u, side="right") + 1]
 
 
+def trajectory(u: np.ndarray, config: CmtConfig, *_: int) -> np.ndarray:
+    """A point of each sample's trajectory: of the samples that share one, each draws from a part of its own
+    of all points but the last, T_MIN."""
+    part = np.arange(len(u)) // (len(u) // config.sharing)
+    point = np.floor((part + u) * config.steps / config.sharing).astype(int)
+    return karras_grid(config.steps)[1:][np.minimum(point, config.steps - 1)]
+
+
 DISTRIBUTIONS: dict[str, Distribution] = {
     "lognormal": lognormal,
     "truncated_lognormal": truncated_lognormal,
     "truncated_student_t": truncated_student_t,
     "karras": karras,
+    "trajectory": trajectory,
 }
 
 
@@ -159,6 +168,7 @@ class TimePlan:
         its others: sums over ranks and micro-batches are means over the global batch.
     source: int8 [B], where the target comes from: STUDENT, STAGE1 (r < t') or IMAGE (r = r_min).
     boundary_weight: of the boundary's mean in the loss.
+    image: int64 [B], which of the step's images each sample takes; None is its own.
     """
 
     t: np.ndarray
@@ -169,6 +179,11 @@ class TimePlan:
     share: np.ndarray
     source: np.ndarray
     boundary_weight: float = 0.0
+    image: np.ndarray | None = None
+
+    def images(self, part: np.ndarray) -> np.ndarray:
+        """The numbers of a part's images among the step's, int64."""
+        return part if self.image is None else self.image[part]
 
     def parts(self, count: int) -> list[np.ndarray]:
         """Cut the batch into `count` parts of sample numbers (ranks x micro-batches), equal in size

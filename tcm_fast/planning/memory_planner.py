@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tcm_fast.config import Config
-from tcm_fast.objectives import OBJECTIVES
+from tcm_fast.objectives import OBJECTIVES, counts_on
 from tcm_fast.objectives.noise_levels import IMAGE
 from tcm_fast.planning.cards import BANDWIDTH_SHARE, GIB, LAUNCH, PCIE, Card
 from tcm_fast.planning.memory_estimate import (
@@ -164,9 +164,9 @@ def mean_work(config: Config, name: str) -> float:
 
 
 def _steps_before(config: Config, name: str) -> int:
-    """Steps of the run's consistency phases just before one: its iterations count on from them."""
+    """Steps of the run's phases just before one from which its iterations count on."""
     earlier = config.phases[: config.phases.index(name)] if name in config.phases else ()
-    counted = takewhile(lambda before: OBJECTIVES[before].is_consistency, reversed(earlier))
+    counted = takewhile(lambda before: counts_on(before, name), reversed(earlier))
     return sum(config.steps(before) for before in counted)
 
 

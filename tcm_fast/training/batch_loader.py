@@ -58,7 +58,7 @@ class BatchLoader:
         batches = []
         for part in parts:
             with timed(self.spent, "data"):
-                images, labels = self.stream.batch(seen + part)
+                images, labels = self.stream.batch(seen + plan.images(part))
             if not self.config.network.class_conditional:
                 labels = None
             batch = make_batch(
@@ -67,8 +67,9 @@ class BatchLoader:
             )  # fmt: skip
             batches.append(batch)
         if not self.stream.resident and step + 1 < phase.steps:
-            for part in self.plan(phase, step + 1)[1]:
-                self.stream.prefetch(seen + size + part)
+            plan, parts = self.plan(phase, step + 1)
+            for part in parts:
+                self.stream.prefetch(seen + size + plan.images(part))
         return batches
 
     def plan(self, phase: Phase, step: int) -> tuple[TimePlan, list[np.ndarray]]:

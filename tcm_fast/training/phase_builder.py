@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tcm_fast.data.dataset import ImageData
 from tcm_fast.kernels._backend import extension_gap, fast_layout
 from tcm_fast.networks import Precond, force_rows
 from tcm_fast.networks.precision import normalized_parameters
-from tcm_fast.objectives import OBJECTIVES
+from tcm_fast.objectives import OBJECTIVES, counts_on
 from tcm_fast.objectives.construct import build_objective, build_student
 from tcm_fast.optim import build_optimizer
 from tcm_fast.optim.base import TrainingOptimizer
@@ -54,6 +55,8 @@ class PhaseBuilder:
             )
         for name in config.phases:
             self.check_phase(name)
+        for before, name in pairwise(config.phases):
+            check_order(before, name)
         self.captures()
         for name in config.phases:  # what is wrong with them is said before anything is written
             OBJECTIVES[name].check(config.phase(name), self.build(name, device="meta"))
@@ -67,8 +70,7 @@ class PhaseBuilder:
         elif kind.needs:
             raise ValueError(f"phase {name}: needs {kind.needs}, or give one with --init FILE")
         info = getattr(previous, "info", {}) if previous is not None else {}
-        before = OBJECTIVES.get(info.get("phase") or "")
-        continues = kind.is_consistency and before is not None and before.is_consistency
+        check_order(info.get("phase"), name)
         frozen = copy.deepcopy(student) if kind.frozen_file else None
         if frozen is not None:
             frozen.info = info
@@ -76,7 +78,9 @@ class PhaseBuilder:
         if phase.inner.folded:
             force_rows(student)
             phase.optimizer.write_copies()
-        phase.first_iteration = int(info.get("iterations", 0)) if continues else 0
+        phase.first_iteration = (
+            int(info.get("iterations", 0)) if counts_on(info.get("phase"), name) else 0
+        )
         return phase
 
     def restore(self, path: Path) -> Phase:
@@ -215,3 +219,10 @@ class PhaseBuilder:
                 f"{self.workers.world} x {config.micro_batches}, got {size}"
             )
         OBJECTIVES[name].plan(config.phase(name), seed=0, images_seen=0)
+
+
+def check_order(before: str | None, name: str) -> None:
+    """ValueError where a phase needs a denoiser to start from and the one before left none."""
+    kind = OBJECTIVES[name]
+    if kind.needs_denoiser and before in OBJECTIVES and OBJECTIVES[before].is_consistency:
+        raise ValueError(f"phase {name}: needs {kind.needs}, got a network of phase {before}")

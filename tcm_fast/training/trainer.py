@@ -246,6 +246,8 @@ class Trainer:
         assert self.loader is not None
         self.checkpoints.start_phase(phase)
         self.samples.draw(phase)
+        if note := phase.inner.note(phase.config):
+            log.say(f"{phase.name}: {note}")
         log.start_phase(phase.name, phase.steps, phase.step)
         window, saved = self._window(phase), time.monotonic()
         begun, owes_save, stopped = phase.step, False, False

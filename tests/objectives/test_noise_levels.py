@@ -120,6 +120,8 @@ def test_ict_draws_neighbouring_levels():
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_plan_depends_on_seed_and_images_alone(name):
     kind, config = OBJECTIVES[name], dataclasses.replace(Config().phase(name), batch_size=64)
+    if name == "cmt":  # with all points there is none to draw
+        config = dataclasses.replace(config, points=4)
 
     def plan(seed, images):
         return kind.plan(config, seed=seed, images_seen=images, iteration=3, iterations=10).t
