@@ -77,11 +77,15 @@ class BatchLoader:
         return batches
 
     def _bank_positions(self, phase: Phase, step: int) -> np.ndarray:
-        """Where in the stream the images of a step's bank lie: far behind all that the run trains on, where
-        epochs have an order, and images are mirrored, in their own ways."""
-        size = min(phase.inner.bank_size(phase.config), len(self.stream.data))
-        epochs = BANK // len(self.stream.data)
-        return epochs * len(self.stream.data) + step * size + np.arange(size)
+        """Where in the stream the images of a step's bank lie: parts of whole epochs, far behind all that the
+        run trains on. So no image is in a bank twice, and banks have an order and mirrored images of
+        their own."""
+        count = len(self.stream.data)
+        size = min(phase.inner.bank_size(phase.config), count)
+        if not size:
+            return np.empty(0, np.int64)
+        epoch, part = divmod(step, count // size)
+        return (BANK // count + epoch) * count + part * size + np.arange(size)
 
     def _bank(self, phase: Phase, step: int) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """The images of a step's bank and their classes, the same for every process and micro-batch; None
