@@ -220,7 +220,7 @@ def posterior_mean(
 
     Returns:
         [N,C,H,W] of x_t's dtype. There is no gradient. The kernels take fp32 images of up to 16,384
-        values. Source: Xu et al. 2023 (stable target field), eq. 6, for one level t.
+        values. Source: Xu et al. 2023 (stable target field).
 
     Raises:
         TypeError: an x_t that is not floating, images that are not uint8.
