@@ -32,7 +32,7 @@ from typing import Any
 from rich.progress import track
 
 OPERATIONS = (
-    *("consistency_loss", "noise_pair", "denoise_to_uint8"),
+    *("consistency_loss", "noise_pair", "denoise_to_uint8", "posterior_mean"),
     *("group_norm_silu", "qkv_attention"),
     *("pixel_norm_mp_silu", "mp_cat_mp_silu", "modulate_mp_silu", "mp_sum", "resample", "residual"),
 )

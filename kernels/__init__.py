@@ -11,6 +11,7 @@ from tcm_fast.kernels.noise_pair import noise_pair
 from tcm_fast.kernels.normalized_copy import normalized_copy
 from tcm_fast.kernels.philox import philox_bits, philox_normal
 from tcm_fast.kernels.pixel_norm_mp_silu import pixel_norm_mp_silu
+from tcm_fast.kernels.posterior_mean import posterior_mean
 from tcm_fast.kernels.precondition import preconditioning
 from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.resample import resample
@@ -35,6 +36,7 @@ __all__ = [
     "philox_bits",
     "philox_normal",
     "pixel_norm_mp_silu",
+    "posterior_mean",
     "preconditioning",
     "qkv_attention",
     "resample",

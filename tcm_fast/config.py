@@ -218,7 +218,23 @@ class RatioConfig(ConsistencyConfig):
 
 
 @dataclass(frozen=True)
-class EctConfig(RatioConfig):
+class TargetConfig(RatioConfig):
+    """Where x_r lies: on the line from x_t to the image, or to the mean of the images x_t may come from."""
+
+    target: Literal["image", "posterior"] = "image"
+    """image: x_r from the image that x_t was made from; posterior: from the posterior mean over that image
+    and a bank (SCT)."""
+    bank_size: int = 1024
+    """Images of that bank, drawn anew for each step; at most the whole set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__.removesuffix("Config").lower()
+        require(self.bank_size >= 2, f"{name}.bank_size: must be at least 2, got {self.bank_size}")
+
+
+@dataclass(frozen=True)
+class EctConfig(TargetConfig):
     """Stage 1: consistency training over all noise levels ("Consistency Models Made Easy")."""
 
     truncate: bool = True
@@ -233,7 +249,7 @@ class EctConfig(RatioConfig):
 
 
 @dataclass(frozen=True)
-class TcmConfig(RatioConfig):
+class TcmConfig(TargetConfig):
     """Stage 2: truncated consistency training (Lee et al., ICLR 2025). ln t is Student-t distributed
     with location t_mean and scale t_std, truncated to [ln t_prime, ln 80]."""
 

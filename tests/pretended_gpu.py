@@ -273,6 +273,9 @@ def cases() -> dict[str, Callable[[Path], str]]:
             train, preset=preset, size=size, network=network, precision=precision,
             cuda_graph=graph, of_phase=of_phase, **own,
         )  # fmt: skip
+    found["train digits, posterior target"] = partial(
+        train, phases=("ect", "tcm"), of_phase={"target": "posterior", "bank_size": 100}
+    )
     for phase in ("ict", "cd", "cmt"):
         found[f"train digits {phase}"] = partial(train, phases=("edm", phase))
     for letter in "mlx":

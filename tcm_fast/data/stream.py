@@ -39,8 +39,8 @@ class ImageStream:
             raise ValueError(f"data: the seed must not be negative, got {seed}")
         self.data, self.flip = data, flip
         self.device = torch.device(device)
-        # Two epochs are all that a batch of a large set can touch.
-        self._permutation = lru_cache(maxsize=2)(partial(permutation, seed, len(data)))
+        # Two epochs are all that a batch of a large set can touch, and two its bank.
+        self._permutation = lru_cache(maxsize=4)(partial(permutation, seed, len(data)))
         self._flip_key = np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1, np.uint64)
         images = torch.from_numpy(np.require(data.images, requirements=("C", "W")))
         self.resident = self.device.type != "cuda" or _fits(images, self.device)

@@ -134,6 +134,11 @@ class Objective(nn.Module, Generic[C]):
         return False
 
     @classmethod
+    def bank_size(cls, config: C) -> int:
+        """Images of the bank that each step comes with (`Batch.bank`); 0 for none."""
+        return 0
+
+    @classmethod
     def schedule(cls, config: C) -> dict[str, float]:
         """What a table of the recipe shows of the noise levels."""
         return {}

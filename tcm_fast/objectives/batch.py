@@ -28,6 +28,8 @@ class Batch:
     student_rows, stage1_rows, has_clean: how many rows from the front and from the back the two networks
         compute, and whether any target is an image: known to the host.
     key: seed, step and global sample numbers of noise and dropout.
+    bank, bank_classes: uint8 [M,C,H,W], other images that the objective asks for (`bank_size`), and their
+        classes int64 [M] where the batch has labels; the same in all of a step's micro-batches, or None.
     """
 
     packed: torch.Tensor
@@ -44,14 +46,27 @@ class Batch:
     stage1_rows: int
     has_clean: bool
     key: PhiloxKey
+    bank: torch.Tensor | None = None
+    bank_classes: torch.Tensor | None = None
 
     @property
     def kind(self) -> tuple[int, int, bool]:
         """What a step's course depends on besides the shapes."""
         return self.student_rows, self.stage1_rows, self.has_clean
 
-    def at(self, packed: torch.Tensor, images: torch.Tensor, labels: torch.Tensor | None) -> Batch:
-        """A batch of the same kind that lies in other memory."""
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The memory that the batch lies in."""
+        optional = (self.labels, self.bank, self.bank_classes)
+        return [self.packed, self.images, *(v for v in optional if v is not None)]
+
+    def at(self, *tensors: torch.Tensor) -> Batch:
+        """A batch of the same kind that lies in other memory: `tensors` of another."""
+        packed, images, *others = tensors
+        rest = iter(others)
+        labels, bank, bank_classes = (
+            None if v is None else next(rest) for v in (self.labels, self.bank, self.bank_classes)
+        )
 
         def moved(field: torch.Tensor) -> torch.Tensor:
             size = field.element_size()
@@ -63,7 +78,8 @@ class Batch:
         return replace(
             self, packed=packed, images=images, labels=labels, t=moved(self.t), r=moved(self.r),
             delta=moved(self.delta), weighting=moved(self.weighting), weights=moved(self.weights),
-            is_clean=moved(self.is_clean), position=moved(self.position), key=key,
+            is_clean=moved(self.is_clean), position=moved(self.position), key=key, bank=bank,
+            bank_classes=bank_classes,
         )  # fmt: skip
 
 
@@ -76,11 +92,13 @@ def make_batch(
     seed: int,
     step: int,
     row_multiple: int = 1,
+    bank: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> Batch:
     """The samples `part` of a plan with their images [n,C,H,W] (and labels), in one host-to-device copy.
 
     The numbers of rows that each network computes are rounded up to a multiple of `row_multiple` (at most
-    n): so few shapes occur that graphs and tuned convolutions are used again."""
+    n): so few shapes occur that graphs and tuned convolutions are used again. bank: images of the step's
+    bank and their classes, where there is one."""
     n, source = len(part), plan.source[part]
     assert (np.diff(source) >= 0).all()
     student, clean, stage1 = ((source == kind).sum() for kind in (STUDENT, IMAGE, STAGE1))
@@ -110,7 +128,8 @@ def make_batch(
     return Batch(
         packed=packed, images=images, labels=labels, t=t, r=r, delta=delta, weighting=weighting,
         weights=weights, is_clean=is_clean, position=place, student_rows=front, stage1_rows=back,
-        has_clean=bool(clean), key=key,
+        has_clean=bool(clean), key=key, bank=None if bank is None else bank[0],
+        bank_classes=None if bank is None else bank[1],
     )  # fmt: skip
 
 

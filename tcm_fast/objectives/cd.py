@@ -8,7 +8,7 @@ from tcm_fast.config import CdConfig
 from tcm_fast.kernels.noise_pair import NoisePair, network_input
 from tcm_fast.kernels.precondition import denoise
 from tcm_fast.objectives.batch import Batch
-from tcm_fast.objectives.consistency import RatioConsistency
+from tcm_fast.objectives.consistency import RatioConsistency, euler_step
 
 
 class Cd(RatioConsistency[CdConfig]):
@@ -32,9 +32,7 @@ class Cd(RatioConsistency[CdConfig]):
 
     @torch.no_grad()
     def _euler_step(self, x_t: torch.Tensor, input_t: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """One step of the teacher's probability-flow ODE: x_t + (r - t) (x_t - D(x_t,t)) / t."""
+        """One step of the teacher's probability-flow ODE."""
         assert self.frozen is not None
         output = self._raw(self.frozen, input_t, batch, batch.t, slice(None), None)
-        denoised = denoise(output, x_t, batch.t, self.frozen.sigma_data)
-        slope = -batch.delta / batch.t
-        return x_t + slope.reshape(-1, 1, 1, 1) * (x_t - denoised)
+        return euler_step(x_t, denoise(output, x_t, batch.t, self.frozen.sigma_data), batch)

@@ -22,6 +22,12 @@ P = TypeVar("P", bound=ConsistencyConfig)
 R = TypeVar("R", bound=RatioConfig)
 
 
+def euler_step(x_t: torch.Tensor, denoised: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """One step t -> r of the probability-flow ODE: x_t + (r - t) (x_t - D) / t."""
+    slope = -batch.delta / batch.t
+    return x_t + slope.reshape(-1, 1, 1, 1) * (x_t - denoised)
+
+
 class Consistency(Objective[P]):
     """w(t,r) d(D(x_t,t), sg D(x_r,r)) with the pseudo-Huber distance d, each target by the one network that
     it needs."""

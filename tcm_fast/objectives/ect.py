@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tcm_fast.config import EctConfig
-from tcm_fast.objectives.consistency import RatioConsistency
+from tcm_fast.objectives.posterior import PosteriorTarget
 
 
-class Ect(RatioConsistency[EctConfig]):
+class Ect(PosteriorTarget[EctConfig]):
     """Pairs over all noise levels, targets by the student."""
 
     name = "ect"

@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 
 from tcm_fast.config import EctConfig, PhaseConfig, TcmConfig
-from tcm_fast.objectives.consistency import RatioConsistency
 from tcm_fast.objectives.ect import Ect
 from tcm_fast.objectives.noise_levels import IMAGE, STAGE1, TimePlan
+from tcm_fast.objectives.posterior import PosteriorTarget
 
 
-class Tcm(RatioConsistency[TcmConfig]):
+class Tcm(PosteriorTarget[TcmConfig]):
     """The student for t >= t', the frozen stage-1 network below: a share rho of the batch lies exactly at t',
     where the target is the stage-1 network's. Its dropout stays on, with the student's masks."""
 

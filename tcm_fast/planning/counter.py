@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from tcm_fast.kernels import qkv_attention  # noqa: F401  defines the operators
+from tcm_fast.kernels import posterior_mean, qkv_attention  # noqa: F401  defines the operators
 
 
 class Counter(TorchDispatchMode):
@@ -116,3 +117,10 @@ def _(qkv: Sequence[int], *_: Any, **__: Any) -> int:
 def _(grad_out: Sequence[int], qkv: Sequence[int], *_: Any, **__: Any) -> int:
     """Four gradients; that a kernel which keeps no weights computes them anew is not counted."""
     return _attention_flops(qkv, 4)
+
+
+@register_flop_formula(torch.ops.tcm_fast.posterior_mean)
+def _(x_t: Sequence[int], t: Any, own: Any, bank: Sequence[int], *_: Any, **__: Any) -> int:
+    """Products with the bank: of the noise in two parts, of the own image, of the weights in three parts."""
+    n, *image = x_t
+    return 6 * 2 * n * bank[0] * math.prod(image)

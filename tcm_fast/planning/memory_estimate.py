@@ -179,18 +179,27 @@ def step_batches(
     phase = config.phase(name)
     iteration = END if last else 0
     plan = OBJECTIVES[name].plan(phase, seed=0, images_seen=0, iteration=iteration, iterations=END)
+    is_labelled = config.network.class_conditional and shape.classes
+
+    def images_and_labels(count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        size = (count, shape.channels, shape.resolution, shape.resolution)
+        images = torch.empty(size, dtype=torch.uint8, device="meta")
+        labels = torch.empty(count, shape.classes, device="meta") if is_labelled else None
+        return images.to(memory_format=torch.channels_last), labels
+
+    bank = None
+    if size := OBJECTIVES[name].bank_size(phase):
+        images, labels = images_and_labels(min(size, shape.count or size))
+        bank = images, None if labels is None else labels.argmax(1)
     batches = []
     for part in plan.parts(config.micro_batches)[:2]:
-        size = (len(part), shape.channels, shape.resolution, shape.resolution)
-        images = torch.empty(size, dtype=torch.uint8, device="meta")
-        images = images.to(memory_format=torch.channels_last)
-        labels = None
-        if config.network.class_conditional and shape.classes:
-            labels = torch.empty(len(part), shape.classes, device="meta")
         row_multiple = row_multiple_for(len(part), torch.device("cuda" if on_gpu else "cpu"))
         batches.append(
-            make_batch(plan, part, images, labels, seed=0, step=0, row_multiple=row_multiple)
-        )
+            make_batch(
+                plan, part, *images_and_labels(len(part)), seed=0, step=0, row_multiple=row_multiple,
+                bank=bank,
+            )
+        )  # fmt: skip
     return batches
 
 
@@ -235,7 +244,9 @@ def memory(
         workspace += max(state for state, _ in pieces) * min(SLOTS, len(pieces))
         host = moments + ema
         moments = ema = 0
-    batch = phase.batch_size * (shape.bytes + 4 * shape.classes)
+    bank = OBJECTIVES[name].bank_size(phase)
+    rows = phase.batch_size + min(bank, shape.count or bank)
+    batch = rows * (shape.bytes + 4 * shape.classes)
     return Memory(
         weights=step.weights,
         gradients=step.peak_grads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import torch
 
 from tcm_fast.config import Config
 from tcm_fast.data.dataset import ImageData
@@ -15,6 +16,8 @@ from tcm_fast.runtime.distributed import Workers
 from tcm_fast.training.logger import timed
 from tcm_fast.training.micro_batches import MicroBatches
 from tcm_fast.training.phase import Phase
+
+BANK = 1 << 48  # images of the stream before the first bank
 
 
 class BatchLoader:
@@ -55,7 +58,7 @@ class BatchLoader:
         size = phase.config.batch_size
         seen, iteration = step * size, phase.first_iteration + step
         plan, parts = self.plan(phase, step)
-        batches = []
+        batches, bank = [], self._bank(phase, step)
         for part in parts:
             with timed(self.spent, "data"):
                 images, labels = self.stream.batch(seen + plan.images(part))
@@ -63,14 +66,39 @@ class BatchLoader:
                 labels = None
             batch = make_batch(
                 plan, part, images, labels, seed=phase.seed, step=iteration,
-                row_multiple=row_multiple_for(len(part), self.workers.device),
+                row_multiple=row_multiple_for(len(part), self.workers.device), bank=bank,
             )  # fmt: skip
             batches.append(batch)
         if not self.stream.resident and step + 1 < phase.steps:
             plan, parts = self.plan(phase, step + 1)
             for part in parts:
                 self.stream.prefetch(seen + size + plan.images(part))
+            if len(ahead := self._bank_positions(phase, step + 1)):
+                self.stream.prefetch(ahead)
         return batches
+
+    def _bank_positions(self, phase: Phase, step: int) -> np.ndarray:
+        """Where in the stream the images of a step's bank lie: parts of whole epochs, far behind all that the
+        run trains on. So no image is in a bank twice, and banks have an order and mirrored images of
+        their own."""
+        count = len(self.stream.data)
+        size = min(phase.inner.bank_size(phase.config), count)
+        if not size:
+            return np.empty(0, np.int64)
+        epoch, part = divmod(step, count // size)
+        return (BANK // count + epoch) * count + part * size + np.arange(size)
+
+    def _bank(self, phase: Phase, step: int) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The images of a step's bank and their classes, the same for every process and micro-batch; None
+        where the objective asks for none."""
+        positions = self._bank_positions(phase, step)
+        if not len(positions):
+            return None
+        with timed(self.spent, "data"):
+            images, labels = self.stream.batch(positions)
+        if labels is None or not self.config.network.class_conditional:
+            return images, None
+        return images, labels.argmax(1)
 
     def plan(self, phase: Phase, step: int) -> tuple[TimePlan, list[np.ndarray]]:
         """The noise levels of a step, and the samples of each of this process's micro-batches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -219,6 +220,20 @@ class PhaseBuilder:
                 f"{self.workers.world} x {config.micro_batches}, got {size}"
             )
         OBJECTIVES[name].plan(config.phase(name), seed=0, images_seen=0)
+        self.check_bank(name, OBJECTIVES[name].bank_size(config.phase(name)))
+
+    def check_bank(self, name: str, size: int) -> None:
+        """Warns where many samples will find no image of their class in a step's bank."""
+        labels, count = self.data.labels, len(self.data)
+        if size and size < count and labels is not None and self.config.network.class_conditional:
+            share = np.bincount(labels) / count
+            missing = float((share * (1 - share) ** size).sum())
+            if missing > 0.01 and self.workers.is_main:
+                warnings.warn(
+                    f"{name}.bank_size: {size} images have none of the class of {missing:.0%} of the "
+                    "samples, whose x_r is the usual one",
+                    stacklevel=2,
+                )
 
 
 def check_order(before: str | None, name: str) -> None:

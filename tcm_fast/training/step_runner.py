@@ -84,15 +84,11 @@ class StepRunner:
             self._work(phase, batches)
             return
         (batch,) = batches
-        tensors = [batch.packed, batch.images]
-        tensors += [] if batch.labels is None else [batch.labels]
 
-        def work(
-            packed: torch.Tensor, images: torch.Tensor, labels: torch.Tensor | None = None
-        ) -> torch.Tensor:
-            return self._work(phase, [batch.at(packed, images, labels)])
+        def work(*tensors: torch.Tensor) -> torch.Tensor:
+            return self._work(phase, [batch.at(*tensors)])
 
-        phase.graphs(batch.kind, work, *tensors)
+        phase.graphs(batch.kind, work, *batch.tensors)
         phase.optimizer.after_replay()
 
     def _work(self, phase: Phase, batches: list[Batch]) -> torch.Tensor:

@@ -56,3 +56,17 @@ def test_predicted_memory_is_what_a_step_holds(name, optimization, source, tmp_p
     predicted = memory(given, name, ImageShape(16, 3, 0, 24), on_gpu=False)
     found = held(given, name, tmp_path / "run")
     assert predicted.total == pytest.approx(found, rel=0.1)
+
+
+@needs_extension
+@pytest.mark.parametrize("size", [12, 1000])
+def test_the_memory_of_a_bank_is_counted(size, source, tmp_path):
+    """On a CPU, where float64 products with the bank are what a step holds most of."""
+    pairs = PHASE | PAIRS
+    given = config(source, tcm=pairs | {"target": "posterior", "bank_size": size})
+    shape = ImageShape(16, 3, 0, 24)
+    predicted = memory(given, "tcm", shape, on_gpu=False)
+    assert predicted.total == pytest.approx(held(given, "tcm", tmp_path / "run"), rel=0.1)
+    usual = memory(config(source), "tcm", shape, on_gpu=True)
+    bank = memory(given, "tcm", shape, on_gpu=True).images - usual.images
+    assert bank == 2 * min(size, 24) * 3 * 16 * 16
