@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def train_features(
     explained = dict(zip(names, found, strict=True))
     about: dict[str, Any] = {
         "strengths": names, "explained": explained, "seed": seed, "images": images,
-        "batch_size": batch_size, "lr": lr, "data": data.name,
+        "batch_size": batch_size, "lr": lr, "data": re.split(r"[/\\]", data.name)[-1],
         "data_sha256": hashlib.sha256(np.ascontiguousarray(data.images).data).hexdigest(),
     }  # fmt: skip
     with replacing(out) as temporary:

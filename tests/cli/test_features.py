@@ -18,7 +18,7 @@ def test_a_network_and_a_run_with_it(tmp_path, capsys):
     command = ["features", "train", "--data", images, "--out", file, *short]
     assert run(*command) == 0
     shown = capsys.readouterr().out
-    assert f"{file}: 8x8x1, width 2, trained on 640 distorted images of {images}, seed 0" in shown
+    assert f"{file}: 8x8x1, width 2, trained on 640 distorted images of images.npz, seed 0" in shown
     assert "pixelate" in shown
     assert "hue" not in shown  # grey images
     assert "of 13 have an R² above 0.5" in shown

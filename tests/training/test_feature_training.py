@@ -26,7 +26,7 @@ def blobs(count, channels=1, size=8):
 def test_it_learns_brightness_and_noise(tmp_path):
     file = tmp_path / "features.safetensors"
     data = blobs(400)
-    explained = train_features(data, file, images=12_800, batch_size=64, width=16, lr=5e-3)
+    explained = train_features(data, file, images=12_800, batch_size=32, width=16, lr=5e-3)
     assert tuple(explained) == STRENGTHS[:-2]
     assert explained["brightness"] > 0.5
     assert explained["noise"] > 0.5
