@@ -92,10 +92,12 @@ class FeatureNetwork(nn.Module):
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of fp32 tensors and their names."""
+    """SHA-256 of tensors [n, ...] and their names."""
     found = hashlib.sha256()
     for name in sorted(tensors):
-        found.update(name.encode() + tensors[name].cpu().contiguous().numpy().tobytes())
+        found.update(
+            name.encode() + tensors[name].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return found.hexdigest()
 
 
@@ -128,9 +130,9 @@ def read_features(
             f"{what}: {path} holds something else (not a tcm-fast features train file)"
         )
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.device("meta"):
             net = FeatureNetwork(**header["features"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"{what}: {path} describes a network that cannot be built, {reason(error)}"
         ) from error

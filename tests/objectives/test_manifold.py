@@ -330,6 +330,9 @@ def test_files_that_are_refused(file, grey, tmp_path):
     write_tensors(damaged, {"a": torch.zeros(1)}, {"format": 1, "features": {"widht": 3}})
     refused(damaged, ".* describes a network that cannot be built")
     spec = {"resolution": 8, "channels": 2, "width": 4, "strengths": 3}
+    huge = {"format": 1, "features": spec | {"width": 10**30}}
+    write_tensors(damaged, {"a": torch.zeros(1)}, huge)
+    refused(damaged, ".* describes a network that cannot be built")
     write_tensors(damaged, {"a": torch.zeros(1)}, {"format": 1, "features": spec})
     refused(damaged, ".* does not fit the network")
 
