@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_objective import SEED, SIZE, STEP, NoWaiting, cosine, network, run
 from tiny_runs import assert_same_run, events, run_ranks, tiny, train, weights, write_images
 
+from tcm_fast.benchmarks.memory_optimizations import held
 from tcm_fast.checkpoint.run_folder import newest_checkpoint, read_state
 from tcm_fast.config import Config, EctConfig
+from tcm_fast.kernels._backend import extension
 from tcm_fast.kernels.noise_pair import NOISE_LAYER
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.objectives import OBJECTIVES
@@ -28,7 +30,7 @@ from tcm_fast.objectives.manifold import (
     read_features,
 )
 from tcm_fast.objectives.noise_levels import IMAGE
-from tcm_fast.planning.memory_estimate import ImageShape, dry_step
+from tcm_fast.planning.memory_estimate import ImageShape, dry_step, memory
 from tcm_fast.runtime.atomic import write_tensors
 
 
@@ -388,3 +390,15 @@ def test_ranks_give_the_same_run(grey, tmp_path):
     one, two = (weights(tmp_path / name) for name in ("one", "two"))
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(extension() is None, reason="needs the extension: not built")
+def test_predicted_memory_is_what_a_step_holds(tmp_path):
+    features = write(tmp_path / "wide.safetensors", feature_network(1, width=32))
+    own = {"distance": "manifold", "features": features, "stage_iterations": 1}
+    config = tiny(write_images(tmp_path), phases=["ect"], ect=own)
+    predicted = memory(config, "ect", ImageShape(8, 1, 0, 40), on_gpu=False)
+    assert predicted.frozen == 4 * sum(
+        p.numel() for p in read_features(features, "f")[0].parameters()
+    )
+    assert predicted.total == pytest.approx(held(config, "ect", tmp_path / "run"), rel=0.1)
