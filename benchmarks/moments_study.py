@@ -49,8 +49,8 @@ def study(
 
 def state_bytes(run: Path) -> int:
     """Of the moments in a run's newest checkpoint."""
-    from tcm_fast.checkpoint.atomic import read_tensors
     from tcm_fast.checkpoint.run_folder import newest_checkpoint
+    from tcm_fast.runtime.atomic import read_tensors
 
     newest = newest_checkpoint(run)
     assert newest is not None

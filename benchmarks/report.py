@@ -17,7 +17,7 @@ from pathlib import Path
 from tcm_fast.benchmarks.peers import BASELINE
 from tcm_fast.benchmarks.plots import WITHOUT, available, plots
 from tcm_fast.benchmarks.results import Results, Row, load
-from tcm_fast.checkpoint.atomic import replacing
+from tcm_fast.runtime.atomic import replacing
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 RECORDED = Path(__file__).parent / "results"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tcm_fast.benchmarks.measure import spread
-from tcm_fast.checkpoint.atomic import replacing
 from tcm_fast.planning.throughput import Ceilings
+from tcm_fast.runtime.atomic import replacing
 
 FORMAT = 1
 GROUPS = ("ops", "host", "optimizer", "step", "sample", "memory")

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 PhaseName = Literal["edm", "ect", "tcm", "ict", "cd", "cmt"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
+Distance = Literal["huber", "manifold"]
 Weighting = Literal["inv_dt", "inv_cout_sq", "inv_cout", "inv_sqrt_dt", "one"]
 
 T_MIN, T_MAX = 0.002, 80.0  # lowest and highest noise level
@@ -180,6 +181,10 @@ class ConsistencyConfig(PhaseConfig):
     """Mean of ln t."""
     t_std: float = 2.0
     """Standard deviation of ln t."""
+    distance: Distance = "huber"
+    """Of D(x_t,t) to its target: pseudo-Huber of the pixels, or the manifold feature distance (AYT)."""
+    features: str = ""
+    """File of the feature network for the manifold distance, from `tcm-fast features train`."""
     huber_c: float = 1e-8
     """Constant of the pseudo-Huber distance."""
     weighting: Weighting = "inv_dt"
@@ -190,6 +195,15 @@ class ConsistencyConfig(PhaseConfig):
         name = type(self).__name__.removesuffix("Config").lower()
         require(self.t_std > 0, f"{name}.t_std: must be positive, got {self.t_std}")
         require(self.huber_c >= 0, f"{name}.huber_c: must not be negative, got {self.huber_c}")
+        require(
+            self.distance == "huber" or bool(self.features),
+            f"{name}.features: the manifold distance needs a file of tcm-fast features train, got none",
+        )
+        require(
+            self.distance == "manifold" or not self.features,
+            f"{name}.features: only the manifold distance has a feature network, got {self.features} "
+            f"for distance {self.distance}",
+        )
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ NOT_RUN = {
     "pull": "as above",
     "demo": "serves until it is stopped; tests/cli/test_demo.py",
     "data pack imagenet": "needs ImageNet",
+    "features train": "minutes; tests/cli/test_features.py",
+    "features info": "needs that file; as above",
 }
 """How commands begin that are only parsed, and why."""
 
@@ -230,7 +232,12 @@ def known_options(capsys):
     """All options of all commands."""
     names = [re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower() for kind in COMMANDS]
     texts = []
-    for command in [[name] for name in names] + [["data", "pack"], ["data", "info"]]:
+    for command in [[name] for name in names] + [
+        ["data", "pack"],
+        ["data", "info"],
+        ["features", "train"],
+        ["features", "info"],
+    ]:
         with contextlib.suppress(SystemExit):
             parse([*command, "--help"])
         texts.append(capsys.readouterr().out)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tcm_fast.checkpoint.atomic import Tensors
 from tcm_fast.checkpoint.format import Contents, write_checkpoint
+from tcm_fast.runtime.atomic import Tensors
 
 
 @dataclass

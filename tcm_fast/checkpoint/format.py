@@ -27,17 +27,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from tcm_fast.checkpoint.atomic import (
-    FORMAT,
-    TEMPORARY,
-    Tensors,
-    check_fit,
-    read_tensors,
-    reason,
-    replacing,
-    sync,
-    write_tensors,
-)
 from tcm_fast.checkpoint.hub import local_path
 from tcm_fast.checkpoint.optimizer_state import flatten_optimizer, kind_of, restore_optimizer
 from tcm_fast.checkpoint.run_folder import (
@@ -54,6 +43,17 @@ from tcm_fast.checkpoint.run_folder import (
     write_state,
 )
 from tcm_fast.networks import Precond, build_network
+from tcm_fast.runtime.atomic import (
+    FORMAT,
+    TEMPORARY,
+    Tensors,
+    check_fit,
+    read_tensors,
+    reason,
+    replacing,
+    sync,
+    write_tensors,
+)
 
 OWN_KEYS = ("format", "sequence", "milestone", "optimizer", "versions", "files", "sha256")
 INFO: dict[str, Any] = {

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from tcm_fast.checkpoint.atomic import Tensors
+from tcm_fast.runtime.atomic import Tensors
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:

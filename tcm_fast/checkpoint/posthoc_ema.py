@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tcm_fast.checkpoint.atomic import read_tensors
 from tcm_fast.checkpoint.format import network_file, save_network
 from tcm_fast.networks import Precond, build_network
+from tcm_fast.runtime.atomic import read_tensors
 
 FOLDER = "snapshots"
 WIDEST = math.sqrt(1 / 12)  # γ = 0: every iteration alike

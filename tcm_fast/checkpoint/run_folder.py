@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tcm_fast.checkpoint.atomic import FORMAT, TEMPORARY, reason, sync
+from tcm_fast.runtime.atomic import FORMAT, TEMPORARY, reason, sync
 
 STATE = "state.json"
 FOLDER = "checkpoints"

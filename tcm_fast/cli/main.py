@@ -23,6 +23,7 @@ from tcm_fast.cli.demo import Demo, run_demo
 from tcm_fast.cli.doctor import Doctor, run_doctor
 from tcm_fast.cli.edit import Edit, run_edit
 from tcm_fast.cli.eval import Eval, SearchTimes, run_eval, run_search
+from tcm_fast.cli.features import Features, run_features
 from tcm_fast.cli.hub import Pull, Push, run_pull, run_push
 from tcm_fast.cli.plan import Plan, run_plan
 from tcm_fast.cli.sample import Sample, run_sample
@@ -45,6 +46,7 @@ COMMANDS: dict[type, Callable[[Any], int]] = {
     Compare: run_compare,
     SearchTimes: run_search,
     Data: run_data,
+    Features: run_features,
     Ema: run_ema,
     Convert: run_convert,
     Push: run_push,

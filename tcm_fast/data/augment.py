@@ -1,6 +1,6 @@
 """EDM's augmentation of small sets (Karras et al. 2022, appendix F.2): flips, scaling, rotation,
 anisotropic scaling and translation, with the parameters as an input of the network, so that they do not
-leak into what it generates.
+leak into what it generates. And `distort`, whose strengths a feature network learns to tell.
 
 An image's augmentation is a function of the key alone, (seed, step, sample number): the same whatever the
 batch, the device or the number of processes. Nothing waits for the device.
@@ -18,6 +18,7 @@ from tcm_fast.kernels.philox import philox_bits, philox_normal
 
 AUGMENT_DIM = 9
 UNIFORM_LAYER, NORMAL_LAYER = 0x8000_0010, 0x8000_0011  # Philox keys, beside those of the noise
+DISTORT_LAYER, PIXEL_LAYER = 0x8000_0012, 0x8000_0013
 SCALE_STD = ANISO_STD = 0.2  # of the factors' base-2 logarithm
 TRANSLATE_STD = 1 / 8  # of the shift over the image's size
 # Scaling filter of the least asymmetric Daubechies wavelet with six vanishing moments (sym6).
@@ -70,6 +71,97 @@ def augment(images: torch.Tensor, key: PhiloxKey, p: float) -> tuple[torch.Tenso
     moved = _warp(flipped, inverse)
     is_moved = on[:, 1:].any(1).reshape(-1, 1, 1, 1)
     return torch.where(is_moved, moved, flipped), labels
+
+
+# ---- distortions of which a network learns the strengths -----------------------------------------
+
+STRENGTHS = (
+    "rotation", "scale", "stretch", "shear", "shift_x", "shift_y", "brightness", "contrast", "gamma",
+    "blur", "noise", "cutout", "pixelate", "saturation", "hue",
+)  # fmt: skip
+"""The distortions, in the order of their strengths; grey images have no saturation and hue."""
+ONE_SIDED = ("blur", "noise", "cutout", "pixelate")  # strengths in [0, 1], the others in [-1, 1]
+
+
+def strengths_of(channels: int) -> tuple[str, ...]:
+    """The distortions of images with so many channels."""
+    return STRENGTHS if channels == 3 else STRENGTHS[:-2]
+
+
+def distort(
+    images: torch.Tensor, key: PhiloxKey, p: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distort a batch, each image in each way with probability p and a uniformly drawn strength.
+
+    At full strength: turned by an eighth of a turn, scaled by 2^0.4, stretched by 2^0.3 against 2^-0.3,
+    sheared by 0.4, shifted by an eighth of the size; brighter by 0.4, contrast times 2^0.7, exponent 2 of the
+    brightness, saturation times 2, hues turned by a sixth of a turn; blurred by 1/2 + size/48 pixels, noise
+    of 0.5, a grey square of half the size, pixels of 2x2.
+
+    Args:
+        images: floating [N,C,H,W] in [-1,1], square, of 4 pixels or more, C 1 or 3.
+        key: seed, step and sample numbers [N].
+        p: in [0, 1].
+
+    Returns:
+        The images and the strengths, fp32 [N,13] or, of 3 channels, [N,15]: see STRENGTHS; 0 where nothing
+        was done.
+    """
+    size, names = images.shape[3], strengths_of(images.shape[1])
+    bits = philox_bits(key.seed, key.step, DISTORT_LAYER, key.sample, 8).flatten(1)
+    u = (bits >> 8 & 0xFFFFFF).to(torch.float32) / (1 << 24)
+    n = len(STRENGTHS)
+    one_sided = torch.tensor([name in ONE_SIDED for name in STRENGTHS], device=u.device)
+    drawn = torch.where(one_sided, u[:, n : 2 * n], 2 * u[:, n : 2 * n] - 1)
+    strengths = torch.where(u[:, :n] < p, drawn, 0.0)[:, : len(names)]
+    by = dict(zip(names, strengths.unbind(1), strict=True))
+    one, zero = torch.ones_like(u[:, 0]), torch.zeros_like(u[:, 0])
+
+    inverse = _shift(-2 * TRANSLATE_STD * torch.stack([by["shift_x"], by["shift_y"]], 1))
+    inverse = _matrix((one, 0.4 * by["shear"], zero), (zero, one, zero)) @ inverse
+    stretch, scale = torch.exp2(0.3 * by["stretch"]), torch.exp2(-0.4 * by["scale"])
+    inverse = _scaling(scale / stretch, scale * stretch) @ inverse
+    x = _warp(images.to(torch.float32), _rotation(by["rotation"] * math.pi / 4) @ inverse)
+
+    wide = {name: strength.reshape(-1, 1, 1, 1) for name, strength in by.items()}
+    x = 2 * ((x + 1) / 2).clamp(0, 1) ** torch.exp2(wide["gamma"]) - 1
+    if "hue" in by:
+        x = _recoloured(x, torch.exp2(wide["saturation"]), wide["hue"] * math.pi / 3)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + (x - mean) * torch.exp2(0.7 * wide["contrast"]) + 0.4 * wide["brightness"]
+
+    x = _blurred(x, by["blur"], 0.5 + size / 48)
+    coarse = F.avg_pool2d(x, 2, ceil_mode=True).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    x = torch.lerp(x, coarse[:, :, :size, :size], wide["pixelate"])
+    place = torch.arange(size, device=x.device) + 0.5
+    half = by["cutout"][:, None] * size / 4
+    hidden_x, hidden_y = ((place - size * u[:, k, None]).abs() < half for k in (2 * n, 2 * n + 1))
+    x = torch.where((hidden_y[:, :, None] & hidden_x[:, None])[:, None], 0.0, x)
+    noise = philox_normal(key.seed, key.step, PIXEL_LAYER, key.sample, tuple(x.shape[1:]))
+    return x + 0.5 * wide["noise"] * noise, strengths
+
+
+def _recoloured(x: torch.Tensor, saturation: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Colours [N,3,H,W] scaled and turned around the grey axis."""
+    grey = x.mean(1, keepdim=True)
+    across = (x.roll(1, 1) - x.roll(-1, 1)) / math.sqrt(3)
+    return grey + saturation * ((x - grey) * angle.cos() + across * angle.sin())
+
+
+def _blurred(x: torch.Tensor, strength: torch.Tensor, most: float) -> torch.Tensor:
+    """Gaussian blur with a standard deviation of its own for each image, at most `most` pixels."""
+    radius = math.ceil(3 * most)
+    place = torch.arange(-radius, radius + 1, device=x.device)
+    taps = torch.exp(-0.5 * (place / (most * strength[:, None]).clamp_min(1e-3)) ** 2)
+    taps = (taps / taps.sum(1, keepdim=True)).reshape(len(x), -1, 1, 1, 1)
+    for dim in (2, 3):
+        size = x.shape[dim]
+        wide = x.index_select(dim, _mirror(size, radius, x.device))
+        x = sum(taps[:, k] * wide.narrow(dim, k, size) for k in range(2 * radius + 1))  # type: ignore[assignment]
+    return x
+
+
+# ---- draws, places and filters -------------------------------------------------------------------
 
 
 def _draws(key: PhiloxKey) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tcm_fast.checkpoint.atomic import replacing
 from tcm_fast.networks import Precond
 from tcm_fast.objectives import is_consistency
+from tcm_fast.runtime.atomic import replacing
 from tcm_fast.sampling.solvers import default_times
 
 LOGVAR_CHANNELS = 128  # of EDM2's published networks

@@ -16,7 +16,7 @@ from typing import Any
 
 from tcm_fast.checkpoint.format import load_network
 from tcm_fast.checkpoint.hub import FILES, as_one_sentence, check_name, package
-from tcm_fast.config import Config, load_config, save_config
+from tcm_fast.config import PHASES, Config, ConsistencyConfig, load_config, save_config
 from tcm_fast.networks import Precond
 
 
@@ -158,8 +158,14 @@ def _without_paths(config: Config) -> Config:
     """The configuration with the names of the user's files, but not where they lie."""
     features = re.sub(r"[^:]*[/\\]", "", config.eval.features)
     source = re.split(r"[/\\]", config.data.source)[-1]
+    phases: dict[str, Any] = {
+        name: replace(phase, features=re.split(r"[/\\]", phase.features)[-1])
+        for name in PHASES
+        if isinstance(phase := config.phase(name), ConsistencyConfig)
+    }
     return replace(
         config,
         data=replace(config.data, source=source),
         eval=replace(config.eval, features=features),
+        **phases,
     )

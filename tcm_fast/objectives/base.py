@@ -212,6 +212,16 @@ class Objective(nn.Module, Generic[C]):
     def frozen(self) -> Precond | None:
         return self._frozen[0]
 
+    def held(self) -> list[torch.Tensor]:
+        """What lies on the device all the time beside the student: of the frozen network, to begin with."""
+        frozen = self.frozen
+        return [] if frozen is None else [*frozen.parameters(), *frozen.buffers()]
+
+    def reads(self) -> dict[str, str]:
+        """SHA-256 of the contents of each file that the loss reads, by the configuration's field: a
+        checkpoint keeps them, and a resumed run has to read the same."""
+        return {}
+
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch's part of the step's loss (a scalar with a gradient), and of the mean loss off and
         on the boundary (two numbers for the log, [2])."""

@@ -12,8 +12,15 @@ import torch
 from tcm_fast.config import ConsistencyConfig, RatioConfig
 from tcm_fast.kernels.consistency_loss import WEIGHTINGS, consistency_loss
 from tcm_fast.kernels.noise_pair import NoisePair, noise_pair
+from tcm_fast.networks import Precond
 from tcm_fast.objectives.base import Objective
 from tcm_fast.objectives.batch import Batch
+from tcm_fast.objectives.manifold import (
+    FeatureNetwork,
+    check_features,
+    manifold_loss,
+    read_features,
+)
 from tcm_fast.objectives.noise_levels import IMAGE, TimePlan, inner_level, ratio
 
 MAX_RATE = 2e-3  # of a recipe that is shortened
@@ -29,13 +36,37 @@ def euler_step(x_t: torch.Tensor, denoised: torch.Tensor, batch: Batch) -> torch
 
 
 class Consistency(Objective[P]):
-    """w(t,r) d(D(x_t,t), sg D(x_r,r)) with the pseudo-Huber distance d, each target by the one network that
-    it needs."""
+    """w(t,r) d(D(x_t,t), sg D(x_r,r)) with the pseudo-Huber distance d (or the manifold feature distance),
+    each target by the one network that it needs."""
+
+    def __init__(
+        self, config: P, student: Precond, frozen: Precond | None = None, **options: Any
+    ) -> None:
+        super().__init__(config, student, frozen, **options)
+        self._features: tuple[FeatureNetwork, dict[str, Any]] | None = None
+        if config.features:
+            device = next(student.parameters()).device
+            self._features = read_features(config.features, f"{self.name}.features", device)
+
+    @classmethod
+    def check(cls, config: P, student: Precond) -> None:
+        if config.features:
+            check_features(
+                config.features, f"{cls.name}.features", resolution=student.img_resolution,
+                channels=student.img_channels,
+            )  # fmt: skip
 
     @property
     def c(self) -> float:
         """Constant of the pseudo-Huber distance."""
         return self.config.huber_c
+
+    def held(self) -> list[torch.Tensor]:
+        own = [] if self._features is None else self._features[0].parameters()
+        return [*super().held(), *own]
+
+    def reads(self) -> dict[str, str]:
+        return {} if self._features is None else {"features": self._features[1]["sha256"]}
 
     @classmethod
     def weighting(cls, plan: TimePlan, config: P, sigma_data: float) -> np.ndarray:
@@ -63,10 +94,15 @@ class Consistency(Objective[P]):
         output = self._raw(self.student, pair.input_t, batch, batch.t, slice(None), weights)
         with torch.no_grad():
             target = self._targets(input_r, clean, batch, weights)
+        is_clean = batch.is_clean if batch.has_clean else None
+        if self._features is not None:
+            return manifold_loss(
+                output, pair.x_t, batch.t, target, x_r, batch.r, features=self._features[0],
+                weighting=batch.weighting, sigma_data=sd, is_clean=is_clean,
+            )  # fmt: skip
         return consistency_loss(
             output, pair.x_t, batch.t, target, x_r, batch.r, delta=batch.delta, c=self.c,
-            weighting=batch.weighting, sigma_data=sd,
-            is_clean=batch.is_clean if batch.has_clean else None,
+            weighting=batch.weighting, sigma_data=sd, is_clean=is_clean,
         )  # fmt: skip
 
     def inner_images(

@@ -58,7 +58,7 @@ class DryStep:
 
     peak, peak_grads: bytes at the worst moment, and the gradients among them; work: (operations, bytes) of
     every operation of one micro-batch; rows: its images. weights, frozen: bytes of the student, with its
-    16-bit copies, and of the frozen network; elements: of every parameter.
+    16-bit copies, and of frozen networks; elements: of every parameter.
     """
 
     peak: int
@@ -132,8 +132,7 @@ def _dry_step(config: Config, name: str, shape: ImageShape, on_gpu: bool, last: 
         *net.buffers(),
         *(c for c in objective.copies or [] if c is not None),
     ]
-    kept = objective.frozen
-    others = [] if kept is None else [*kept.parameters(), *kept.buffers()]
+    others = objective.held()
     work: tuple[tuple[float, int], ...] = ()
     with (
         assuming_kernels(on_gpu),

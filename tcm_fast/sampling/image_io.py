@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tcm_fast.checkpoint.atomic import replacing
+from tcm_fast.runtime.atomic import replacing
 
 NOT_OURS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy", ".zip", ".pt"}
 READABLE = 64  # pixels of an image's height in a grid

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tcm_fast.checkpoint.atomic import replacing
+from tcm_fast.runtime.atomic import replacing
 from tcm_fast.runtime.distributed import Workers
 
 NAME = "memory.json"

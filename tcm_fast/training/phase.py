@@ -100,6 +100,7 @@ class Phase:
             "rate_factor": self.rate_factor,
             "widest_spread": self.widest_spread,
             "streak": self.monitor.streak,
+            "reads": self.inner.reads(),
             "scaler": self.optimizer.loss_scale.state_dict(),
         }
 

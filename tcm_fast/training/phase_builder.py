@@ -103,6 +103,13 @@ class PhaseBuilder:
             frozen = copy.deepcopy(student)
             saved.restore_network(frozen, frozen_file)
         phase = self.assemble(name, student, frozen)
+        before, now = state.get("reads", {}), phase.inner.reads()
+        for field in sorted({*before, *now}):
+            if before.get(field) != now.get(field):
+                raise ValueError(
+                    f"resume: {name}.{field} must stay the file of SHA-256 {before.get(field)} as in {path}, "
+                    f"got {now.get(field)}"
+                )
         saved.restore_optimizer(phase.optimizer, student)
         for number, ema in enumerate(phase.emas):
             tensors = saved.network_tensors(f"ema-{number}")

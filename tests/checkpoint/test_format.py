@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tcm_fast.checkpoint.atomic import read_tensors
 from tcm_fast.checkpoint.format import (
     collect,
     load_checkpoint,
@@ -25,6 +24,7 @@ from tcm_fast.checkpoint.format import (
 from tcm_fast.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from tcm_fast.checkpoint.run_folder import find_checkpoints, newest_checkpoint, open_run
 from tcm_fast.networks import build_network
+from tcm_fast.runtime.atomic import read_tensors
 
 INFO = {
     "phase": "tcm",

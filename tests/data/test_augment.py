@@ -114,3 +114,100 @@ def test_layout_and_dtype_stay():
     out, labels = augment(images.double(), key(), 1.0)
     assert out.dtype == torch.float64
     assert labels.dtype == torch.float32
+
+
+# ---- distortions --------------------------------------------------------------------------------
+
+
+def alone(monkeypatch, name, value, images):
+    """Distorted in one way alone, with the strength that the labels say."""
+    chosen = module.STRENGTHS.index(name)
+    words = torch.zeros(len(images), 32)
+    words[:, :15] = 1 - 2.0**-24  # nothing is done where this is not below p
+    words[:, chosen] = 0
+    words[:, 15 + chosen] = value if name in module.ONE_SIDED else (value + 1) / 2
+    words[:, 30:] = 0.5
+    bits = (words.double() * 2**24).round().long() << 8
+    bits = torch.where(bits > 0x7FFFFFFF, bits - 2**32, bits).to(torch.int32)
+    monkeypatch.setattr(module, "philox_bits", lambda *_: bits.reshape(len(images), 8, 4))
+    out, strengths = module.distort(images, key(len(images)))
+    others = [i for i in range(strengths.shape[1]) if i != chosen]
+    assert not strengths[:, others].any()
+    torch.testing.assert_close(strengths[:, chosen], torch.full((len(images),), value))
+    return out
+
+
+def test_distorting_with_probability_0_changes_nothing():
+    images = blobs().clamp(-1, 1)
+    out, strengths = module.distort(images[:, :1], key(), 0.0)
+    assert strengths.shape == (8, 13)
+    assert not strengths.any()
+    assert (out - images[:, :1])[..., 8:-8, 8:-8].abs().max() < 0.01
+
+
+COS, SIN = math.cos(math.pi / 8), math.sin(math.pi / 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "a", "b", "c", "d"),
+    [  # x', y' of the place that is seen at x, y, from the middle: a x + b y, c x + d y
+        ("rotation", COS, SIN, -SIN, COS),
+        ("scale", 2**-0.2, 0, 0, 2**-0.2),
+        ("stretch", 2**-0.15, 0, 0, 2**0.15),
+        ("shear", 1, 0.2, 0, 1),
+    ],
+)  # fmt: skip
+def test_places_move_as_the_strengths_say(name, a, b, c, d, monkeypatch):
+    images = blobs(1)[:, :1]
+    images = (images - images.min()) / (images.max() - images.min()) * 1.6 - 0.8
+    low, high = blobs(1)[:, :1].min(), blobs(1)[:, :1].max()
+    out = alone(monkeypatch, name, 0.5, images)
+    y, x = torch.meshgrid(*[torch.arange(32) + 0.5 - 16] * 2, indexing="ij")
+    expected = value_at(a * x + b * y + 16, c * x + d * y + 16)
+    expected = (expected - low) / (high - low) * 1.6 - 0.8
+    assert (out[0, 0] - expected)[8:-8, 8:-8].abs().max() < 0.03
+
+
+@pytest.mark.parametrize("axis", [3, 2])
+def test_a_shift_moves_by_pixels(axis, monkeypatch):
+    images = 0.5 * blobs(1)[:, :1]
+    out = alone(monkeypatch, "shift_x" if axis == 3 else "shift_y", 0.5, images)
+    moved = images.roll(2, axis)  # half of an eighth of 32
+    assert (out - moved)[..., 8:-8, 8:-8].abs().max() < 0.01
+
+
+def test_colours_change_as_the_strengths_say(monkeypatch):
+    flat = torch.tensor([-0.4, 0.0, 0.6]).reshape(1, 3, 1, 1).expand(1, 3, 16, 16).clone()
+    grey = flat.mean()
+    for name, value, expected in [
+        ("brightness", -0.5, flat - 0.2),
+        ("contrast", 0.5, grey + (flat - grey) * 2**0.35),
+        ("gamma", -1.0, 2 * ((flat + 1) / 2).sqrt() - 1),
+        ("saturation", 0.5, grey + (flat - grey) * 2**0.5),
+    ]:
+        torch.testing.assert_close(
+            alone(monkeypatch, name, value, flat), expected, rtol=1e-4, atol=1e-4
+        )
+    turned = module._recoloured(flat, torch.tensor(1.0), torch.tensor(2 * math.pi / 3))
+    torch.testing.assert_close(turned, flat.roll(1, 1), rtol=1e-4, atol=1e-4)  # r, g, b in turn
+
+
+def test_images_are_spoilt_as_the_strengths_say(monkeypatch):
+    point = torch.zeros(1, 1, 32, 32)
+    point[..., 16, 16] = 0.5
+    blurred = alone(monkeypatch, "blur", 0.6, point)
+    place = torch.arange(32) - 16.0
+    variance = (blurred.sum((0, 1, 2)) * place**2).sum() / blurred.sum()
+    assert blurred.sum().item() == pytest.approx(0.5, rel=1e-3)
+    assert variance.sqrt().item() == pytest.approx(0.6 * (0.5 + 32 / 48), rel=0.03)
+
+    noisy = alone(monkeypatch, "noise", 0.8, torch.zeros(8, 1, 32, 32))
+    assert noisy.std().item() == pytest.approx(0.4, rel=0.03)
+
+    cut = alone(monkeypatch, "cutout", 0.5, torch.ones(1, 1, 32, 32))
+    assert (cut == 0).sum() == 8 * 8
+    assert not cut[..., 12:20, 12:20].any()
+
+    stripes = torch.tensor([0.5, -0.5]).repeat(8)[:15].expand(1, 1, 15, 15)
+    coarse = alone(monkeypatch, "pixelate", 0.75, stripes.clone())
+    assert (coarse - stripes / 4)[..., 4:10, 4:10].abs().max() < 0.02

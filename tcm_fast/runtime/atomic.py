@@ -68,11 +68,13 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: dict[
     save_file(tensors, path, metadata={KEY: json.dumps(header)})
 
 
-def read_tensors(path: Path, *, header_only: bool = False) -> tuple[dict[str, Any], Tensors]:
+def read_tensors(
+    path: Path, *, header_only: bool = False, what: str = "network"
+) -> tuple[dict[str, Any], Tensors]:
     """Header and tensors of one of our safetensors files. FileNotFoundError where it is missing, ValueError
-    where it is damaged, not ours, or of another version's format."""
+    where it is damaged, not ours, or of another version's format; the messages begin with `what`."""
     if not path.is_file():
-        raise FileNotFoundError(f"network: no such file: {path}")
+        raise FileNotFoundError(f"{what}: no such file: {path}")
     try:
         with safe_open(path, framework="pt") as file:
             names = [] if header_only else file.keys()
@@ -80,16 +82,16 @@ def read_tensors(path: Path, *, header_only: bool = False) -> tuple[dict[str, An
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"network: {path} is truncated, damaged or not a safetensors file ({reason(error)})"
+            f"{what}: {path} is truncated, damaged or not a safetensors file ({reason(error)})"
         ) from error
     if not isinstance(header, dict):
         raise ValueError(
-            f"network: {path} was not written by tcm_fast (it has no {KEY!r} metadata); "
+            f"{what}: {path} was not written by tcm_fast (it has no {KEY!r} metadata); "
             "tcm-fast convert reads other projects' weights"
         )
     if header.get("format") != FORMAT:
         raise ValueError(
-            f"network: {path} has to be of format {FORMAT}, got {header.get('format')!r} (from "
+            f"{what}: {path} has to be of format {FORMAT}, got {header.get('format')!r} (from "
             "another version of tcm_fast?)"
         )
     return header, tensors
