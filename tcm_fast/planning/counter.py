@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from tcm_fast.kernels import qkv_attention  # noqa: F401  defines the operators
+from tcm_fast.kernels import conv_bf16x3, qkv_attention  # noqa: F401  defines the operators
 
 
 class Counter(TorchDispatchMode):
@@ -116,3 +117,21 @@ def _(qkv: Sequence[int], *_: Any, **__: Any) -> int:
 def _(grad_out: Sequence[int], qkv: Sequence[int], *_: Any, **__: Any) -> int:
     """Four gradients; that a kernel which keeps no weights computes them anew is not counted."""
     return _attention_flops(qkv, 4)
+
+
+# The convolution that is asked for, once: the rates of `Card` and `Ceilings` count so.
+
+
+@register_flop_formula(torch.ops.tcm_fast.conv_bf16x3_fwd)
+def _(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(weight) * x[0] * x[2] * x[3]
+
+
+@register_flop_formula(torch.ops.tcm_fast.conv_bf16x3_input_bwd)
+def _(grad_out: Sequence[int], parts: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(parts[1:]) * grad_out[0] * grad_out[2] * grad_out[3]
+
+
+@register_flop_formula(torch.ops.tcm_fast.conv_bf16x3_weight_bwd)
+def _(grad_out: Sequence[int], x: Sequence[int], size: int, **_: Any) -> int:
+    return 2 * math.prod(grad_out) * x[1] * size**2
