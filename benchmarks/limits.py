@@ -27,7 +27,7 @@ from tcm_fast.kernels import _triton
 from tcm_fast.objectives.batch import make_batch
 from tcm_fast.objectives.ect import Ect
 from tcm_fast.planning.throughput import Ceilings
-from tcm_fast.runtime.arithmetic import PRECISIONS
+from tcm_fast.runtime.arithmetic import PRECISIONS, splits_convolutions
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def count_step(case: StepCase) -> tuple[dict[str, Tally], int]:
     with _kernels_in_their_places(), FakeTensorMode(allow_non_fake_inputs=True):
         net = case.build().train()
         _channels_last(net)
-        objective = Ect(config, net, dtype=dtype)
+        objective = Ect(config, net, dtype=dtype, split=splits_convolutions(case.precision))
         with Counting() as counting:
             objective(batch)[0].backward()
     tallies = counting.by_category()

@@ -58,6 +58,13 @@ def operation(name: str, batch: int = 128, most: int = 2) -> Measure:
     return measure
 
 
+def convolutions(settings: Settings, results: Results) -> None:
+    """fp32 convolutions by three bf16 products beside cuDNN's."""
+    from tcm_fast.benchmarks.convolutions import time_convolutions
+
+    time_convolutions(settings, results, 128 if settings.is_cuda else 1)
+
+
 def group(name: str, only: str = "") -> Measure:
     """A group of `tcm-fast bench`, its quick cases."""
 
@@ -200,6 +207,8 @@ FIRST_CASES: dict[str, Case] = {
     "digits, a whole run": Case(digits(32_000), 120),
     "step CIFAR-10 bf16": Case(step("ddpmpp", 128, "bf16", *STYLE, *OURS), 120),
     "step EDM2-S fp16": Case(step("edm2", 64, "fp16", *STYLE, *OURS), 120),
+    "conv_bf16x3": Case(convolutions, 90),
+    "step CIFAR-10 bf16x3": Case(step("ddpmpp", 128, "bf16x3", *OURS), 120),
     "group_norm_silu": Case(operation("group_norm_silu"), 120),
     "qkv_attention": Case(operation("qkv_attention"), 120),
     "step CIFAR-10 bf16 compiled": Case(step("ddpmpp", 128, "bf16", *COMPILED), 240),

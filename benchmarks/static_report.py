@@ -33,7 +33,7 @@ from rich.progress import track
 
 OPERATIONS = (
     *("consistency_loss", "noise_pair", "denoise_to_uint8", "posterior_mean"),
-    *("group_norm_silu", "qkv_attention"),
+    *("group_norm_silu", "qkv_attention", "conv_bf16x3"),
     *("pixel_norm_mp_silu", "mp_cat_mp_silu", "modulate_mp_silu", "mp_sum", "resample", "residual"),
 )
 ARCHS = (80, 86, 89, 90, 100, 120)

@@ -30,7 +30,7 @@ from tcm_fast.objectives.batch import Batch, make_batch, row_multiple_for
 from tcm_fast.optim import build_optimizer
 from tcm_fast.optim.ema import Ema
 from tcm_fast.optim.schedules import learning_rate
-from tcm_fast.runtime.arithmetic import PRECISIONS, tf32, training_settings
+from tcm_fast.runtime.arithmetic import PRECISIONS, splits_convolutions, tf32, training_settings
 from tcm_fast.runtime.cuda_graphs import CudaPlace, GraphCache
 from tcm_fast.sampling.sampler import Sampler
 from tcm_fast.sampling.solvers import default_times, multistep
@@ -202,7 +202,9 @@ class OurStep:
         self.net = net = case.build().to(device, memory_format=fast_layout(device))  # type: ignore[call-overload]
         dtype = PRECISIONS[case.precision]
         stage1 = copy.deepcopy(net) if case.phase == "tcm" else None
-        self.objective = OBJECTIVES[case.phase](config, net.train(), stage1, dtype=dtype)
+        self.objective = OBJECTIVES[case.phase](
+            config, net.train(), stage1, dtype=dtype, split=splits_convolutions(case.precision)
+        )  # fmt: skip
         if compiled:
             net.model.compile()
             if self.objective.frozen is not None:

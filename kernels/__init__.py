@@ -1,6 +1,7 @@
 """The operations: plain PyTorch references and, where they can run, kernels of the same numbers."""
 
 from tcm_fast.kernels.consistency_loss import consistency_loss
+from tcm_fast.kernels.conv_bf16x3 import conv_bf16x3
 from tcm_fast.kernels.dropout import PhiloxKey, dropout, dropout_mask
 from tcm_fast.kernels.fused_step import StepControl, StepOptions, StepTable, StepTensors, fused_step
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
@@ -24,6 +25,7 @@ __all__ = [
     "StepTable",
     "StepTensors",
     "consistency_loss",
+    "conv_bf16x3",
     "dropout",
     "dropout_mask",
     "fused_step",

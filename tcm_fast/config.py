@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 PhaseName = Literal["edm", "ect", "tcm", "ict", "cd", "cmt"]
-Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "bf16x3"]
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 Distance = Literal["huber", "manifold"]
 Weighting = Literal["inv_dt", "inv_cout_sq", "inv_cout", "inv_sqrt_dt", "one"]

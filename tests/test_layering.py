@@ -21,7 +21,7 @@ OPERATIONS = """
 _backend < _triton < _common < philox < dropout, precondition, _philox_triton
 < group_norm_silu, qkv_attention, consistency_loss, noise_pair, denoise_to_uint8, eight_bit,
 normalized_copy, pixel_norm_mp_silu, mp_cat_mp_silu, modulate_mp_silu, mp_sum, resample, residual
-< fused_step, posterior_mean < __init__
+< fused_step, conv_bf16x3, posterior_mean < __init__
 """
 
 

@@ -130,7 +130,8 @@ def check_precision(args: Doctor, source: Path) -> int:
     if device.type == "cpu" and "tf32" in precisions:
         print("tf32 is emulated here: operands rounded to 10 bits.")
     print(
-        "x3, x6: fp32 convolutions emulated by 3 or 6 products of bf16 or tf32 parts (docs/precision.md)."
+        "bf16x3: fp32 convolutions by 3 products of bf16 parts, executed in emulation and not yet timed on a "
+        "GPU; bf16x6, tf32x3: by 6 or 3 products, for comparison (docs/precision.md)."
     )
     if args.plot is not None:
         precision_check.plot(readings, args.plot)

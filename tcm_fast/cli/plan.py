@@ -228,6 +228,15 @@ def schedule_table(plan: RunPlan, title: str) -> Table:
 def warnings_for(plan: RunPlan, shape: ImageShape) -> list[str]:
     """What somebody should know before the hours are spent."""
     found = []
+    config, card = plan.config, plan.card
+    if card.on_gpu and card.has_rates and config.precision in ("fp32", "bf16x3"):
+        ratio = card.flops("bf16x3") / card.flops("fp32")
+        untimed = "" if card.bf16x3 else ", computed: executed in emulation, not yet timed on a GPU"
+        about = f"bf16x3 convolves {ratio:.1f} times as fast as fp32 on this card{untimed}."
+        if config.precision == "fp32" and card.gains_by_bf16x3:
+            found.append(f"--precision bf16x3 keeps the signal (docs/precision.md): {about}")
+        elif config.precision == "bf16x3":
+            found.append(about if card.gains_by_bf16x3 else f"{about} --precision fp32 is faster.")
     images = max((p.images for p in plan.phases), default=0)
     epochs = images / shape.count if shape.count else 0
     if 0 < shape.count < FEW_IMAGES or epochs > MANY_EPOCHS:

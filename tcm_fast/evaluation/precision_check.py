@@ -24,7 +24,7 @@ from tcm_fast.kernels.precondition import denoise
 from tcm_fast.networks import Precond
 from tcm_fast.networks.precision import in_precision
 from tcm_fast.objectives.noise_levels import inner_level
-from tcm_fast.runtime.arithmetic import PRECISIONS, tf32
+from tcm_fast.runtime.arithmetic import PRECISIONS, splits_convolutions, tf32
 
 TIMES = (0.3, 1.0, 1.5, 3.0, 10.0, 30.0, 75.0)
 DROWNED = 0.7  # cosine below which rounding outweighs the signal (equal parts: 0.71)
@@ -41,11 +41,11 @@ def _to_bf16(x: torch.Tensor) -> torch.Tensor:
 
 
 SPLITS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], int]] = {
-    "bf16x3": (_to_bf16, 2),
     "bf16x6": (_to_bf16, 3),
     "tf32x3": (_to_tf32, 2),
 }
-"""fp32 convolutions as several products on tensor cores: how an operand is rounded, in how many parts."""
+"""fp32 convolutions as several products on tensor cores, beside bf16x3, for which there is a kernel: how an
+operand is rounded, in how many parts."""
 
 
 class SplitConvolutions(TorchDispatchMode):
@@ -168,8 +168,8 @@ def _differences(
     if precision == "tf32" and not is_cuda:
         net = _rounding_to_tf32(net)
     wide = torch.float64 if precision == "float64" else torch.float32
-    dtype = PRECISIONS.get(precision, wide)
-    net = in_precision(net, dtype) if dtype != wide else net
+    dtype, split = PRECISIONS.get(precision, wide), splits_convolutions(precision)
+    net = in_precision(net, dtype, split=split) if split or dtype != wide else net
     sample = torch.arange(len(images), device=images.device)
     key = PhiloxKey(seed=seed, step=0, sample=sample)
     found = []

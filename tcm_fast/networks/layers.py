@@ -12,6 +12,7 @@ from torch import nn
 
 from tcm_fast.config import require
 from tcm_fast.kernels._triton import runs_triton
+from tcm_fast.kernels.conv_bf16x3 import conv_bf16x3
 from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
@@ -75,8 +76,11 @@ class Conv2d(nn.Conv2d):
     Resampling filters with the outer product of `resample_filter`, normalised; the weights are
     initialised as in `Linear`. The persistent buffer `resample_filter` [1,1,k,k] exists where the
     layer resamples. `fused` convolves first, without cutting off the border, and filters with stride 2
-    after it: NCSN++'s residual encoder.
+    after it: NCSN++'s residual encoder. Where `parts` are there (`precision.cast_weights`), the weight's in
+    bf16, `conv_bf16x3` convolves.
     """
+
+    parts: torch.Tensor | None
 
     def __init__(
         self,
@@ -95,6 +99,7 @@ class Conv2d(nn.Conv2d):
         assert down or not fused
         self.init, self.gain, self.fused = init, gain, fused
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        self.register_buffer("parts", None, persistent=False)
         self.up, self.down = up, down
         self.is_box = tuple(resample_filter) == BOX_FILTER
         self.resample_filter: torch.Tensor
@@ -109,7 +114,7 @@ class Conv2d(nn.Conv2d):
         bias = self.bias if with_bias else None
         if self.up and self.is_box and self.kernel_size == (1, 1):
             # Repeating pixels commutes with a pointwise convolution: a quarter of the work.
-            return self._resample(self._conv_forward(x, self.weight, bias))
+            return self._resample(self._convolve(x, bias))
         if self.fused:
             border = self.kernel_size[0] // 2 + filter_padding(self.resample_filter)
             x = F.conv2d(x, self.weight, padding=border)
@@ -117,7 +122,17 @@ class Conv2d(nn.Conv2d):
             return F.conv2d(x, weight, bias, stride=2, groups=x.shape[1])
         if self.up or self.down:
             x = self._resample(x)
+        return self._convolve(x, bias)
+
+    def _convolve(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.parts is not None:
+            return conv_bf16x3(x, self.weight, bias, parts=self.parts)
         return self._conv_forward(x, self.weight, bias)
+
+    @property
+    def can_split(self) -> bool:
+        """Whether `conv_bf16x3` takes this layer."""
+        return self.kernel_size in ((1, 1), (3, 3)) and not self.fused
 
     def _resample(self, x: torch.Tensor) -> torch.Tensor:
         return resample_2x(x, self.resample_filter, up=self.up, is_box=self.is_box)

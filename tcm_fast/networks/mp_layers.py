@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tcm_fast.kernels._common import MP_SILU
+from tcm_fast.kernels.conv_bf16x3 import conv_bf16x3
 from tcm_fast.kernels.normalized_copy import normalized_copy, normalized_rows
 
 
@@ -18,24 +19,34 @@ class MPConv(nn.Module):
 
     The parameter `weight` [out,in,k,k] or [out,in] is normalised in each forward, in the graph; `scaled`
     takes the place of the normalised weight where somebody has computed it already
-    (`precision.cast_weights`, `in_precision`). A forward never writes `weight`: training forces its rows
+    (`precision.cast_weights`, `in_precision`), and where its bf16 `parts` are there too, `conv_bf16x3`
+    convolves. A forward never writes `weight`: training forces its rows
     to norm √fan_in once per optimizer step (`force_rows`), so that they do not grow.
     """
 
     scaled: torch.Tensor | None
+    parts: torch.Tensor | None
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 0):
         super().__init__()
         kernel = (kernel_size, kernel_size) if kernel_size else ()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
         self.register_buffer("scaled", None, persistent=False)
+        self.register_buffer("parts", None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = normalized_copy(self.weight) if self.scaled is None else self.scaled
+        if self.parts is not None:
+            return conv_bf16x3(x, weight, parts=self.parts)
         weight = weight.to(x.dtype)
         if weight.ndim == 2:
             return F.linear(x, weight)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+    @property
+    def can_split(self) -> bool:
+        """Whether `conv_bf16x3` takes this layer."""
+        return self.weight.shape[2:] in ((1, 1), (3, 3))
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 """The weights that a step computes with, derived from those that an optimizer sees once per optimizer
-step: 16-bit copies, and the normalised rows of EDM2's layers.
+step: 16-bit copies, the normalised rows of EDM2's layers, and the bf16 parts of fp32 convolutions.
 
 Convolutions and linear layers compute in 16 bits. The time embedding, every normalisation and the
 softmax stay in fp32, and so do the weights that an optimizer sees; gradients arrive there in fp32.
@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from tcm_fast.kernels.conv_bf16x3 import split_weight
 from tcm_fast.kernels.normalized_copy import normalized_copy, projected_gradient
+from tcm_fast.networks.layers import Conv2d
+from tcm_fast.networks.mp_layers import MPConv
 from tcm_fast.networks.precond import Precond
 from tcm_fast.networks.raw_network import RawNetwork
 
@@ -117,6 +120,7 @@ def cast_weights(
     *,
     folded: bool = False,
     apart: bool = False,
+    split: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The weights that a step in `dtype` computes with, by the names under which `net.model` takes them
     (`Precond.raw`); a gradient with respect to one flows to its parameter in fp32.
@@ -126,6 +130,7 @@ def cast_weights(
         folded: gradients of normalised weights arrive as they are, for an optimizer that projects them.
         apart: each weight by itself, in as many more launches: a gradient goes to its parameter when it
             is there, and not when all are, which takes two or three times the gradients' memory.
+        split: also the parts of the weights of fp32 convolutions, for `conv_bf16x3`.
     """
     parameters = dict(net.model.named_parameters())
     derived, rows = _derived(net.model, dtype), set(net.model.normalized_names())
@@ -142,24 +147,38 @@ def cast_weights(
             [t for _, _, t in part], folded, *[parameters[name] for name, _, _ in part],
         )  # fmt: skip
     names = [f"{name.removesuffix('weight')}scaled" if name in rows else name for name in derived]
-    return dict(zip(names, ready, strict=True))
+    weights = dict(zip(names, ready, strict=True))
+    if split:
+        assert dtype == torch.float32
+        for path, module in net.model.named_modules():
+            if isinstance(module, Conv2d | MPConv) and module.can_split:
+                name = f"{path}.weight"
+                weight = weights.get(f"{path}.scaled", getattr(module, "scaled", None))
+                weights[f"{path}.parts"] = split_weight(
+                    parameters[name] if weight is None else weight
+                )
+    return weights
 
 
-def is_derived(net: Precond, dtype: torch.dtype) -> bool:
-    """Whether a step in `dtype` computes with other weights than the parameters."""
-    return bool(_derived(net.model, dtype))
+def is_derived(net: Precond, dtype: torch.dtype, *, split: bool = False) -> bool:
+    """Whether a step in `dtype`, with split convolutions or not, computes with other weights than the
+    parameters."""
+    return split or bool(_derived(net.model, dtype))
 
 
 @torch.no_grad()
-def in_precision(net: Precond, dtype: torch.dtype) -> Precond:
-    """A copy of a network for inference in `dtype`: derived weights in place of the wide ones. `net`
-    itself where there are none."""
-    if not is_derived(net, dtype):
+def in_precision(net: Precond, dtype: torch.dtype, *, split: bool = False) -> Precond:
+    """A copy of a network for inference in `dtype`: derived weights in place of the wide ones, and beside
+    them the parts of `split` convolutions. `net` itself where there are none."""
+    if not is_derived(net, dtype, split=split):
         return net
     copied = copy.deepcopy(net).requires_grad_(False)
     modules = dict(copied.model.named_modules())
-    for name, tensor in cast_weights(copied, dtype).items():
+    for name, tensor in cast_weights(copied, dtype, split=split).items():
         path, _, leaf = name.rpartition(".")
+        if leaf == "parts":
+            modules[path].parts = tensor
+            continue
         if leaf == "scaled":
             modules[path].scaled = tensor
             leaf = "weight"

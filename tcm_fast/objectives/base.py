@@ -186,9 +186,10 @@ class Objective(nn.Module, Generic[C]):
         frozen: Precond | None = None,
         *,
         dtype: torch.dtype = torch.float32,
+        split: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.split = config, dtype, split
         self.student = student
         needs_frozen = bool(self.frozen_file)
         if needs_frozen != (frozen is not None):
@@ -197,13 +198,14 @@ class Objective(nn.Module, Generic[C]):
             )
         self.check(config, student)
         if frozen is not None:
-            frozen = in_precision(frozen, dtype).requires_grad_(False).train(self.frozen_trains)
+            frozen = in_precision(frozen, dtype, split=split)
+            frozen.requires_grad_(False).train(self.frozen_trains)
         self._frozen = (frozen,)
         self.copies: list[torch.Tensor | None] | None = None
         """The weights that the student computes with, where the optimizer keeps them (`make_copies`)."""
         self.folded = False
         """Whether the optimizer takes the gradients of normalised rows as they are (`cast_weights`)."""
-        self._derives = is_derived(student, dtype)
+        self._derives = is_derived(student, dtype, split=split)
         self.apart = False
         """Gradients go to the weights one by one, where memory is short (`cast_weights`)."""
         self._cast: tuple[tuple[int, bool], dict[str, torch.Tensor]] | None = None
@@ -248,8 +250,9 @@ class Objective(nn.Module, Generic[C]):
         state = (sum(p._version for p in self.student.parameters()), torch.is_grad_enabled())
         if self._cast is None or self._cast[0] != state:
             ready = cast_weights(
-                self.student, self.dtype, self.copies, folded=self.folded, apart=self.apart
-            )
+                self.student, self.dtype, self.copies, folded=self.folded, apart=self.apart,
+                split=self.split,
+            )  # fmt: skip
             self._cast = (state, ready)
         return self._cast[1]
 

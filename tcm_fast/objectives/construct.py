@@ -11,7 +11,7 @@ from tcm_fast.networks.precision import is_derived, make_copies
 from tcm_fast.networks.recompute import set_recompute
 from tcm_fast.objectives import OBJECTIVES
 from tcm_fast.objectives.base import Objective
-from tcm_fast.runtime.arithmetic import PRECISIONS
+from tcm_fast.runtime.arithmetic import PRECISIONS, splits_convolutions
 
 
 def build_student(
@@ -54,7 +54,8 @@ def build_objective(
         augmentation.requires_grad_(kind.augments(phase))
     set_recompute(student.model, norms=config.recompute_norms, blocks_from=config.recompute_blocks)
     dtype = PRECISIONS[config.precision]
-    objective = kind(phase, student, frozen, dtype=dtype)
+    split = splits_convolutions(config.precision)
+    objective = kind(phase, student, frozen, dtype=dtype, split=split)
     objective.apart = config.is_lean
     if has_copies and is_derived(student, dtype):
         objective.folded = config.folds_rows

@@ -16,7 +16,8 @@ from tcm_fast.planning.throughput import measure_ceilings
 
 GIB = 2**30
 # Shares of a data sheet's rates that a training step is taken to reach where nothing was measured.
-EFFICIENCY = {"fp32": 0.6, "tf32": 0.4, "fp16": 0.4, "bf16": 0.4}
+# bf16x3 on a GPU is not timed: matrix products of others gained a third of what their data sheet promised.
+EFFICIENCY = {"fp32": 0.6, "tf32": 0.4, "fp16": 0.4, "bf16": 0.4, "bf16x3": 0.2}
 BANDWIDTH_SHARE = 0.75
 LAUNCH = 4e-6  # seconds that an operation takes at least
 PCIE = 20e9  # bytes per second and direction between host and device
@@ -37,11 +38,20 @@ class Card:
     on_gpu: bool = True
     has_rates: bool = True
     """False: only the memory is known, and the rates are those of some card, for comparisons."""
+    bf16x3: float = 0.0
+    """Of fp32 convolutions by three bf16 products, where measured; else a third of bf16's rate counts."""
 
     def flops(self, precision: str) -> float:
         """Operations per second that a step is taken to reach."""
+        if precision == "bf16x3" and not self.bf16x3:
+            return self.fp16 / 3 * EFFICIENCY[precision]
         rate = getattr(self, "fp16" if precision == "bf16" else precision)
-        return rate * EFFICIENCY[precision]
+        return rate * EFFICIENCY["fp32" if precision == "bf16x3" else precision]
+
+    @property
+    def gains_by_bf16x3(self) -> bool:
+        """Whether bf16x3 is expected to be faster than fp32: not on RTX cards, by their data sheets."""
+        return self.on_gpu and self.has_rates and self.flops("bf16x3") > self.flops("fp32")
 
     @property
     def usable(self) -> int:
@@ -115,6 +125,7 @@ def this_device(device: torch.device, *, measure: bool = True) -> Card:
         return Card(
             properties.name, properties.total_memory, fp32, found.matmul.get("tf32", fp32),
             found.matmul.get("fp16", fp32), found.copy, measured=True,
+            bf16x3=found.matmul.get("bf16x3", 0.0),
         )  # fmt: skip
     found = measure_ceilings(device, quick=True)
     rate = found.matmul["fp32"]

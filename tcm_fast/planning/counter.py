@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from tcm_fast.kernels import posterior_mean, qkv_attention  # noqa: F401  defines the operators
+from tcm_fast.kernels import conv_bf16x3, posterior_mean, qkv_attention  # noqa: F401  defines the operators
 
 
 class Counter(TorchDispatchMode):
@@ -124,3 +124,21 @@ def _(x_t: Sequence[int], t: Any, own: Any, bank: Sequence[int], *_: Any, **__: 
     """Products with the bank: of the noise in two parts, of the own image, of the weights in three parts."""
     n, *image = x_t
     return 6 * 2 * n * bank[0] * math.prod(image)
+
+
+# The convolution that is asked for, once: the rates of `Card` and `Ceilings` count so.
+
+
+@register_flop_formula(torch.ops.tcm_fast.conv_bf16x3_fwd)
+def _(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(weight) * x[0] * x[2] * x[3]
+
+
+@register_flop_formula(torch.ops.tcm_fast.conv_bf16x3_input_bwd)
+def _(grad_out: Sequence[int], parts: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(parts[1:]) * grad_out[0] * grad_out[2] * grad_out[3]
+
+
+@register_flop_formula(torch.ops.tcm_fast.conv_bf16x3_weight_bwd)
+def _(grad_out: Sequence[int], x: Sequence[int], size: int, **_: Any) -> int:
+    return 2 * math.prod(grad_out) * x[1] * size**2

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from tcm_fast.kernels.conv_bf16x3 import conv_bf16x3, split_weight
 from tcm_fast.runtime.arithmetic import tf32
 
 # ---- ceilings -----------------------------------------------------------------------------------
@@ -20,10 +21,10 @@ from tcm_fast.runtime.arithmetic import tf32
 @dataclass(frozen=True)
 class Ceilings:
     """Measured rates. copy: bytes read plus bytes written per second of a large copy; matmul: precision
-    (fp32, tf32, fp16, bf16) -> floating-point operations per second (multiply-add is 2) of a large matrix
-    product or a large 3x3 convolution, whichever is faster (on a CPU different libraries compute them; a
-    GPU's fp32 convolution may use Winograd's fewer products); samples: seconds of every repetition, by
-    name."""
+    (fp32, tf32, fp16, bf16, bf16x3) -> floating-point operations per second (multiply-add is 2) of a large
+    matrix product or a large 3x3 convolution, whichever is faster (on a CPU different libraries compute them;
+    a GPU's fp32 convolution may use Winograd's fewer products), of bf16x3 the convolution; samples: seconds
+    of every repetition, by name."""
 
     copy: float
     matmul: dict[str, float]
@@ -52,7 +53,7 @@ def measure_ceilings(device: torch.device | str = "cpu", *, quick: bool = False)
     del source, target
 
     matmul: dict[str, float] = {}
-    for precision in ("fp32", "tf32", "fp16", "bf16") if is_cuda else ("fp32",):
+    for precision in ("fp32", "tf32", "fp16", "bf16", "bf16x3") if is_cuda else ("fp32",):
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
         n = 1024 if not is_cuda else 4096 if precision == "fp32" else 8192
         a, b = (torch.randn((n, n), device=device).to(dtype) for _ in range(2))
@@ -67,6 +68,9 @@ def measure_ceilings(device: torch.device | str = "cpu", *, quick: bool = False)
                 partial(F.conv2d, x, w, padding=1), 18.0 * images * 32 * 32 * channels**2
             ),
         }  # fmt: skip
+        if precision == "bf16x3":
+            convolve = partial(conv_bf16x3, x, w, parts=split_weight(w))
+            works = {precision: (convolve, works[f"{precision} convolution"][1])}
         with tf32(precision == "tf32"):
             for name, (work, flops) in works.items():
                 samples[name] = _seconds(work, device, repeats)

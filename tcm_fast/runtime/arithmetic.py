@@ -14,8 +14,15 @@ PRECISIONS = {
     "tf32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
+    "bf16x3": torch.float32,
 }
-"""In which dtype convolutions and matrix products compute, by the names of the configuration."""
+"""In which dtype convolutions and matrix products compute, by the names of the configuration. bf16x3 is fp32
+whose convolutions are sums of three bf16 products (`conv_bf16x3`; not yet timed on a GPU)."""
+
+
+def splits_convolutions(precision: str) -> bool:
+    """Whether fp32 convolutions are sums of products of bf16 parts."""
+    return precision == "bf16x3"
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from tcm_fast.kernels.precondition import denoise
 from tcm_fast.networks import Precond
 from tcm_fast.networks.precision import in_precision
 from tcm_fast.objectives import is_consistency
-from tcm_fast.runtime.arithmetic import PRECISIONS, tf32
+from tcm_fast.runtime.arithmetic import PRECISIONS, splits_convolutions, tf32
 from tcm_fast.runtime.cuda_graphs import CaptureError, CudaPlace, GraphCache
 from tcm_fast.runtime.distributed import Workers
 from tcm_fast.sampling.arguments import (
@@ -93,8 +93,8 @@ def sample(
             trained for it.
         start: number of the first image.
         device: where to compute; the network moves there. By default where it is.
-        precision: fp32, tf32, fp16 or bf16; by default fp16 on a GPU, whose error is far below a
-            byte's step, and fp32 elsewhere.
+        precision: fp32, tf32, fp16, bf16 or bf16x3 (not yet timed on a GPU); by default fp16 on a GPU,
+            whose error is far below a byte's step, and fp32 elsewhere.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -254,7 +254,9 @@ class Sampler:
         net.to(self.device)
         if isinstance(net, Precond):
             net.to(memory_format=fast_layout(self.device))  # type: ignore[call-overload]
-        return in_precision(net, self.dtype) if isinstance(net, Precond) else net
+        if not isinstance(net, Precond):
+            return net
+        return in_precision(net, self.dtype, split=splits_convolutions(self.precision))
 
     def draw(self, numbers: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
         """Images uint8 [n,H,W,C] on the device, valid until the next call. Where they run

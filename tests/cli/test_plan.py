@@ -56,6 +56,29 @@ def test_a_schedule_for_the_hours(capsys):
 
 
 @pytest.mark.parametrize(
+    ("gpu", "precision", "expected"),
+    [
+        ("a100-80gb", "fp32", "--precision bf16x3 keeps the signal"),
+        (
+            "a100-80gb",
+            "bf16x3",
+            "bf16x3 convolves 1.8 times as fast as fp32 on this card, computed",
+        ),
+        ("rtx4090", "bf16x3", "--precision fp32 is faster"),
+        ("rtx4090", "fp32", None),
+        ("a100-80gb", "fp16", None),
+    ],
+)
+def test_bf16x3_is_advised_by_card(gpu, precision, expected, capsys):
+    _, out, _ = ask(capsys, "--preset", "digits", "--gpu", gpu, "--precision", precision)
+    if expected is None:
+        assert "bf16x3" not in out
+    else:
+        assert expected in out
+        assert "executed in emulation, not yet timed on a GPU" in out
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--time-budget", "0"], "time_budget: must be positive, got 0"),

@@ -37,10 +37,10 @@ def test_tf32_keeps_ten_bits_to_the_nearest_even():
     assert _to_tf32(x).tolist() == expected
 
 
-@pytest.mark.parametrize(("name", "bits"), [("bf16x3", 16), ("bf16x6", 20), ("tf32x3", 20)])
+@pytest.mark.parametrize(("name", "bits"), [("bf16x6", 20), ("tf32x3", 20)])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_split_convolutions(name, bits, groups):
-    """What is left out is the products of the smallest parts: 2^-16, 2^-24 and 2^-22 of each product, in
+    """What is left out is the products of the smallest parts: 2^-24 and 2^-22 of each product, in
     at most three of them, and far less on average; fp32's own rounding of 144 terms' sum comes on top."""
     x, weight, bias = torch.randn(3, 16, 9, 7), torch.randn(8, 16 // groups, 3, 3), torch.randn(8)
 

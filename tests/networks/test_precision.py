@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tcm_fast.kernels import normalized_copy
-from tcm_fast.networks import build_network, force_rows
+from tcm_fast.networks import build_network, force_rows, layers, mp_layers
+from tcm_fast.networks.layers import Conv2d
 from tcm_fast.networks.mp_layers import MPConv
 from tcm_fast.networks.precision import (
     cast_weights,
@@ -167,3 +168,64 @@ def test_forcing_covers_every_layer_and_writes_what_the_formula_says():
     force_rows(net)
     for name, value in expected.items():
         torch.testing.assert_close(net.get_parameter(name), value)
+
+
+def unet(name):
+    if name == "edm2":
+        return edm2()
+    width = 32 if name == "adm" else 8  # whose heads have 64 channels
+    net = build_network(
+        name, img_resolution=8, img_channels=2, label_dim=3, model_channels=width, channel_mult=[1, 2],
+        num_blocks=1, attn_resolutions=[4],
+    )  # fmt: skip
+    for parameter in net.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", "adm", "edm2"])
+def test_split_convolutions_are_nearly_fp32s(name, monkeypatch):
+    """All 3x3 and 1x1 convolutions go by three products, but those that NCSN++ fuses with a filter."""
+    calls = []
+    for module in (layers, mp_layers):
+        convolve = module.conv_bf16x3
+
+        def noted(*args, convolve=convolve, **parts):
+            calls.append(parts)
+            return convolve(*args, **parts)
+
+        monkeypatch.setattr(module, "conv_bf16x3", noted)
+    net, (x, t, labels) = unet(name), batch()
+    kinds = {m: isinstance(m, Conv2d) or m.weight.ndim == 4
+             for m in net.model.modules() if isinstance(m, Conv2d | MPConv)}  # fmt: skip
+    weights = cast_weights(net, torch.float32, split=True)
+    split = [key for key in weights if key.endswith(".parts")]
+    assert len(split) == sum(kinds.values()) - (1 if name == "ncsnpp" else 0)
+    ours, plain = net.raw(x, t, labels, weights=weights), net.raw(x, t, labels)
+    assert len(calls) == len(split)
+    assert all(call["parts"] is not None for call in calls)
+    assert 0 < (ours - plain).abs().max() < 2e-4 * plain.abs().max()
+    upstream, parameters = torch.randn_like(plain), list(net.model.parameters())
+    for a, b in zip(
+        *(
+            torch.autograd.grad(out, parameters, upstream, allow_unused=True)
+            for out in (ours, plain)
+        ),
+        strict=True,
+    ):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).abs().max() <= 1e-3 * b.abs().max() + 1e-5
+    ready = in_precision(net, torch.float32, split=True)
+    assert torch.equal(ready.raw(x, t, labels), ours)
+    assert torch.equal(in_precision(ready, torch.float32, split=True).raw(x, t, labels), ours)
+    assert set(ready.state_dict()) == set(net.state_dict())
+    ready.to(memory_format=torch.channels_last)
+    assert (ready.raw(x, t, labels) - ours).abs().max() < 1e-4 * ours.abs().max()
+    assert is_derived(net, torch.float32, split=True)
+
+
+def test_split_convolutions_take_no_other_dtype():
+    net, (x, t, labels) = in_precision(unet("ddpmpp"), torch.float32, split=True), batch()
+    with pytest.raises(TypeError, match="conv_bf16x3: x must be fp32"):
+        net.model(x.double(), t, labels)

@@ -37,6 +37,27 @@ def card(memory, name="rtx3060"):
 # ---- cards --------------------------------------------------------------------------------------
 
 
+def test_bf16x3_is_advised_where_data_sheets_promise_speed_and_never_on_rtx_cards():
+    gaining = {name for name, card in CARDS.items() if card.gains_by_bf16x3}
+    assert gaining == {"a100-40gb", "a100-80gb", "h100", "h200", "b200"}
+    ratio = CARDS["a100-80gb"].flops("bf16x3") / CARDS["a100-80gb"].flops("fp32")
+    assert ratio == pytest.approx(312 / 3 / 19.5 / 3)  # a third of what the data sheet promises
+    measured = replace(CARDS["rtx4090"], measured=True, bf16x3=2 * CARDS["rtx4090"].fp32)
+    assert measured.gains_by_bf16x3
+    assert not replace(measured, on_gpu=False).gains_by_bf16x3
+    assert not card_of_memory("8GiB").gains_by_bf16x3
+
+
+def test_bf16x3_is_counted_as_fp32s_convolutions_and_takes_its_parts_memory():
+    plain, split = (
+        plan_run(small(precision=precision), SHAPE, CARDS["a100-80gb"])
+        for precision in ("fp32", "bf16x3")
+    )
+    for a, b in zip(plain.phases, split.phases, strict=True):
+        assert b.rate > a.rate
+        assert 0 < b.memory.total - a.memory.total < 0.2 * a.memory.total
+
+
 def test_what_is_left_of_a_cards_memory():
     assert find_card("rtx4060").usable / GIB == pytest.approx(7.25)
     assert find_card("rtx4090").usable / GIB == pytest.approx(22.5)

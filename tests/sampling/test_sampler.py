@@ -510,7 +510,9 @@ def test_kernels_draw_the_same_images(triton_device, monkeypatch):
     assert (ours.int() - plain.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize(("precision", "bytes_off"), [("fp16", 1), ("bf16", 4), ("tf32", 0)])
+@pytest.mark.parametrize(
+    ("precision", "bytes_off"), [("fp16", 1), ("bf16", 4), ("tf32", 0), ("bf16x3", 0)]
+)
 def test_16_bit_sampling_is_near(precision, bytes_off):
     net = trained_looking()
     wide, low = sample(net, 8, seed=3), sample(net, 8, seed=3, precision=precision)
@@ -519,7 +521,9 @@ def test_16_bit_sampling_is_near(precision, bytes_off):
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="precision: must be one of fp32, tf32, fp16, bf16, got"):
+    with pytest.raises(
+        ValueError, match="precision: must be one of fp32, tf32, fp16, bf16, bf16x3, got"
+    ):
         sample(trained_looking(), 2, precision="int8")
 
 

@@ -281,7 +281,7 @@ def test_class_labels_reach_the_network(images, tmp_path):
     assert net.info["class_names"]
 
 
-@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16", "bf16x3"])
 def test_other_precisions_train(precision, images, tmp_path):
     results = train(tiny(images, precision=precision, max_steps=2), tmp_path / "run")
     assert len(results) == 3
