@@ -16,13 +16,10 @@ from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.residual import residual
-from tcm_fast.networks.raw_network import Block
+from tcm_fast.networks.raw_network import Block, Modulation
 from tcm_fast.networks.recompute import after_norm
 
 BOX_FILTER = (1, 1)
-
-Modulation = dict[str, torch.Tensor]
-"""What a normalisation takes in for each sample and channel: `add`, `scale`, `shift` [N,C] by name."""
 
 
 def fresh_key(n: int, device: torch.device) -> PhiloxKey:

@@ -30,9 +30,13 @@ class MPConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
         self.register_buffer("scaled", None, persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def normalized(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight to compute with."""
         weight = normalized_copy(self.weight) if self.scaled is None else self.scaled
-        weight = weight.to(x.dtype)
+        return weight.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.normalized(x.dtype)
         if weight.ndim == 2:
             return F.linear(x, weight)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)

@@ -14,7 +14,7 @@ from torch import nn
 
 from tcm_fast.config import require
 from tcm_fast.kernels.dropout import PhiloxKey, dropout_mask
-from tcm_fast.networks.layers import UNetBlock, fresh_key, modulations
+from tcm_fast.networks.layers import Conv2d, GroupNorm, UNetBlock, fresh_key, modulations
 from tcm_fast.networks.raw_network import Block, RawNetwork
 from tcm_fast.networks.recognition import STEM, Weights, encoder_levels, multiples
 from tcm_fast.networks.recompute import run_block
@@ -284,6 +284,22 @@ class EDMUNet(UNet):
                 merges = block.in_channels != x.shape[1]
                 x = run_block(block, [x, skips.pop()] if merges else [x], next(given), dropout_key)
         return self.output(x)
+
+    def by_sample_names(self) -> list[str]:
+        """Of the normalisations, and of the convolutions whose biases the residual sums add."""
+        names = []
+        for path, module in self.named_modules():
+            if isinstance(module, GroupNorm):
+                names += [f"{path}.weight", f"{path}.bias"]
+            elif isinstance(module, UNetBlock):
+                layers = {"conv1": module.conv1, "skip": module.skip}
+                layers |= {"proj": module.proj} if module.attention else {}
+                names += [
+                    f"{path}.{name}.bias"
+                    for name, layer in layers.items()
+                    if isinstance(layer, Conv2d)
+                ]
+        return names
 
     def embed(
         self,
