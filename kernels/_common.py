@@ -112,6 +112,18 @@ def rows(v: torch.Tensor | None) -> torch.Tensor | None:
     return v if v is None or v.stride(1) == 1 or v.shape[1] == 1 else v.contiguous()
 
 
+def of_channels(v: torch.Tensor) -> torch.Tensor:
+    """[C] of a parameter [C], or of one that was expanded to [N,C]: a gradient that is not summed over the
+    samples yet."""
+    return v if v.ndim == 1 else v[0]
+
+
+def fits_channels(v: torch.Tensor, n: int, c: int) -> bool:
+    """Whether v is what `of_channels` takes, for n samples."""
+    is_expanded = n > 0 and v.shape == (n, c) and (n == 1 or v.stride(0) == 0)
+    return v.shape == (c,) or is_expanded
+
+
 def given(x: torch.Tensor, *optional: torch.Tensor | None) -> list[torch.Tensor]:
     """What is absent is never touched; x stands in for it."""
     return [x if v is None else v for v in optional]

@@ -13,10 +13,12 @@ from tcm_fast.kernels._common import (
     DTYPES,
     check_image,
     dense_like,
+    fits_channels,
     given,
     has_asm,
     laid_out,
     layout_of,
+    of_channels,
     power_of_2,
     register,
     rows,
@@ -61,7 +63,8 @@ def group_norm_silu_reference(
         # The channels_last path of torch 2.13 on a CPU takes the variance as E[x²] - E[x]², and its
         # backward pass crashes where the gradient of the weight is asked for and not that of x.
         y = y.contiguous()
-    y = torch.group_norm(y, num_groups, weight.to(dtype), bias.to(dtype), eps)
+    weight, bias = (of_channels(v).to(dtype) for v in (weight, bias))
+    y = torch.group_norm(y, num_groups, weight, bias, eps)
     if scale is not None:
         y = y * (1 + scale.to(dtype)[:, :, None, None])
     if shift is not None:
@@ -503,7 +506,7 @@ def _fwd(
     y = torch.empty_like(x)
     mean, rstd = _statistics(x, num_groups)
     launch(
-        _group_norm_silu_fwd_kernel, (programs,), x, weight.contiguous(), bias.contiguous(),
+        _group_norm_silu_fwd_kernel, (programs,), x, *_affine_of(weight, bias),
         *given(x, add, scale, shift, sample, seed, step), y, mean, rstd,
         *_row_strides(add, scale, shift), layer, threshold, 65536 / (65536 - threshold), eps,
         **constants,
@@ -530,12 +533,17 @@ def _bwd(
     ]
     launch(
         _group_norm_silu_bwd_kernel, (programs,), grad_y, *given(x, grad_past), x, mean, rstd,
-        weight.contiguous(), bias.contiguous(),
+        *_affine_of(weight, bias),
         *given(x, add, scale, shift, sample, seed, step), grad_x, by_sample, *given(x, *grads), n,
         *_row_strides(add, scale, shift), layer, threshold, 65536 / (65536 - threshold),
         **constants, WANTS_AFFINE=wants_affine, HAS_PAST=grad_past is not None,
     )  # fmt: skip
-    return [grad_x, by_sample.sum(1), *(v for v in grads if v is not None)]
+    affine = by_sample.sum(1) if weight.ndim == 1 else by_sample
+    return [grad_x, affine, *(v for v in grads if v is not None)]
+
+
+def _affine_of(weight, bias):
+    return [of_channels(v).contiguous() for v in (weight, bias)]
 
 
 def _on_cpu(x, *operands):
@@ -563,7 +571,7 @@ def _fwd_cpu(
 ):
     n, c, h, w = x.shape
     y, (mean, rstd) = torch.empty_like(x), _statistics(x, num_groups)
-    operands, key = _dense(weight, bias, add, scale, shift), _dense(sample, seed, step)
+    operands, key = _dense(*_affine_of(weight, bias), add, scale, shift), _dense(sample, seed, step)
     extension_for("group_norm_silu", x.device).group_norm_silu_fwd_cpu(
         *_addresses(y, x, *operands, mean, rstd), n, c, h * w, num_groups, eps, silu,
         *_addresses(*key), layer, threshold, torch.get_num_threads(),
@@ -583,12 +591,15 @@ def _bwd_cpu(
     grad_x = torch.empty_like(x)
     by_sample = x.new_empty((2, n, c)) if wants_affine else None
     grads = [None if v is None else x.new_empty((n, c)) for v in (add, scale, shift)]
-    operands, key = _dense(weight, bias, add, scale, shift), _dense(sample, seed, step)
+    operands, key = _dense(*_affine_of(weight, bias), add, scale, shift), _dense(sample, seed, step)
     extension_for("group_norm_silu", x.device).group_norm_silu_bwd_cpu(
         *_addresses(grad_y, grad_past, grad_x, by_sample, *grads, x, *operands, mean, rstd),
         n, c, h * w, num_groups, silu, *_addresses(*key), layer, threshold, torch.get_num_threads(),
     )  # fmt: skip
-    affine = x.new_zeros((2, c)) if by_sample is None else by_sample.sum(1)
+    if by_sample is None:
+        affine = x.new_zeros((2, *weight.shape))
+    else:
+        affine = by_sample.sum(1) if weight.ndim == 1 else by_sample
     return [grad_x, affine, *(v for v in grads if v is not None)]
 
 
@@ -699,6 +710,7 @@ def _bwd_by_reference(
     n, c, height, width = x.shape
     h = _groups(x, add, num_groups)
     normed = ((h - mean[:, :, None]) * rstd[:, :, None]).view(x.shape)
+    weight, bias, shape = of_channels(weight), of_channels(bias), weight.shape
     normed = normed * weight[:, None, None] + bias[:, None, None]
 
     def after_norm(y, scale, shift):
@@ -718,9 +730,9 @@ def _bwd_by_reference(
     grad_add = None if add is None else grad_x.sum((2, 3)).to(add.dtype)
     if grad_past is not None:
         grad_x = grad_x + grad_past
-    affine = weight.new_zeros((2, c))
-    if wants_affine:
-        affine = torch.stack([grad_weight, grad_bias])
+    affine = weight.new_zeros((2, *shape))
+    if wants_affine:  # the whole of it at the first sample where they are to be summed later
+        affine.view(2, -1)[:, :c] = torch.stack([grad_weight, grad_bias])
     grads = (g.contiguous() for g in (grad_add, grad_scale, grad_shift) if g is not None)
     return [grad_x.to(x.dtype).contiguous(memory_format=layout), affine, *grads]
 
@@ -730,7 +742,7 @@ def _fake_fwd(x, weight, bias, add, scale, shift, sample, seed, step, num_groups
 
 
 def _fake_bwd(grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, *_):
-    sums = torch.empty((2, x.shape[1]), dtype=torch.float32, device=x.device)
+    sums = torch.empty((2, *weight.shape), dtype=torch.float32, device=x.device)
     modulations = [v for v in (add, scale, shift) if v is not None]
     return [dense_like(x), sums, *(v.new_empty(v.shape) for v in modulations)]
 
@@ -861,7 +873,8 @@ def group_norm_silu(
     Args:
         x: activations [N,C,H,W] of a floating dtype, contiguous or channels_last.
         num_groups: number of groups, a divisor of C.
-        weight, bias: affine parameters [C], fp32 (or float64, with a float64 x).
+        weight, bias: affine parameters [C], fp32 (or float64, with a float64 x). Expanded to [N,C], their
+            gradients are not summed over the samples: `networks.by_sample` sums those of all layers at once.
         eps: added to the variance.
         silu: False leaves the SiLU out.
         add, scale, shift: per sample and channel, [N,C], each optional.
@@ -884,8 +897,11 @@ def group_norm_silu(
     if num_groups < 1 or c % num_groups:
         raise ValueError(f"group_norm_silu: num_groups must divide C={c}, got {num_groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter.shape != (c,):
-            raise ValueError(f"group_norm_silu: {name} must be [{c}], got {list(parameter.shape)}")
+        if not fits_channels(parameter, n, c) or parameter.ndim != weight.ndim:
+            raise ValueError(
+                f"group_norm_silu: {name} must be [{c}], or both expanded to [{n},{c}], got "
+                f"{list(parameter.shape)}"
+            )
         if parameter.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"group_norm_silu: {name} must be fp32, got {parameter.dtype}")
     for name, modulation in (("add", add), ("scale", scale), ("shift", shift)):

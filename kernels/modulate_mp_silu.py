@@ -35,7 +35,7 @@ from tcm_fast.kernels.dropout import PhiloxKey, check_dropout, dropout, key_argu
 
 def modulate_mp_silu_reference(x, scale, gain, *, dropout_p=0.0, dropout_key=None):
     wide = torch.promote_types(x.dtype, torch.float32)
-    factor = 1 + gain.to(wide) * scale.to(wide)
+    factor = 1 + gain.to(wide).view(-1, 1) * scale.to(wide)
     y = F.silu(x.to(wide) * factor[:, :, None, None]) / MP_SILU
     y = y.to(x.dtype).contiguous(memory_format=layout_of(x))
     return dropout(y, dropout_p, dropout_key) if dropout_p > 0 else y
@@ -122,20 +122,22 @@ def _modulate_mp_silu_gain_kernel(
     grad_factor, scale, gain, grad_scale, grad_gain, pieces, scale_row,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """From the pieces' sums [N, pieces, C] the gradient of scale, and in fp64 what a sample's WIDTH channels
-    add to that of gain: one number out of the whole batch, few products, and what is left of many that
-    cancel."""
+    """From the pieces' sums [N, pieces, C] the gradient of scale, and a sample's part of that of gain, summed
+    in fp64: one number out of few products, and what is left of many that cancel."""
     n = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    own = c < CHANNELS
-    total = tl.zeros([WIDTH], tl.float32)
-    for i in tl.range(pieces):
-        total += tl.load(grad_factor + (n * pieces + i) * CHANNELS + c, mask=own, other=0)
-    at_scale = total * tl.load(gain).to(tl.float32)
-    tl.store(grad_scale + n * CHANNELS + c, at_scale.to(grad_scale.dtype.element_ty), mask=own)
-    s = tl.load(scale + n * scale_row + c, mask=own, other=0).to(tl.float64)
-    at_gain = tl.sum(total.to(tl.float64) * s, 0)
-    tl.store(grad_gain + n * tl.num_programs(1) + tl.program_id(1), at_gain)
+    factor = tl.load(gain).to(tl.float32)
+    at_gain = tl.zeros([WIDTH], tl.float64)
+    for slab in tl.static_range((CHANNELS + WIDTH - 1) // WIDTH):
+        c = slab * WIDTH + tl.arange(0, WIDTH)
+        own = c < CHANNELS
+        total = tl.zeros([WIDTH], tl.float32)
+        for i in tl.range(pieces):
+            total += tl.load(grad_factor + (n * pieces + i) * CHANNELS + c, mask=own, other=0)
+        at_scale = (total * factor).to(grad_scale.dtype.element_ty)
+        tl.store(grad_scale + n * CHANNELS + c, at_scale, mask=own)
+        s = tl.load(scale + n * scale_row + c, mask=own, other=0)
+        at_gain += total.to(tl.float64) * s.to(tl.float64)
+    tl.store(grad_gain + n, tl.sum(at_gain, 0).to(grad_gain.dtype.element_ty))
 
 
 # -- launchers ------------------------------------------------------------------------------------
@@ -162,8 +164,7 @@ def _constants(shape, threshold, is_channels_last, asm):
 
 
 def _gain_constants(n, c):
-    width = min(power_of_2(c), 256)
-    return dict(CHANNELS=c, WIDTH=width, num_warps=2), (n, -(-c // width))
+    return dict(CHANNELS=c, WIDTH=min(power_of_2(c), 512), num_warps=4), (n,)
 
 
 def _arguments(x, scale, gain, sample, seed, step, layer, threshold):
@@ -196,13 +197,15 @@ def _bwd(grad_y, x, scale, gain, sample, seed, step, layer, threshold):
     )
     grad_scale = torch.empty(scale.shape, dtype=scale.dtype, device=scale.device)
     constants, grid = _gain_constants(n, c)
-    grad_gain = torch.empty(grid, dtype=torch.float64, device=x.device)
+    is_summed = gain.ndim == 0
+    dtype = torch.float64 if is_summed else gain.dtype
+    grad_gain = torch.empty(n, dtype=dtype, device=x.device)
     scale = tensors[0]
     launch(
         _modulate_mp_silu_gain_kernel, grid, sums, scale, gain, grad_scale, grad_gain, pieces,
         scale.stride(0), **constants,
     )  # fmt: skip
-    return grad_x, grad_scale, grad_gain.sum().to(gain.dtype)
+    return grad_x, grad_scale, grad_gain.sum().to(gain.dtype) if is_summed else grad_gain
 
 
 def specialisations(capability: int) -> list[Variant]:
@@ -227,7 +230,7 @@ def specialisations(capability: int) -> list[Variant]:
         )  # fmt: skip
         constants, grid = _gain_constants(64, c)
         pointers = dict.fromkeys(("scale", "grad_scale"), dtype)
-        pointers |= {"grad_factor": "fp32", "gain": "fp32", "grad_gain": "fp64"}
+        pointers |= dict.fromkeys(("grad_factor", "gain", "grad_gain"), "fp32")
         variants += forms(
             f"{size}x{size}x{c} {dtype}", {"pieces": "i32", "scale_row": "i32"}, constants,
             (_modulate_mp_silu_gain_kernel, pointers, {}),
@@ -298,7 +301,8 @@ def modulate_mp_silu(
     Args:
         x: activations [N,C,H,W] of a floating dtype, contiguous or channels_last.
         scale: per sample and channel, [N,C], any floating dtype.
-        gain: a scalar tensor, fp32 (or float64, with a float64 x).
+        gain: a scalar tensor, fp32 (or float64, with a float64 x). Expanded to [N], its gradient is not
+            summed over the samples: `networks.by_sample` sums those of all layers at once.
         dropout_p: share of the elements that is dropped, in [0, 1).
         dropout_key: keys the mask; required where dropout_p > 0.
 
@@ -316,8 +320,10 @@ def modulate_mp_silu(
     n, c, height, width = x.shape
     if scale.shape != (n, c):
         raise ValueError(f"modulate_mp_silu: scale must be [{n},{c}], got {list(scale.shape)}")
-    if gain.ndim != 0:
-        raise ValueError(f"modulate_mp_silu: gain must be a scalar, got {list(gain.shape)}")
+    if gain.ndim > 0 and not (gain.shape == (n,) and (n == 1 or gain.stride(0) == 0)):
+        raise ValueError(
+            f"modulate_mp_silu: gain must be a scalar, or one expanded to [{n}], got {list(gain.shape)}"
+        )
     for name, operand in (("scale", scale), ("gain", gain)):
         if operand.device != x.device:
             raise ValueError(

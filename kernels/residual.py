@@ -9,13 +9,16 @@ import torch
 
 from tcm_fast.kernels._common import (
     DTYPES,
+    TILE,
     address,
     dense_like,
     empty,
+    fits_channels,
     forms,
     given,
     laid_out,
     layout_of,
+    of_channels,
     register,
     tile_for,
 )
@@ -29,7 +32,7 @@ def residual_reference(x, skip, scale, bias=None, skip_bias=None):
     out = x.to(wide) + skip.to(wide)
     for b in (bias, skip_bias):
         if b is not None:
-            out = out + b.to(wide)[:, None, None]
+            out = out + b.to(wide)[..., None, None]
     return out.mul_(scale).to(x.dtype) if scale != 1 else out.to(x.dtype)
 
 
@@ -103,12 +106,22 @@ def _constants(shape, is_channels_last, has_bias):
     return constants, (-(-tiles // piece), slabs)
 
 
+def _constants_by_sample(shape, is_channels_last):
+    """A program has a sample's pixels, so that its sums are those of the sample."""
+    n, c, h, w = shape
+    constants, _ = _constants(shape, is_channels_last, True)
+    width = min(constants["WIDTH"], 64 if n * -(-c // 64) >= PROGRAMS else 32)
+    pixels = min(TILE // width, h * w & -(h * w))  # a power of two that divides them
+    constants |= dict(PIXELS=pixels, WIDTH=width, PIECE=h * w // pixels)
+    return constants, (n, -(-c // width))
+
+
 def _fwd(x, skip, scale, bias, skip_bias):
     layout = layout_of(x)
     x, skip = laid_out(layout, x, skip)
     out = torch.empty_like(x)
     constants, grid = _constants(x.shape, layout == torch.channels_last, bias is not None)
-    biases = [None if b is None else b.contiguous() for b in (bias, skip_bias)]
+    biases = [None if b is None else of_channels(b).contiguous() for b in (bias, skip_bias)]
     pixels = x.numel() // x.shape[1]
     launch(
         _residual_fwd_kernel, grid, x, skip, *given(x, *biases), out, pixels, scale, **constants,
@@ -128,14 +141,19 @@ def _row(x):
     return row if fits and row >= c and (c == 1 or x.stride(1) == 1) else 0
 
 
-def _launch_bwd(grad_out, scale, wants_bias, writes):
-    """The gradients of x, grad_out itself unless one is written, and of the bias, in fp32."""
+def _launch_bwd(grad_out, scale, wants_bias, writes, by_sample):
+    """The gradients of x, grad_out itself unless one is written, and of the bias, in fp32: [C], or [N,C]
+    before the samples are summed."""
     layout = layout_of(grad_out)
     row = _row(grad_out) if writes and layout == torch.channels_last else 0
     if not row:
         (grad_out,) = laid_out(layout, grad_out)
     grad_x = empty(grad_out, grad_out.shape, layout) if writes else grad_out
-    constants, grid = _constants(grad_out.shape, layout == torch.channels_last, wants_bias)
+    is_last = layout == torch.channels_last
+    if by_sample and wants_bias and grad_out.numel() > 0:
+        constants, grid = _constants_by_sample(grad_out.shape, is_last)
+    else:
+        constants, grid = _constants(grad_out.shape, is_last, wants_bias)
     n, c, h, w = grad_out.shape
     rows = grid[0] if wants_bias else 0
     sums = torch.empty((rows, c), dtype=torch.float32, device=grad_out.device)
@@ -143,17 +161,19 @@ def _launch_bwd(grad_out, scale, wants_bias, writes):
         _residual_bwd_kernel, grid, grad_out, grad_x, sums, n * h * w, scale, **constants,
         WRITES=writes, GRAD_ROW=row or c,
     )  # fmt: skip
+    if by_sample:
+        return grad_x, sums if wants_bias else sums.new_zeros((n, c))
     return grad_x, sums.sum(0)
 
 
-def _bwd(grad_out, scale, wants_bias):
-    return _launch_bwd(grad_out, scale, wants_bias, True)
+def _bwd(grad_out, scale, wants_bias, by_sample=False):
+    return _launch_bwd(grad_out, scale, wants_bias, True, by_sample)
 
 
-def _bias_bwd(grad_out):
+def _bias_bwd(grad_out, by_sample=False):
     """Of a residual without a factor, grad_out dense: its gradient is grad_out, only the bias has one of its
     own."""
-    return _launch_bwd(grad_out, 1.0, True, False)[1]
+    return _launch_bwd(grad_out, 1.0, True, False, by_sample)[1]
 
 
 # Resolution, width, factor; width of the concatenation whose gradient comes in, where there is one.
@@ -167,7 +187,8 @@ def specialisations(capability: int) -> list[Variant]:
     variants = []
     scalars = {"pixels": "i32", "scale": "fp32"}
     for (size, c, scale, row), dtype, has_bias in product(_SITES, DTYPES.values(), (True, False)):
-        constants, grid = _constants((64, c, size, size), True, has_bias)
+        shape = 64, c, size, size
+        constants, grid = _constants(shape, True, has_bias)
         fwd = dict.fromkeys(("x", "skip", "bias", "skip_bias", "out"), dtype)
         bwd = {"grad_out": dtype, "grad_x": dtype, "grad_bias": "fp32"}
         kernels = [
@@ -184,6 +205,12 @@ def specialisations(capability: int) -> list[Variant]:
         variants += forms(
             site, scalars, constants, *kernels, programs=programs, aligned=("pixels",)
         )
+        if has_bias:
+            constants, (by_sample, slabs) = _constants_by_sample(shape, True)
+            variants += forms(
+                f"{site} by sample", scalars, constants, kernels[-1], programs=by_sample * slabs,
+                aligned=("pixels",),
+            )  # fmt: skip
     return variants
 
 
@@ -196,20 +223,21 @@ def _fwd_by_reference(x, skip, scale, bias, skip_bias):
     )
 
 
-def _bwd_by_reference(grad_out, scale, wants_bias):
+def _bwd_by_reference(grad_out, scale, wants_bias, by_sample=False):
     grad = grad_out.to(torch.float32) * scale
-    grad_bias = grad.sum((0, 2, 3)) if wants_bias else grad.new_zeros(grad.shape[1])
+    grad_bias = grad.sum((2, 3) if by_sample else (0, 2, 3))
     grad_x = grad.to(grad_out.dtype).contiguous(memory_format=layout_of(grad_out))
     return grad_x, grad_bias
 
 
-def _bias_bwd_by_reference(grad_out):
-    return grad_out.sum((0, 2, 3), dtype=torch.float32)
+def _bias_bwd_by_reference(grad_out, by_sample=False):
+    return grad_out.sum((2, 3) if by_sample else (0, 2, 3), dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
     _, _, ctx.scale, *biases = inputs
     ctx.bias_dtypes = [None if b is None else b.dtype for b in biases]
+    ctx.by_sample = any(b is not None and b.ndim == 2 for b in biases)
 
 
 def _is_dense(x):
@@ -221,9 +249,11 @@ def _backward(ctx, grad_out):
     wants_bias = any(wanted)
     grad_x, grad_bias = grad_out, None
     if ctx.scale != 1 or not _is_dense(grad_out):
-        grad_x, grad_bias = torch.ops.tcm_fast.residual_bwd(grad_out, ctx.scale, wants_bias)
+        grad_x, grad_bias = torch.ops.tcm_fast.residual_bwd(
+            grad_out, ctx.scale, wants_bias, ctx.by_sample
+        )
     elif wants_bias:
-        grad_bias = torch.ops.tcm_fast.residual_bias_bwd(grad_out)
+        grad_bias = torch.ops.tcm_fast.residual_bias_bwd(grad_out, ctx.by_sample)
     biases = [
         grad_bias.to(dtype) if wants else None
         for wants, dtype in zip(wanted, ctx.bias_dtypes, strict=True)
@@ -231,8 +261,8 @@ def _backward(ctx, grad_out):
     return grad_x, grad_x, None, *biases
 
 
-def _fake_bias(grad_out):
-    return grad_out.new_empty(grad_out.shape[1], dtype=torch.float32)
+def _fake_bias(grad_out, by_sample=False):
+    return grad_out.new_empty(grad_out.shape[0 if by_sample else 1 : 2], dtype=torch.float32)
 
 
 class _DenseGradient(torch.autograd.Function):
@@ -259,12 +289,13 @@ _fwd = register(
     _fwd, _fwd_by_reference, lambda x, *_: dense_like(x), save=_save, backward=_backward,
 )  # fmt: skip
 _bwd = register(
-    "residual_bwd(Tensor grad_out, float scale, bool wants_bias) -> (Tensor, Tensor)",
-    _bwd, _bwd_by_reference, lambda grad, *_: (dense_like(grad), _fake_bias(grad)),
+    "residual_bwd(Tensor grad_out, float scale, bool wants_bias, bool by_sample=False) -> (Tensor, Tensor)",
+    _bwd, _bwd_by_reference, lambda grad, _, __, *by_sample: (dense_like(grad), _fake_bias(grad, *by_sample)),
 )  # fmt: skip
 _bias_bwd = register(
-    "residual_bias_bwd(Tensor grad_out) -> Tensor", _bias_bwd, _bias_bwd_by_reference, _fake_bias
-)
+    "residual_bias_bwd(Tensor grad_out, bool by_sample=False) -> Tensor",
+    _bias_bwd, _bias_bwd_by_reference, _fake_bias,
+)  # fmt: skip
 
 
 # -- public function ------------------------------------------------------------------------------
@@ -283,6 +314,8 @@ def residual(
         x, skip: activations [N,C,H,W] of one floating dtype, contiguous or channels_last.
         scale: factor of the sum.
         bias, skip_bias: that the convolutions before x and skip have left out, [C], any floating dtype.
+            Expanded to [N,C], both, their gradients are not summed over the samples: `networks.by_sample`
+            sums those of all layers at once.
 
     Returns:
         [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64). The
@@ -302,10 +335,15 @@ def residual(
             f"residual: skip must be {list(x.shape)} on {x.device} like x, got {list(skip.shape)} on "
             f"{skip.device}"
         )
+    n, c = x.shape[:2]
+    given_biases = [b for b in (bias, skip_bias) if b is not None]
     for name, b in (("bias", bias), ("skip_bias", skip_bias)):
-        if b is not None and (b.shape != x.shape[1:2] or b.device != x.device):
+        if b is not None and (
+            not fits_channels(b, n, c) or b.ndim != given_biases[0].ndim or b.device != x.device
+        ):
             raise ValueError(
-                f"residual: {name} must be [{x.shape[1]}] on {x.device}, got {list(b.shape)} on {b.device}"
+                f"residual: {name} must be [{c}] on {x.device}, or all biases expanded to [{n},{c}], got "
+                f"{list(b.shape)} on {b.device}"
             )
     is_served = x.dtype != torch.float64 and x.shape[1] > 0
     if is_served and runs_triton("residual", x.device.type):

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tcm_fast.kernels.dropout import PhiloxKey
@@ -19,7 +20,7 @@ from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.resample import resample
 from tcm_fast.networks.layers import heads, without_autocast
 from tcm_fast.networks.mp_layers import MPConv, MPFourier, mp_silu
-from tcm_fast.networks.raw_network import Block
+from tcm_fast.networks.raw_network import Block, Modulation
 from tcm_fast.networks.recognition import Weights, multiples
 from tcm_fast.networks.recompute import after_norm, run_block
 from tcm_fast.networks.unet import Place, UNet, level_resolutions
@@ -67,7 +68,7 @@ class EDM2Block(Block):
     def forward(
         self,
         x: torch.Tensor,
-        emb: torch.Tensor,
+        emb: torch.Tensor | Modulation,
         key: PhiloxKey | None = None,
         *,
         skip: torch.Tensor | None = None,
@@ -77,7 +78,8 @@ class EDM2Block(Block):
         """x [N,in_channels,H,W], emb [N,emb_channels] -> [N,out_channels,H',W'], and mp_silu of it if
         `activates`.
 
-        A decoder block merges `skip` into x, or has been given `activated`, mp_silu(x), or resamples.
+        A decoder block merges `skip` into x, or has been given `activated`, mp_silu(x), or resamples. A
+        network that has `emb_linear(emb)` of all its blocks hands the block's on in emb's place.
         """
         run = partial(after_norm, recompute=self.recompute_norms)
         if skip is not None:
@@ -97,7 +99,8 @@ class EDM2Block(Block):
         p = self.dropout if self.training else 0.0
         key = key.at_layer(self.layer) if p > 0 and key is not None else None
         modulate = partial(modulate_mp_silu, dropout_p=p, dropout_key=key)
-        h = run(modulate, self.conv_res1, h, self.emb_linear(emb), self.emb_gain)
+        scale = emb["scale"] if isinstance(emb, dict) else self.emb_linear(emb)
+        h = run(modulate, self.conv_res1, h, scale, self.emb_gain)
         if not self.encoder and self.conv_skip is not None:
             x = self.conv_skip(x)
         if not self.num_heads:
@@ -222,16 +225,30 @@ class EDM2UNet(UNet):
         x = x.contiguous(memory_format=self.memory_format)
         skips = [x]
         activated = None
+        given = iter(self.modulations(emb))
         for index, block in enumerate(encoder, start=1):
             is_last = index == len(encoder)  # the decoder's first block begins with an activation
-            x, activated = run_block(block, [x], emb, dropout_key, activates=is_last)
+            x, activated = run_block(block, [x], next(given), dropout_key, activates=is_last)
             skips.append(x)
         for index, block in enumerate(self.dec.values()):
             skip = skips.pop() if block.in_channels != x.shape[1] else None
             x, activated = run_block(
-                block, [x], emb, dropout_key, skip=skip, activated=activated, activates=index == 0
-            )
+                block, [x], next(given), dropout_key, skip=skip, activated=activated,
+                activates=index == 0,
+            )  # fmt: skip
         return self.out_conv(x) * self.out_gain.to(x.dtype)
+
+    def by_sample_names(self) -> list[str]:
+        """The gains of the embedding."""
+        return [name for name, _ in self.named_parameters() if name.endswith(".emb_gain")]
+
+    def modulations(self, emb: torch.Tensor) -> list[Modulation]:
+        """`emb_linear(emb)` of every block, views of one product's columns: one launch for all, and two for
+        their gradients."""
+        layers = [block.emb_linear for block in self.blocks() if isinstance(block, EDM2Block)]
+        weight = torch.cat([layer.normalized(emb.dtype) for layer in layers])
+        widths = [layer.weight.shape[0] for layer in layers]
+        return [{"scale": part} for part in F.linear(emb, weight).split(widths, 1)]
 
     def embed(
         self,

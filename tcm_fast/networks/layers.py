@@ -17,7 +17,7 @@ from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.residual import residual
-from tcm_fast.networks.raw_network import Block
+from tcm_fast.networks.raw_network import Block, Modulation
 from tcm_fast.networks.recompute import after_norm
 
 BOX_FILTER = (1, 1)
@@ -224,7 +224,8 @@ class UNetBlock(Block):
     """The residual block of DDPM++, NCSN++ and ADM, with self-attention after it where asked for.
 
     forward(x [N,C,H,W], emb [N,emb_channels], dropout_key) -> [N,out_channels,H',W'] with H' = 2H
-    (`up`), H/2 (`down`) or H. `layer` is the number that keys the block's dropout.
+    (`up`), H/2 (`down`) or H; a network that has the block's `modulations` already hands them on in emb's
+    place. `layer` is the number that keys the block's dropout.
 
     Args:
         adaptive_scale: the embedding scales and shifts after the second normalisation (ADM) instead of
@@ -280,7 +281,10 @@ class UNetBlock(Block):
             self.proj = Conv2d(out_channels, out_channels, 1, gain=init_last, init=init)
 
     def forward(
-        self, x: torch.Tensor, emb: torch.Tensor, dropout_key: PhiloxKey | None = None
+        self,
+        x: torch.Tensor,
+        emb: torch.Tensor | Modulation,
+        dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
         # Where x also goes past a normalisation, its two gradients meet in that one's kernel.
         run = partial(after_norm, recompute=self.recompute_norms)
@@ -294,16 +298,7 @@ class UNetBlock(Block):
             skip_bias = self.skip.bias if is_kernel else None
         elif self.skip is not None:
             skip = self.skip(x)
-        # A bias before the normalisation goes in with its `add`: no pass over the pixels adds it, none
-        # sums its gradient.
-        modulation, bias = self.affine(emb), self.conv0.bias
-        assert bias is not None
-        fused: dict[str, Any]
-        if self.adaptive_scale:
-            scale, shift = modulation.chunk(2, 1)
-            fused = {"add": bias.expand(x.shape[0], -1), "scale": scale, "shift": shift}
-        else:
-            fused = {"add": modulation + bias}
+        fused = emb if isinstance(emb, dict) else modulations([self], emb)[0]
         p = self.dropout if self.training else 0.0
         key = dropout_key.at_layer(self.layer) if p > 0 and dropout_key is not None else None
         norm1 = partial(self.norm1, **fused, dropout_p=p, dropout_key=key)
@@ -315,6 +310,29 @@ class UNetBlock(Block):
             h = self.proj(attended, with_bias=not is_kernel)
             x = residual(h, x, self.skip_scale, self.proj.bias if is_kernel else None)
         return x
+
+
+def modulations(blocks: Sequence[UNetBlock], emb: torch.Tensor) -> list[Modulation]:
+    """What an embedding [N,emb_channels] gives to the second normalisation of each of a network's blocks, as
+    views of one product's columns: one launch for all, and three for all their gradients.
+
+    The bias of the convolution before that normalisation is in it: no pass over the pixels adds it, none
+    sums its gradient.
+    """
+    affine = [block.affine for block in blocks]
+    biases = [bias for bias in (block.conv0.bias for block in blocks) if bias is not None]
+    widths = [block.out_channels for block in blocks]
+    weight = torch.cat([layer.weight for layer in affine])
+    if blocks[0].adaptive_scale:
+        both = F.linear(emb, weight, torch.cat([layer.bias for layer in affine]))
+        parts = both.split([width for width in widths for _ in range(2)], 1)
+        adds = torch.cat(biases).expand(emb.shape[0], -1).split(widths, 1)
+        return [
+            {"add": add, "scale": scale, "shift": shift}
+            for add, scale, shift in zip(adds, parts[::2], parts[1::2], strict=True)
+        ]
+    bias = torch.cat([layer.bias for layer in affine] + biases).view(2, -1).sum(0)
+    return [{"add": part} for part in F.linear(emb, weight, bias).split(widths, 1)]
 
 
 def heads(channels: int, channels_per_head: int | None) -> int:

@@ -34,11 +34,15 @@ class MPConv(nn.Module):
         self.register_buffer("scaled", None, persistent=False)
         self.register_buffer("parts", None, persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def normalized(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight to compute with."""
         weight = normalized_copy(self.weight) if self.scaled is None else self.scaled
+        return weight.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.normalized(x.dtype)
         if self.parts is not None:
             return conv_bf16x3(x, weight, parts=self.parts)
-        weight = weight.to(x.dtype)
         if weight.ndim == 2:
             return F.linear(x, weight)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)

@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.precondition import denoise, preconditioning
+from tcm_fast.networks.by_sample import by_sample
 from tcm_fast.networks.layers import without_autocast
 from tcm_fast.networks.mp_layers import MPConv, MPFourier
 from tcm_fast.networks.raw_network import RawNetwork
@@ -102,7 +103,8 @@ class Precond(nn.Module):
         if augment_labels is not None:
             self._check_augmentation(augment_labels, x_in.shape[0])
             options["augment_labels"] = augment_labels
-        if weights is None:
+        weights = (weights or {}) | by_sample(self.model, x_in)
+        if not weights:
             return self.model(*inputs, **options)
         return functional_call(self.model, weights, inputs, options)
 

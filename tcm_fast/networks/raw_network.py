@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from tcm_fast.networks.mp_layers import MPConv
 from tcm_fast.networks.recognition import Weights
+
+Modulation = dict[str, torch.Tensor]
+"""What the embedding tells a block of each sample and channel, [N,C] by name: `add`, `scale`, `shift`."""
 
 
 class Block(nn.Module):
@@ -57,6 +61,11 @@ class RawNetwork(nn.Module):
             and path.partition(".")[0] not in self.fp32_modules
             for name, _ in module.named_parameters(recurse=False)
         ]
+
+    def by_sample_names(self) -> list[str]:
+        """The parameters whose gradients arise by sample, and whose layers take them expanded to [N, ...]
+        (`networks.by_sample`)."""
+        return []
 
     def normalized_names(self) -> list[str]:
         """The parameters of which only the direction of each row counts and that are not normalised for

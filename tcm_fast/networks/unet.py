@@ -14,7 +14,7 @@ from torch import nn
 
 from tcm_fast.config import require
 from tcm_fast.kernels.dropout import PhiloxKey, dropout_mask
-from tcm_fast.networks.layers import UNetBlock, fresh_key
+from tcm_fast.networks.layers import Conv2d, GroupNorm, UNetBlock, fresh_key, modulations
 from tcm_fast.networks.raw_network import Block, RawNetwork
 from tcm_fast.networks.recognition import STEM, Weights, encoder_levels, multiples
 from tcm_fast.networks.recompute import run_block
@@ -265,11 +265,13 @@ class EDMUNet(UNet):
         (c_noise), class_labels one-hot [N,label_dim] and augment_labels [N,augment_dim]."""
         dropout_key = self.key_for(x, dropout_key)
         emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key).to(x.dtype)
+        blocks = [block for block in self.blocks() if isinstance(block, UNetBlock)]
+        given = iter(modulations(blocks, emb))
         skips: list[torch.Tensor] = []
         aux = x
         for block in self.enc.values():
             if isinstance(block, UNetBlock):
-                x = run_block(block, [x], emb, dropout_key)
+                x = run_block(block, [x], next(given), dropout_key)
             elif block.fused:  # NCSN++'s residual encoder
                 x = aux = (x + block(aux)) * math.sqrt(0.5)
                 skips[-1] = x
@@ -280,8 +282,24 @@ class EDMUNet(UNet):
         for block in self.dec.values():
             if isinstance(block, UNetBlock):
                 merges = block.in_channels != x.shape[1]
-                x = run_block(block, [x, skips.pop()] if merges else [x], emb, dropout_key)
+                x = run_block(block, [x, skips.pop()] if merges else [x], next(given), dropout_key)
         return self.output(x)
+
+    def by_sample_names(self) -> list[str]:
+        """Of the normalisations, and of the convolutions whose biases the residual sums add."""
+        names = []
+        for path, module in self.named_modules():
+            if isinstance(module, GroupNorm):
+                names += [f"{path}.weight", f"{path}.bias"]
+            elif isinstance(module, UNetBlock):
+                layers = {"conv1": module.conv1, "skip": module.skip}
+                layers |= {"proj": module.proj} if module.attention else {}
+                names += [
+                    f"{path}.{name}.bias"
+                    for name, layer in layers.items()
+                    if isinstance(layer, Conv2d)
+                ]
+        return names
 
     def embed(
         self,

@@ -191,8 +191,10 @@ def test_compiles_to_one_graph():
     [
         ({"num_groups": 5}, "num_groups must divide C=12, got 5"),
         ({"num_groups": 0}, "num_groups must divide C=12, got 0"),
-        ({"weight": torch.ones(11)}, r"weight must be \[12\], got \[11\]"),
-        ({"bias": torch.ones(12, 1)}, r"bias must be \[12\], got \[12, 1\]"),
+        ({"weight": torch.ones(11)}, r"weight must be \[12\], or both .* got \[11\]"),
+        ({"bias": torch.ones(12, 1)}, r"bias must be \[12\], or both .* got \[12, 1\]"),
+        ({"bias": torch.ones(12).expand(3, 12)}, r"or both expanded to \[3,12\], got \[3, 12\]"),
+        ({"weight": torch.ones(3, 12)}, r"weight must be \[12\], or both expanded to \[3,12\]"),
         ({"add": torch.ones(3, 12, 1, 1)}, r"add must be \[3,12\]"),
         ({"scale": torch.ones(12)}, r"scale must be \[3,12\], got \[12\]"),
         ({"x": torch.ones(3, 12)}, r"x must be \[N,C,H,W\], got \[3, 12\]"),
@@ -478,6 +480,34 @@ def test_kernel_adds_the_gradient_that_goes_past(
 ):
     x, affine, modulation = on(triton_device, 2 if size == 4 else 1, 24, size, size, dtype, layout)
     compare(x, 3, affine, modulation, check_against_oracle, monkeypatch, with_x=True)
+
+
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+@pytest.mark.parametrize("asked", ["both", "weight", "bias"])
+def test_gradients_of_the_affine_parameters_by_sample(asked, backend, request, monkeypatch):
+    """They add up to those that are summed, in which the order alone may differ."""
+    monkeypatch.setenv("TCM_FAST_BACKEND", backend)
+    device = request.getfixturevalue("triton_device") if backend == "kernel" else "cpu"
+    x, affine, _ = on(device, 3, 24, 5, 3, torch.float32, LAYOUTS[1])
+    names = ("weight", "bias")
+    leaves = [
+        v.requires_grad_(asked in ("both", name)) for v, name in zip(affine, names, strict=True)
+    ]
+    wanted = [v for v in leaves if v.requires_grad]
+    upstream = torch.randn_like(x)
+    plain = group_norm_silu(x, 3, *leaves)
+    expanded = group_norm_silu(x, 3, *(v.expand(3, -1) for v in leaves))
+    assert torch.equal(plain, expanded)
+    grads = [torch.autograd.grad(y, wanted, upstream) for y in (plain, expanded)]
+    for summed, added in zip(*grads, strict=True):
+        torch.testing.assert_close(summed, added)
+    if backend == "kernel":
+        rows = [v.detach().expand(3, -1).requires_grad_() for v in leaves]
+        group_norm_silu(x, 3, *rows).backward(upstream)
+        one = [v.detach().requires_grad_() for v in leaves]
+        group_norm_silu(x[1:2], 3, *one).backward(upstream[1:2])
+        for row, single in zip(rows, one, strict=True):
+            assert torch.equal(row.grad[1], single.grad)
 
 
 def test_either_gradient_may_be_absent(triton_device, monkeypatch):

@@ -62,6 +62,16 @@ def test_kernels_whose_sums_come_in_pieces(compare, triton_device, monkeypatch):
     compare(*pair(2, 0.4, triton_device), case(shape), [shape], torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 600, 2, 2)], ids=str)
+def test_kernels_that_leave_the_gains_gradient_by_sample(compare, triton_device, dtype, shape):
+    def by_sample(function):
+        return lambda x, scale, gain: function(x, scale, gain.expand(x.shape[0]))
+
+    functions = map(by_sample, pair(shape[0], 0.4, triton_device))
+    compare(*functions, case(shape), [shape], dtype)
+
+
 @pytest.mark.parametrize("gain", [0.0, -2.0])
 def test_gains(compare, triton_device, gain):
     shape = (2, 24, 4, 3)
@@ -125,7 +135,9 @@ def test_refuses():
     x, scale, gain = case()
     with pytest.raises(ValueError, match=r"scale must be \[2,24\], got \[2, 3\]"):
         modulate_mp_silu(x, scale[:, :3], gain)
-    with pytest.raises(ValueError, match=r"gain must be a scalar, got \[1\]"):
+    with pytest.raises(
+        ValueError, match=r"gain must be a scalar, or one expanded to \[2\], got \[1\]"
+    ):
         modulate_mp_silu(x, scale, gain[None])
     with pytest.raises(ValueError, match=r"dropout_p must be in \[0,1\), got 1"):
         modulate_mp_silu(x, scale, gain, dropout_p=1)

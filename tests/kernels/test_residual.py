@@ -21,8 +21,10 @@ def case(shape=(2, 24, 4, 3), biases=1):
     return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
 
 
-def pair(scale):
+def pair(scale, by_sample=False):
     def ours(function, x, skip, *biases):
+        if by_sample:
+            biases = [b.expand(x.shape[0], -1) for b in biases]
         return function(x, skip, scale, *biases)
 
     return (partial(ours, function) for function in (residual, residual_reference))
@@ -42,6 +44,35 @@ def test_the_reference_is_the_formula():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels(compare, dtype, layout, biases, scale, shape):
     compare(*pair(scale), case(shape, biases), [shape], dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [CL, NCHW], ids=str)
+@pytest.mark.parametrize("biases", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, math.sqrt(0.5)])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 80, 8, 12), (1, 100, 1, 1)], ids=str)
+def test_kernels_that_leave_the_biases_gradients_by_sample(
+    compare, dtype, layout, biases, scale, shape
+):
+    compare(*pair(scale, by_sample=True), case(shape, biases), [shape], dtype, layout)
+
+
+def test_gradients_by_sample(triton_device):
+    x, skip, *biases = (v.float().to(triton_device) for v in case(biases=2))
+    upstream = torch.randn_like(x)
+    for scale in (0.5, 1.0):
+        rows = [b.expand(2, -1).requires_grad_() for b in biases]
+        residual(x, skip, scale, *rows).backward(upstream)
+        for row in rows:
+            torch.testing.assert_close(row.grad, scale * upstream.sum((2, 3)))
+
+
+def test_programs_of_a_sample_cover_its_pixels_once():
+    for shape in ((64, 256, 32, 32), (16, 192, 64, 64), (1024, 768, 8, 8), (5, 7, 5, 3)):
+        constants, grid = module._constants_by_sample(shape, True)
+        assert constants["PIXELS"] * constants["PIECE"] == shape[2] * shape[3]
+        assert grid[0] == shape[0]
+        assert grid[1] * constants["WIDTH"] >= shape[1]
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
@@ -100,10 +131,16 @@ def test_refuses():
         residual(x, skip.float())
     with pytest.raises(ValueError, match=r"residual: skip must be \[2, 24, 4, 3\] on cpu like x"):
         residual(x, skip[:1])
-    with pytest.raises(ValueError, match=r"residual: bias must be \[24\] on cpu, got \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"residual: bias must be \[24\] on cpu, or all .* got \[3\]"
+    ):
         residual(x, skip, 1.0, bias[:3])
-    with pytest.raises(ValueError, match=r"residual: skip_bias must be \[24\] on cpu, got \[4\]"):
+    with pytest.raises(ValueError, match=r"residual: skip_bias must be \[24\] on cpu, or all"):
         residual(x, skip, 1.0, bias, bias[:4])
+    with pytest.raises(ValueError, match=r"or all biases expanded to \[2,24\], got \[2, 24\]"):
+        residual(x, skip, 1.0, bias, bias.expand(2, -1))
+    with pytest.raises(ValueError, match=r"or all biases expanded to \[2,24\], got \[2, 24\]"):
+        residual(x, skip, 1.0, bias.repeat(2, 1))  # may differ between the samples
     with pytest.raises(ValueError, match=r"x must be \[N,C,H,W\], got \[24\]"):
         residual(bias, bias)
 
