@@ -170,8 +170,8 @@ ARMS: tuple[Arm, ...] = (
     *short("cifar8"),
     *truncations("cifar8"),
 )
-"""In the order in which they are trained (`Table.order`): an arm after the one that it starts from. A line more is an arm
-more; `changes` takes any field of the configuration, `images` any phase."""
+"""In the order in which they are trained (`Table.order`): an arm after the one that it starts from. A line
+more is an arm more; `changes` takes any field of the configuration, `images` any phase."""
 
 
 def with_changes(config: Any, values: Mapping[str, Any]) -> Any:
