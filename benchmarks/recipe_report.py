@@ -23,6 +23,7 @@ from tcm_fast.sampling.sampler import sample
 
 BEGIN, END = "<!-- recipe_study:begin -->", "<!-- recipe_study:end -->"
 SCALE = {KERNEL: 1000, FRECHET: 1}
+NAMES = {KERNEL: "KID × 1000", FRECHET: FRECHET}
 STEPS = {"1": "1 step", "2": "2 steps"}
 SHOWN = 16  # samples of a row of the picture
 
@@ -90,8 +91,9 @@ def table(results: Results, setting: str, arms: Sequence[Arm]) -> list[str]:
 
 def of_samples(results: Results, setting: str, arms: Sequence[Arm]) -> str:
     """What other samples of the same network change, in a sentence."""
+    metric = SETTINGS[setting].metric
     spreads = [
-        np.square(results.sets(setting, a.name, "1").std(1, ddof=1)).mean()
+        np.square(results.sets(setting, a.name, "1", metric).std(1, ddof=1)).mean()
         for a in arms
         if "1" in results.rows[setting, a.name, results.seeds(setting, a.name)[0]]["distances"]
     ]
@@ -99,14 +101,15 @@ def of_samples(results: Results, setting: str, arms: Sequence[Arm]) -> str:
         return ""
     return (
         "± is the standard deviation over the seeds of the training. That over sets of samples of one "
-        f"network is {with_spread([math.sqrt(np.mean(spreads))])} (KID × 1000, 1 step)."
+        f"network is {with_spread([math.sqrt(np.mean(spreads))])} ({NAMES[metric]}, 1 step)."
     )
 
 
 def compared(results: Results, setting: str, arms: Sequence[Arm]) -> list[str]:
     """Each arm that has an arm of equal arithmetic beside it, seed by seed."""
+    metric = SETTINGS[setting].metric
     lines = [
-        "| | against | steps | KID | 95 % interval | lower in | verdict |",
+        f"| | against | steps | {metric} | 95 % interval | lower in | verdict |",
         "|---|---|---|---|---|---|---|",
     ]
     labels = {arm.name: arm.label for arm in ARMS if arm.setting == setting}
@@ -114,7 +117,9 @@ def compared(results: Results, setting: str, arms: Sequence[Arm]) -> list[str]:
         if not arm.against:
             continue
         for steps, name in STEPS.items():
-            ours, theirs = (results.means(setting, a, steps) for a in (arm.name, arm.against))
+            ours, theirs = (
+                results.means(setting, a, steps, metric) for a in (arm.name, arm.against)
+            )
             seeds = sorted(ours.keys() & theirs.keys())
             if len(seeds) < 2:
                 continue

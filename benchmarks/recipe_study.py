@@ -1,6 +1,6 @@
 """Does truncated training pay? python -m tcm_fast.benchmarks.recipe_study --data CIFAR10
 
-Small networks are trained by the arms of a table (`ARMS`), three seeds each: pre-training, stage 1, stage 1
+Small networks are trained by the arms of a table (`BLOCKS`), three seeds each: pre-training, stage 1, stage 1
 continued, stage 2 with several t' and widths of its law, each from the network of another arm. Samples after
 one and two steps are compared with held-out images: kernel and Fréchet distances of several sets of samples.
 CIFAR10 is a folder with train and test in it; without it the digits alone are studied.
@@ -62,6 +62,8 @@ class Setting:
     """Of CIFAR-10; None is the built-in digits."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the configuration, by their dotted names, other than in `BASE`."""
+    metric: str = KERNEL
+    """The distance to go by."""
     num: int = 500
     """Samples of a set."""
     sets: int = 2
@@ -110,8 +112,8 @@ BASE: dict[str, Any] = {
 """The digits' recipe with a narrower network and smaller batches, as fits minutes of one CPU core."""
 
 SETTINGS = {
+    "digits": Setting("digits, 8×8", "digits", metric=FRECHET, num=899, sets=3),
     "cifar16": Setting("CIFAR-10 at 16×16", "efficientnet", 16),
-    "digits": Setting("digits, 8×8", "digits", num=899, sets=3),
     "cifar16-classes": Setting(
         "CIFAR-10 at 16×16 by class", "efficientnet", 16, {"network.class_conditional": True}
     ),
@@ -155,23 +157,18 @@ def truncations(setting: str) -> Iterator[Arm]:
         )  # fmt: skip
 
 
-ARMS: tuple[Arm, ...] = (
-    *beginning("cifar16"),
-    *short("cifar16"),
-    *beginning("digits"),
-    *short("digits"),
-    *truncations("digits"),
-    *truncations("cifar16"),
-    *long("cifar16"),
-    *beginning("cifar16-classes"),
-    *short("cifar16-classes"),
-    *long("cifar16-classes"),
-    *beginning("cifar8"),
-    *short("cifar8"),
-    *truncations("cifar8"),
+BLOCKS: tuple[tuple[Arm, ...], ...] = (
+    (*beginning("digits"), *short("digits"), *truncations("digits")),
+    (*beginning("cifar16"), *short("cifar16")),
+    (*truncations("cifar16"),),
+    (*long("cifar16"),),
+    (*beginning("cifar16-classes"), *short("cifar16-classes")),
+    (*long("cifar16-classes"),),
+    (*beginning("cifar8"), *short("cifar8"), *truncations("cifar8")),
 )
-"""In the order in which they are trained (`Table.order`): an arm after the one that it starts from. A line
+"""In the order in which they are trained, each seed by seed: an arm after the one that it starts from. A line
 more is an arm more; `changes` takes any field of the configuration, `images` any phase."""
+ARMS = tuple(itertools.chain(*BLOCKS))
 
 
 def with_changes(config: Any, values: Mapping[str, Any]) -> Any:
@@ -189,16 +186,19 @@ def with_changes(config: Any, values: Mapping[str, Any]) -> Any:
 class Table:
     """Arms and their settings, and what follows from them."""
 
-    arms: tuple[Arm, ...] = ARMS
+    blocks: tuple[tuple[Arm, ...], ...] = BLOCKS
     settings: Mapping[str, Setting] = field(default_factory=lambda: SETTINGS)
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        return tuple(itertools.chain(*self.blocks))
 
     def find(self, setting: str, name: str) -> Arm:
         return next(a for a in self.arms if (a.setting, a.name) == (setting, name))
 
     def order(self, seeds: int) -> Iterator[tuple[Arm, int]]:
-        """What is trained when: neighbours of one setting seed by seed."""
-        for _, arms in itertools.groupby(self.arms, lambda arm: arm.setting):
-            block = [*arms]
+        """What is trained when."""
+        for block in self.blocks:
             yield from ((arm, seed) for seed in range(seeds) for arm in block)
 
     def before(self, arm: Arm) -> Arm | None:
@@ -243,9 +243,12 @@ class Table:
 
     def shortened(self) -> Table:
         """The same arms on next to nothing, for trying the command."""
-        arms = (replace(arm, images=dict.fromkeys(arm.images, 128)) for arm in self.arms)
         few = {"features": "random", "num": 16, "sets": 2}
-        return Table(tuple(arms), {name: replace(s, **few) for name, s in self.settings.items()})
+        blocks = (
+            tuple(replace(arm, images=dict.fromkeys(arm.images, 128)) for arm in block)
+            for block in self.blocks
+        )
+        return Table(tuple(blocks), {name: replace(s, **few) for name, s in self.settings.items()})
 
 
 # ---- one arm ------------------------------------------------------------------------------------
@@ -359,12 +362,7 @@ def folder_of(runs: Path, arm: Arm, seed: int) -> Path:
 
 
 def study(
-    table: Table,
-    runs: Path,
-    data: Path | None,
-    *,
-    seeds: int = SEEDS,
-    budget: float | None = None,
+    table: Table, runs: Path, data: Path | None, *, seeds: int = SEEDS, budget: float | None = None
 ) -> None:
     """Run every arm that can be run and is not done yet, as far as so many minutes go."""
     begun = time.monotonic()
@@ -386,9 +384,11 @@ def study(
             print(f"{stopped}: the same command goes on")
             return
         found = json.loads(result.read_text(encoding="utf-8"))["distances"]
-        kid = {steps: round(1000 * float(np.mean(d[KERNEL])), 2) for steps, d in found.items()}
+        means = {steps: float(f"{np.mean(d[setting.metric]):.3g}") for steps, d in found.items()}
         took = time.monotonic() - mark
-        print(f"{arm.setting} {arm.name} {seed}: KID × 1000 {kid}, {took:.0f} s", flush=True)
+        print(
+            f"{arm.setting} {arm.name} {seed}: {setting.metric} {means}, {took:.0f} s", flush=True
+        )
 
 
 def _write(path: Path, values: Any) -> None:

@@ -35,9 +35,9 @@ def test_a_seed_is_done_before_the_next_begins():
     assert (
         len(order) == len({(arm.setting, arm.name, seed) for arm, seed in order}) == 2 * len(ARMS)
     )
-    first = [seed for arm, seed in order[:8]]
-    assert first == [0] * 4 + [1] * 4
-    assert [arm.name for arm, _ in order[4:8]] == ["pretrained", "stage1", "continued", "stage2"]
+    count = len(DIGITS)
+    assert [seed for _, seed in order[: 2 * count]] == [0] * count + [1] * count
+    assert [arm for arm, _ in order[count : 2 * count]] == DIGITS
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,11 @@ def test_arithmetic_counts_forward_backward_and_targets():
         Arm("digits", "b", "", {"ect": 640}, "a", {"ect.q": 1e9, "ect.max_ratio": 0.9}),
         Arm("digits", "c", "", {"edm": 64, "tcm": 128}, "b"),
     )
-    table = Table(arms)
+    table = Table((arms,))
     assert table.passes(arms[0]) == 3 * 640
     assert table.passes(arms[1]) == 3 * 640 + 4 * 640  # every target takes a network
     late = {"ect.max_ratio": 1e-9, "tcm.max_ratio": 1e-9}  # r = r_min: every target is an image
-    table = Table(tuple(replace(arm, changes=late) for arm in arms))
+    table = Table((tuple(replace(arm, changes=late) for arm in arms),))
     assert [table.passes(arm) for arm in table.arms] == [1920, 3840, 3840 + 3 * 192]
 
 
@@ -82,7 +82,7 @@ def test_changes_are_fields_and_seeds_add():
 @pytest.fixture
 def beginning():
     """Pre-training and stage 1 of the digits, on next to nothing."""
-    return Table(tuple(replace(arm, denoises=False) for arm in DIGITS[:2])).shortened()
+    return Table((tuple(replace(arm, denoises=False) for arm in DIGITS[:2]),)).shortened()
 
 
 def test_what_is_done_is_not_done_again(beginning, tmp_path, monkeypatch, capsys):
@@ -101,7 +101,7 @@ def test_what_is_done_is_not_done_again(beginning, tmp_path, monkeypatch, capsys
     again, before = json.loads(result.read_bytes()), json.loads(whole)
     assert again["distances"] == before["distances"]
     study(beginning, tmp_path, None, seeds=1)
-    assert "KID" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("stage1 0: Fréchet distance") == 2
 
 
 def test_no_time_and_other_recipes(beginning, tmp_path, capsys):
@@ -143,7 +143,7 @@ def record(setting="digits"):
 
 def test_tables_have_means_errors_and_verdicts(tmp_path):
     page = tmp_path / "docs" / "page.md"
-    text = recipe_report.block(record(), tmp_path / "results" / "study.json", page)
+    text = recipe_report.block(record("cifar16"), tmp_path / "results" / "study.json", page)
     assert "| stage 1 | 2.50 M | 1,101 ± 100 | 1,101 ± 100 | 11.0 ± 1.0 | 11.0 ± 1.0 |" in text
     assert "| pre-training, 18 Heun steps | 2.50 M | 101 ± 0 |  | 1.00 ± 0.00 |  |" in text
     assert "| training images | | 10.0 | | 0.200 | |" in text
@@ -153,8 +153,11 @@ def test_tables_have_means_errors_and_verdicts(tmp_path):
     assert better[0].startswith("| stage 2 | stage 1 continued | 1 step | -20 % | ")
     assert "| 3 of 3 seeds | better |" in better[0]
     assert text.count("| not told apart |") == 2  # t' = 0.5
-    assert "![samples](../results/study_digits.png)" in text
-    assert "| digits, 8×8 | 25% | 100% |" in text.replace("24%", "25%")
+    assert "![samples](../results/study_cifar16.png)" in text
+    assert "| CIFAR-10 at 16×16 | 25% | 100% |" in text
+    assert "| KID | 95 % interval |" in text
+    digits = recipe_report.block(record(), tmp_path / "study.json", page)
+    assert "| Fréchet distance | 95 % interval |" in digits
 
 
 def test_seeds_that_are_missing_are_said_and_nothing_is_compared_with_one(tmp_path):
