@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tcm_fast.benchmarks.recipe_study import ARMS, RESULT, ROWS, SETTINGS, Arm, Table, folder_of
+from tcm_fast.benchmarks.recipe_study import ARMS, RESULT, SETTINGS, Arm, Table, folder_of
 from tcm_fast.benchmarks.report import with_table
 from tcm_fast.checkpoint.format import load_network
 from tcm_fast.evaluation.metrics import FRECHET, KERNEL
@@ -151,8 +151,8 @@ def block(record: dict[str, Any], out: Path, page: Path) -> str:
     lines += [f"(commit {record['commit'][:7]}, torch {record['torch']}; {record['machine']}.)", ""]
     for setting, what in SETTINGS.items():
         done = results.done(setting)
-        rows = [arm for arm in done if arm.name in ROWS]
-        laws = [arm for arm in done if "tcm.t_prime" in arm.changes]
+        rows = [arm for arm in done if not arm.is_other_law]
+        laws = [arm for arm in done if arm.is_other_law]
         if not rows:
             continue
         lines += [f"### {what.title}", "", f"Features `{what.features}`."]
@@ -226,8 +226,8 @@ def plot_denoising(results: Results, path: Path) -> None:
 
 
 def picture(table: Table, runs: Path, setting: str, out: Path) -> list[str]:
-    """Samples of seed 0, a row for each arm of `ROWS`, of the same noise in all rows; the arms' labels."""
-    arms = [arm for arm in table.arms if arm.setting == setting and arm.name in ROWS]
+    """Samples of seed 0, a row for each arm but those of other t', of the same noise in all rows; the arms' labels."""
+    arms = [arm for arm in table.arms if arm.setting == setting and not arm.is_other_law]
     shown = [arm for arm in arms if (folder_of(runs, arm, 0) / RESULT).exists()]
     drawn = []
     for arm in shown:

@@ -43,8 +43,6 @@ FEW_REAL = 2000  # held-out images that samples are compared with, at most
 TIMES = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0)  # of one-call denoising
 RESULT, REAL = "result.json", "real.json"
 OWN = ("stop_after", "data.source")  # fields in which a run may differ from the table
-ROWS = ("pretrained", "stage1", "continued", "stage2", "continued-long", "stage2-long")
-"""Arms that pictures and the first tables show."""
 DISTANCES = {KERNEL: kernel_distance, FRECHET: frechet_distance}
 
 
@@ -85,12 +83,19 @@ class Arm:
     """As those of a setting."""
     against: str = ""
     """The arm of equal arithmetic that this one is compared with."""
+    teacher: Mapping[str, float] = field(default_factory=dict)
+    """By phase: passes of a teacher for each image, which plans do not know of."""
     denoises: bool = False
     """Whether one-call denoising over the noise level is measured, too."""
 
     def __post_init__(self) -> None:
         for phase in self.images:
             phase_name(phase)
+
+    @property
+    def is_other_law(self) -> bool:
+        """Whether it has a t' of its own: such arms have a table of their own."""
+        return "tcm.t_prime" in self.changes
 
 
 BASE: dict[str, Any] = {
@@ -222,7 +227,7 @@ class Table:
         config, iteration = self.config(arm, 0), self._iterations_before(arm)
         for phase in arm.images:
             own, steps, objective = config.phase(phase), config.steps(phase), OBJECTIVES[phase]
-            total += 3 * steps * own.batch_size
+            total += round((3 + arm.teacher.get(phase, 0)) * steps * own.batch_size)
             for step in range(steps if objective.is_consistency else 0):
                 plan = objective.plan(
                     own, seed=0, images_seen=step * own.batch_size, iteration=iteration + step,

@@ -59,6 +59,8 @@ def test_arithmetic_counts_forward_backward_and_targets():
     table = Table((arms,))
     assert table.passes(arms[0]) == 3 * 640
     assert table.passes(arms[1]) == 3 * 640 + 4 * 640  # every target takes a network
+    taught = replace(arms[1], teacher={"ect": 1.5})
+    assert table.passes(taught) == 3 * 640 + 5.5 * 640
     late = {"ect.max_ratio": 1e-9, "tcm.max_ratio": 1e-9}  # r = r_min: every target is an image
     table = Table((tuple(replace(arm, changes=late) for arm in arms),))
     assert [table.passes(arm) for arm in table.arms] == [1920, 3840, 3840 + 3 * 192]
