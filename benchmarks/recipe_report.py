@@ -226,7 +226,7 @@ def plot_denoising(results: Results, path: Path) -> None:
 
 
 def picture(table: Table, runs: Path, setting: str, out: Path) -> list[str]:
-    """Samples of seed 0, a row for each arm but those of other t', of the same noise in all rows; the arms' labels."""
+    """Samples of seed 0, a row for each arm but those of other t', of the same noise; the arms' labels."""
     arms = [arm for arm in table.arms if arm.setting == setting and not arm.is_other_law]
     shown = [arm for arm in arms if (folder_of(runs, arm, 0) / RESULT).exists()]
     drawn = []

@@ -260,13 +260,7 @@ class Table:
 
 
 class Judge:
-    """A setting's images and features.
-
-    Args:
-        setting: which.
-        data: the folder that train and test of CIFAR-10 lie in.
-        folder: where its small images are kept.
-    """
+    """A setting's images, of those in `data`, small copies of which are kept in `folder`; and its features."""
 
     def __init__(self, setting: Setting, data: Path | None, folder: Path) -> None:
         self.setting = setting
