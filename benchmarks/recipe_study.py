@@ -260,7 +260,7 @@ class Table:
 
 
 class Judge:
-    """A setting's images, of those in `data`, small copies of which are kept in `folder`; and its features."""
+    """A setting's images, from `data`, in small copies that are kept in `folder`; and its features."""
 
     def __init__(self, setting: Setting, data: Path | None, folder: Path) -> None:
         self.setting = setting
