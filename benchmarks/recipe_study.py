@@ -1,182 +1,445 @@
-"""A recipe within a time budget, run and evaluated: python -m tcm_fast.benchmarks.recipe_study --data IMAGES
+"""Does truncated training pay? python -m tcm_fast.benchmarks.recipe_study --data CIFAR10
 
-All phases of a preset within so many minutes, as `tcm-fast train --time-budget` runs them; then, as control,
-stage 1 continued for as many images as stage 2 had. Afterwards each checkpoint is evaluated: Fréchet distance
-of one-step and two-step samples to held-out images over the time that training had taken. Results go to a
-JSON file, curves and grids beside it.
+Small networks are trained by the arms of a table (`BLOCKS`), three seeds each: pre-training, stage 1, stage 1
+continued, stage 2 with several t' and widths of its law, each from the network of another arm. Samples after
+one and two steps are compared with held-out images: kernel and Fréchet distances of several sets of samples.
+CIFAR10 is a folder with train and test in it; without it the digits alone are studied.
+
+An arm is done when its folder (under --runs) has a result.json; the command takes up what is missing, and
+with --budget stops in time. Results go to a JSON file, from which --report writes the page anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
-import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tcm_fast.benchmarks.measure import write_record
-from tcm_fast.checkpoint.format import load_checkpoint, load_network
-from tcm_fast.checkpoint.run_folder import find_checkpoints, newest_checkpoint
-from tcm_fast.cli.plan import image_shape
-from tcm_fast.config import Config, load_config, load_preset
-from tcm_fast.data.dataset import load_images
+from tcm_fast.benchmarks.measure import environment, write_record
+from tcm_fast.checkpoint.atomic import replacing
+from tcm_fast.checkpoint.format import load_network
+from tcm_fast.config import Config, changes, load_preset, phase_name, to_dict
+from tcm_fast.data.dataset import ImageData, load_images
+from tcm_fast.evaluation import denoising
 from tcm_fast.evaluation.features import FeatureSpace, feature_space
-from tcm_fast.evaluation.metrics import frechet_distance
-from tcm_fast.planning.cards import Card, this_device
-from tcm_fast.sampling.image_io import save_grid
+from tcm_fast.evaluation.metrics import FRECHET, KERNEL, frechet_distance, kernel_distance
+from tcm_fast.networks import Precond
+from tcm_fast.objectives import OBJECTIVES, is_consistency
+from tcm_fast.objectives.noise_levels import IMAGE
 from tcm_fast.sampling.sampler import sample
-from tcm_fast.training.time_budget import train_within
-from tcm_fast.training.trainer import Trainer
+from tcm_fast.training.trainer import Interrupted, Trainer
 
-CONTROL = "stage 1 continued"
-LABELS = {"edm": "pre-training", "ect": "stage 1", "tcm": "stage 2"}
-
-
-def train(config: Config, out: Path, minutes: float, card: Card) -> dict[str, float]:
-    """The recipe, then the control; seconds of each."""
-    shape = image_shape(config, None, None)
-    begun = time.monotonic()
-    train_within(config, out / "run", minutes / 60, shape, card)
-    seconds = {"run": time.monotonic() - begun}
-    done = load_config(out / "run" / "config.json")
-    stage1 = [
-        f.path for f in find_checkpoints(out / "run") if f.ok and f.path.name.startswith("ect-")
-    ]
-    again = replace(done.ect, images=done.tcm.images, batch_size=done.tcm.batch_size)
-    every = max(again.images // again.batch_size // 4, 1)
-    ect = replace(again, lr=done.tcm.lr)
-    control = replace(done, phases=("ect",), ect=ect, save_every=every)
-    begun = time.monotonic()
-    Trainer(control, out / "control", init=stage1[-1]).run()
-    return seconds | {"control": time.monotonic() - begun}
+SEEDS = 3
+FEW_REAL = 2000  # held-out images that samples are compared with, at most
+TIMES = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0)  # of one-call denoising
+RESULT, REAL = "result.json", "real.json"
+OWN = ("stop_after", "data.source")  # fields in which a run may differ from the table
+DISTANCES = {KERNEL: kernel_distance, FRECHET: frechet_distance}
 
 
-def curve(run: Path, real: np.ndarray, space: FeatureSpace, num: int) -> list[dict[str, Any]]:
-    """A row for every checkpoint: seconds of training so far, distances by number of steps to images
-    whose features are `real`."""
-    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    saved = {Path(e["path"]).name: e["time"] for e in events if e["event"] == "saved"}
-    begun = events[0]["time"]
-    rows = []
-    for found in find_checkpoints(run):
-        if not found.ok or found.path.name not in saved:
-            continue
-        net, phase = (
-            load_network(found.path),
-            load_checkpoint(found.path, verify=False).state["phase"],
+# ---- the table ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What arms are trained on and judged by: images, network, features."""
+
+    title: str
+    features: str
+    """As --eval.features."""
+    resolution: int | None = None
+    """Of CIFAR-10; None is the built-in digits."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the configuration, by their dotted names, other than in `BASE`."""
+    metric: str = KERNEL
+    """The distance to go by."""
+    num: int = 500
+    """Samples of a set."""
+    sets: int = 2
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A training: phases from the network of another arm of the same setting."""
+
+    setting: str
+    name: str
+    label: str
+    """For people."""
+    images: Mapping[str, int]
+    """Of each phase, in order."""
+    after: str = ""
+    """The arm whose network the first phase starts from."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """As those of a setting."""
+    against: str = ""
+    """The arm of equal arithmetic that this one is compared with."""
+    teacher: Mapping[str, float] = field(default_factory=dict)
+    """By phase: passes of a teacher for each image, which plans do not know of."""
+    denoises: bool = False
+    """Whether one-call denoising over the noise level is measured, too."""
+
+    def __post_init__(self) -> None:
+        for phase in self.images:
+            phase_name(phase)
+
+    @property
+    def is_other_law(self) -> bool:
+        """Whether it has a t' of its own: such arms have a table of their own."""
+        return "tcm.t_prime" in self.changes
+
+
+BASE: dict[str, Any] = {
+    "network.model_channels": 16,
+    "network.attn_resolutions": (),
+    "network.class_conditional": False,
+    "eval.features": "",
+    "log.to": (),
+    "save_every": 10**9,
+    "grid_every": 10**9,
+    "keep_checkpoints": 1,
+    "edm.batch_size": 64,
+    "edm.dropout": 0.0,
+} | {
+    f"{phase}.{name}": value
+    for phase in ("ect", "tcm")
+    for name, value in {"batch_size": 64, "dropout": 0.0, "stage_iterations": 60}.items()
+}
+"""The digits' recipe with a narrower network and smaller batches, as fits minutes of one CPU core."""
+
+SETTINGS = {
+    "digits": Setting("digits, 8×8", "digits", metric=FRECHET, num=899, sets=3),
+    "cifar16": Setting("CIFAR-10 at 16×16", "efficientnet", 16),
+    "cifar16-classes": Setting(
+        "CIFAR-10 at 16×16 by class", "efficientnet", 16, {"network.class_conditional": True}
+    ),
+    "cifar8": Setting("CIFAR-10 at 8×8", "efficientnet", 8),
+}
+PRETRAINING, STAGE = 48_000, 20_000  # images
+
+
+def beginning(setting: str) -> Iterator[Arm]:
+    """Pre-training and stage 1."""
+    yield Arm(setting, "pretrained", "pre-training, 18 Heun steps", {"edm": PRETRAINING})
+    yield Arm(setting, "stage1", "stage 1", {"ect": STAGE}, "pretrained", denoises=True)
+
+
+def short(setting: str) -> Iterator[Arm]:
+    """Stage 2, and stage 1 continued instead."""
+    yield Arm(setting, "continued", "stage 1 continued", {"ect": STAGE}, "stage1", {"seed": 1000})
+    yield Arm(setting, "stage2", "stage 2", {"tcm": STAGE}, "stage1", against="continued")
+
+
+def long(setting: str) -> Iterator[Arm]:
+    """The same from a stage 1 of twice the length, and for twice the length."""
+    images = 2 * STAGE
+    yield Arm(
+        setting, "continued-long", "stage 1 of twice the length, continued", {"ect": images},
+        "continued", {"seed": 2000},
+    )  # fmt: skip
+    yield Arm(
+        setting, "stage2-long", "stage 2 of twice the length, after that stage 1", {"tcm": images},
+        "continued", against="continued-long",
+    )  # fmt: skip
+
+
+def truncations(setting: str) -> Iterator[Arm]:
+    """Stage 2 for other t' and other widths of the law of ln t around ln t'; t' = 1 and 0.2 is `short`'s."""
+    for t_prime, scale in ((0.5, 1.0), (0.25, 1.0), (0.5, 0.2), (1.0, 1.0), (0.25, 0.2)):
+        law = {"tcm.t_prime": t_prime, "tcm.t_mean": float(np.log(t_prime)), "tcm.t_std": scale}
+        yield Arm(
+            setting, f"t{t_prime:g}-scale{scale:g}", f"stage 2, t′ = {t_prime:g}, scale {scale:g}",
+            {"tcm": STAGE}, "stage1", law, against="stage2",
+        )  # fmt: skip
+
+
+BLOCKS: tuple[tuple[Arm, ...], ...] = (
+    (*beginning("digits"), *short("digits"), *truncations("digits")),
+    (*beginning("cifar16"), *short("cifar16")),
+    (*truncations("cifar16"),),
+    (*long("cifar16"),),
+    (*beginning("cifar16-classes"), *short("cifar16-classes")),
+    (*long("cifar16-classes"),),
+    (*beginning("cifar8"), *short("cifar8"), *truncations("cifar8")),
+)
+"""In the order in which they are trained, each seed by seed: an arm after the one that it starts from. A line
+more is an arm more; `changes` takes any field of the configuration, `images` any phase."""
+ARMS = tuple(itertools.chain(*BLOCKS))
+
+
+def with_changes(config: Any, values: Mapping[str, Any]) -> Any:
+    """A configuration with other values of fields by their dotted names."""
+    for name, value in values.items():
+        section, _, rest = name.partition(".")
+        if not hasattr(config, section):
+            raise ValueError(f"changes: the configuration has no field {name}")
+        inner = with_changes(getattr(config, section), {rest: value}) if rest else value
+        config = replace(config, **{section: inner})
+    return config
+
+
+@dataclass(frozen=True)
+class Table:
+    """Arms and their settings, and what follows from them."""
+
+    blocks: tuple[tuple[Arm, ...], ...] = BLOCKS
+    settings: Mapping[str, Setting] = field(default_factory=lambda: SETTINGS)
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        return tuple(itertools.chain(*self.blocks))
+
+    def find(self, setting: str, name: str) -> Arm:
+        return next(a for a in self.arms if (a.setting, a.name) == (setting, name))
+
+    def order(self, seeds: int) -> Iterator[tuple[Arm, int]]:
+        """What is trained when."""
+        for block in self.blocks:
+            yield from ((arm, seed) for seed in range(seeds) for arm in block)
+
+    def before(self, arm: Arm) -> Arm | None:
+        """The arm that it starts from."""
+        return self.find(arm.setting, arm.after) if arm.after else None
+
+    def config(self, arm: Arm, seed: int, source: str = "") -> Config:
+        """The configuration that an arm is trained with. A seed of `changes` is added: stage 1 continued must
+        not see the same noise again."""
+        values = {**BASE, **self.settings[arm.setting].changes, **arm.changes}
+        values |= {f"{phase}.images": images for phase, images in arm.images.items()}
+        values |= {"seed": seed + values.get("seed", 0), "phases": tuple(arm.images)}
+        return with_changes(load_preset("digits"), values | {"data.source": source})
+
+    def passes(self, arm: Arm) -> int:
+        """Arithmetic of an arm and of all that came before it, in network passes × images: forward 1,
+        backward 2, and 1 for every target that a network computes, by the plans of the steps (of seed 0:
+        others differ by little)."""
+        before = self.before(arm)
+        total = self.passes(before) if before else 0
+        config, iteration = self.config(arm, 0), self._iterations_before(arm)
+        for phase in arm.images:
+            own, steps, objective = config.phase(phase), config.steps(phase), OBJECTIVES[phase]
+            total += round((3 + arm.teacher.get(phase, 0)) * steps * own.batch_size)
+            for step in range(steps if objective.is_consistency else 0):
+                plan = objective.plan(
+                    own, seed=0, images_seen=step * own.batch_size, iteration=iteration + step,
+                    iterations=steps,
+                )  # fmt: skip
+                total += int((plan.source != IMAGE).sum())
+            iteration += steps if objective.is_consistency else 0
+        return total
+
+    def _iterations_before(self, arm: Arm) -> int:
+        """Steps of consistency phases before it, from which schedules count on."""
+        before = self.before(arm)
+        if before is None:
+            return 0
+        config = self.config(before, 0)
+        own = sum(config.steps(phase) for phase in before.images if is_consistency(phase))
+        return own + self._iterations_before(before)
+
+    def shortened(self) -> Table:
+        """The same arms on next to nothing, for trying the command."""
+        few = {"features": "random", "num": 16, "sets": 2}
+        blocks = (
+            tuple(replace(arm, images=dict.fromkeys(arm.images, 128)) for arm in block)
+            for block in self.blocks
         )
-        row: dict[str, Any] = {"phase": phase, "images": int(net.info["images"])}
-        row["seconds"] = round(saved[found.path.name] - begun, 1)
-        for steps in (None,) if phase == "edm" else (1, 2):
-            count = num // 4 if steps is None else num
-            samples = space.features(sample(net, count, steps=steps, seed=1))
-            row[f"frechet_{steps or 'heun'}"] = round(frechet_distance(samples, real), 4)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    return rows
+        return Table(tuple(blocks), {name: replace(s, **few) for name, s in self.settings.items()})
 
 
-def plot(
-    rows: list[dict[str, Any]], control: list[dict[str, Any]], of_training_images: float, path: Path
+# ---- one arm ------------------------------------------------------------------------------------
+
+
+class Judge:
+    """A setting's images, from `data`, in small copies that are kept in `folder`; and its features."""
+
+    def __init__(self, setting: Setting, data: Path | None, folder: Path) -> None:
+        self.setting = setting
+        self.train_source, self.held_out = "digits:train", load_images("digits:test")
+        if setting.resolution is not None:
+            assert data is not None
+            small = {
+                half: _shrunk(data / half, setting.resolution, folder) for half in ("train", "test")
+            }
+            self.train_source, self.held_out = str(small["train"]), load_images(small["test"])
+        self.space: FeatureSpace = feature_space(setting.features)
+
+    @functools.cached_property
+    def real(self) -> np.ndarray:
+        """Features [N,D] of held-out images."""
+        return self.space.features(_spaced(self.held_out.images, FEW_REAL))
+
+    def distances(self, images: np.ndarray | torch.Tensor) -> dict[str, float]:
+        features = self.space.features(images)
+        return {name: float(f"{of(features, self.real):.6g}") for name, of in DISTANCES.items()}
+
+    def of_training_images(self) -> dict[str, float]:
+        """What nothing that has learnt from these images can be expected to fall below."""
+        images = load_images(self.train_source).images
+        return self.distances(_spaced(images, self.setting.num))
+
+    def of_network(self, net: Precond, steps: int | None) -> dict[str, list[float]]:
+        """The distances of every set of samples."""
+        sets = [
+            self.distances(sample(net, self.setting.num, steps=steps, seed=seed))
+            for seed in range(self.setting.sets)
+        ]
+        return {name: [found[name] for found in sets] for name in DISTANCES}
+
+
+def _spaced(images: np.ndarray, most: int) -> np.ndarray:
+    index = np.linspace(0, len(images) - 1, min(most, len(images))).astype(np.int64)
+    return images[index]
+
+
+def _shrunk(source: Path, resolution: int, folder: Path) -> Path:
+    """An npz of the images at a resolution, made once."""
+    path = folder / f"{source.name}-{resolution}.npz"
+    if not path.exists():
+        data: ImageData = load_images(source, resolution=resolution)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, images=data.images, labels=data.labels)
+    return path
+
+
+def run_arm(
+    table: Table, arm: Arm, seed: int, judge: Judge, runs: Path, stop_after: float | None
 ) -> None:
-    """Distances over minutes of training, one step and two."""
-    from matplotlib.figure import Figure
+    """Train what is missing of an arm, judge it, write its result.
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    stage1 = [row for row in rows if row["phase"] == "ect"]
-    last = stage1[-1]["seconds"] if stage1 else 0.0
-    shifted = [row | {"seconds": row["seconds"] + last} for row in control]
-    stage2 = [row for row in rows if row["phase"] == "tcm"]
-    for steps, style in ((1, "o-"), (2, "s--")):
-        key, times = f"frechet_{steps}", "1 step" if steps == 1 else "2 steps"
-        for label, some, colour in (
-            (LABELS["ect"], stage1, "tab:blue"),
-            (LABELS["tcm"], stage1[-1:] + stage2, "tab:red"),
-            (CONTROL, stage1[-1:] + shifted, "tab:gray"),
-        ):
-            minutes = [row["seconds"] / 60 for row in some]
-            axes.plot(
-                minutes, [row[key] for row in some], style, color=colour, label=f"{label}, {times}"
+    Args:
+        stop_after: hours.
+
+    Raises:
+        Interrupted: that time was too short.
+        ValueError: its folder is of another recipe.
+    """
+    folder = folder_of(runs, arm, seed)
+    config = table.config(arm, seed, judge.train_source)
+    if (folder / "config.json").exists():
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if different := [c for c in changes(saved, to_dict(config)) if not c.startswith(OWN)]:
+            raise ValueError(
+                f"runs: {folder} is of another recipe ({', '.join(different)}), remove it or give "
+                "other --runs"
             )
-    axes.axhline(of_training_images, color="black", lw=0.8, label="training images")
-    axes.set(
-        xlabel="minutes of training, pre-training included", ylabel="Fréchet distance", yscale="log"
-    )
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    before = table.before(arm)
+    init = folder_of(runs, before, seed) if before else None
+    trainer = Trainer(replace(config, stop_after=stop_after), folder, init=init, resume=True)
+    results = trainer.run()
+    net = load_network(folder)
+    steps = OBJECTIVES[results[-1].phase].sampling_steps
+    row: dict[str, Any] = {
+        "setting": arm.setting,
+        "arm": arm.name,
+        "seed": seed,
+        "seconds": round(sum(r.seconds for r in results), 1),
+        "passes": table.passes(arm),
+        "distances": {str(n or "heun"): judge.of_network(net, n) for n in steps},
+    }
+    if arm.denoises:
+        found = denoising.distances(net, judge.held_out, judge.space, times=TIMES)
+        row["denoising"] = {f"{t:g}": float(f"{d:.6g}") for t, d in found.items()}
+    _write(folder / RESULT, row)
 
 
-def summarise(
-    rows: list[dict[str, Any]], control: list[dict[str, Any]], of_training_images: float
-) -> str:
-    """The phases' ends, as a Markdown table."""
-    lines = ["| phase | images | 1 step | 2 steps |", "|---|---|---|---|"]
-    ends = {row["phase"]: row for row in rows}
-    table = [(LABELS[name], row) for name, row in ends.items()] + [(CONTROL, control[-1])]
-    for label, row in table:
-        if "frechet_heun" in row:
-            cells = f"{row['frechet_heun']:.2f} (18 Heun steps) | "
-        else:
-            cells = f"{row['frechet_1']:.2f} | {row['frechet_2']:.2f}"
-        lines.append(f"| {label} | {row['images']:,} | {cells} |")
-    lines.append(f"| training images | | {of_training_images:.2f} | |")
-    return "\n".join(lines)
+def folder_of(runs: Path, arm: Arm, seed: int) -> Path:
+    return runs / arm.setting / f"{arm.name}-{seed}"
+
+
+# ---- the study ----------------------------------------------------------------------------------
+
+
+def study(
+    table: Table, runs: Path, data: Path | None, *, seeds: int = SEEDS, budget: float | None = None
+) -> None:
+    """Run every arm that can be run and is not done yet, as far as so many minutes go."""
+    begun = time.monotonic()
+    judges: dict[str, Judge] = {}
+    for arm, seed in table.order(seeds):
+        setting, result = table.settings[arm.setting], folder_of(runs, arm, seed) / RESULT
+        if result.exists() or (setting.resolution is not None and data is None):
+            continue
+        if arm.setting not in judges:
+            judges[arm.setting] = Judge(setting, data, runs / "images")
+            _write(runs / arm.setting / REAL, judges[arm.setting].of_training_images())
+        left = None if budget is None else budget / 60 - (time.monotonic() - begun) / 3600
+        mark = time.monotonic()
+        try:
+            if left is not None and left <= 0:
+                raise Interrupted("the time is up")
+            run_arm(table, arm, seed, judges[arm.setting], runs, left)
+        except Interrupted as stopped:
+            print(f"{stopped}: the same command goes on")
+            return
+        found = json.loads(result.read_text(encoding="utf-8"))["distances"]
+        means = {steps: float(f"{np.mean(d[setting.metric]):.3g}") for steps, d in found.items()}
+        took = time.monotonic() - mark
+        print(
+            f"{arm.setting} {arm.name} {seed}: {setting.metric} {means}, {took:.0f} s", flush=True
+        )
+
+
+def _write(path: Path, values: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def results(table: Table, runs: Path, seeds: int) -> list[dict[str, Any]]:
+    """The results of all arms that are done, in the table's order."""
+    paths = (folder_of(runs, arm, seed) / RESULT for arm in table.arms for seed in range(seeds))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def real_distances(table: Table, runs: Path) -> dict[str, dict[str, float]]:
+    """By setting: distances of training images to the held-out ones."""
+    paths = {name: runs / name / REAL for name in table.settings}
+    return {n: json.loads(p.read_text(encoding="utf-8")) for n, p in paths.items() if p.exists()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="images to train on")
-    parser.add_argument("--held-out", help="images to compare with; the training images by default")
-    parser.add_argument("--preset", default="cifar10-tiny")
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--num", type=int, default=2000, help="samples for a distance")
-    parser.add_argument("--features", default="random", help="as --eval.features")
-    parser.add_argument("--runs", type=Path, help="keep the runs in this folder")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recipe_cpu.json"))
+    from tcm_fast.benchmarks import recipe_report  # which needs the table
+
+    text, layout = __doc__, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=text, formatter_class=layout)
+    parser.add_argument("--data", type=Path, help="a folder with train and test of CIFAR-10 in it")
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipe_study"))
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop in so many minutes")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--quick", action="store_true", help="two steps of everything")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the page anew")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recipe_study.json"))
+    parser.add_argument("--page", type=Path, default=Path("docs/study.md"))
     args = parser.parse_args()
-    config = load_preset(args.preset)
-    config = replace(config, data=replace(config.data, source=args.data), keep_checkpoints=1000)
-    card = this_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with tempfile.TemporaryDirectory() as scratch:
-        out = args.runs or Path(scratch)
-        seconds = train(config, out, args.minutes, card)
-        space = feature_space(args.features)
-        held_out = load_images(args.held_out or args.data, resolution=config.data.resolution)
-        real = space.features(held_out.images)
-        trained_on = load_images(args.data, resolution=config.data.resolution).images
-        chosen_ones = trained_on[:: max(len(trained_on) // args.num, 1)][: args.num]
-        of_training_images = frechet_distance(space.features(chosen_ones), real)
-        rows = curve(out / "run", real, space, args.num)
-        control = curve(out / "control", real, space, args.num)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        plot(rows, control, of_training_images, args.out.with_suffix(".png"))
-        newest = newest_checkpoint(out / "run")
-        assert newest is not None
-        for steps in (1, 2):
-            images = sample(load_network(newest), 60, steps=steps, seed=1)
-            grid = args.out.with_name(f"{args.out.stem}_{steps}_step.png")
-            save_grid(images, grid, 10, overwrite=True)
-        chosen = json.loads((out / "run" / "config.json").read_text())
-    chosen["data"]["source"] = Path(args.data).name
-    write_record(
-        args.out,
-        f"{args.preset} within {args.minutes:g} minutes; Fréchet distances of {args.num} samples in the "
-        f"features {args.features!r} (no published FID)",
-        card.name,
-        seconds={name: round(value, 1) for name, value in seconds.items()},
-        config=chosen,
-        frechet_training_images=round(of_training_images, 4),
-        rows=rows,
-        control=control,
-    )
-    print(summarise(rows, control, of_training_images))
+    if args.seeds < 1:
+        parser.error(f"--seeds: must be at least 1, got {args.seeds}")
+    if not args.report:
+        torch.set_num_threads(1)
+        table = Table().shortened() if args.quick else Table()
+        study(table, args.runs, args.data, seeds=args.seeds, budget=args.budget)
+        pictures = {
+            name: recipe_report.picture(table, args.runs, name, args.out) for name in table.settings
+        }
+        write_record(
+            args.out,
+            "arms of recipe_study: distances of sets of samples to held-out images",
+            f"one thread of {environment('cpu')['name']}",
+            real=real_distances(table, args.runs),
+            rows=results(table, args.runs, args.seeds),
+            pictures={name: labels for name, labels in pictures.items() if labels},
+        )
+    recipe_report.renew(args.out, args.page)
 
 
 if __name__ == "__main__":

