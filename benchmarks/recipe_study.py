@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from tcm_fast.benchmarks.measure import environment, write_record
-from tcm_fast.checkpoint.atomic import replacing
 from tcm_fast.checkpoint.format import load_network
 from tcm_fast.config import Config, changes, load_preset, phase_name, to_dict
 from tcm_fast.data.dataset import ImageData, load_images
@@ -35,6 +34,7 @@ from tcm_fast.evaluation.metrics import FRECHET, KERNEL, frechet_distance, kerne
 from tcm_fast.networks import Precond
 from tcm_fast.objectives import OBJECTIVES, is_consistency
 from tcm_fast.objectives.noise_levels import IMAGE
+from tcm_fast.runtime.atomic import replacing
 from tcm_fast.sampling.sampler import sample
 from tcm_fast.training.trainer import Interrupted, Trainer
 
