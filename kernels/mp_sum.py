@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,16 +69,19 @@ def _mp_sum_fwd_kernel(
 
 @triton.jit
 def _mp_sum_bwd_kernel(
-    grad_out, grad_h, out, grad_a, grad_b, size, weight_a, weight_b, clip,
-    CLIPS: tl.constexpr, HAS_PAST: tl.constexpr, HAS_ACT: tl.constexpr, GAIN: tl.constexpr,
-    ASM: tl.constexpr, BLOCK: tl.constexpr,
+    grad_out, grad_twin, grad_h, out, grad_a, grad_b, size, weight_a, weight_b, clip,
+    CLIPS: tl.constexpr, HAS_PAST: tl.constexpr, HAS_TWIN: tl.constexpr, HAS_ACT: tl.constexpr,
+    GAIN: tl.constexpr, ASM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """grad_twin: a second gradient of the sum, which is read twice then."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     z = tl.zeros([BLOCK], tl.float32)
     if CLIPS or HAS_ACT:
         z = tl.load(out + at, mask=inside, other=0).to(tl.float32)
     grad = meet(z, grad_out, grad_h, at, inside, HAS_PAST, HAS_ACT, GAIN, ASM)
+    if HAS_TWIN:
+        grad += tl.load(grad_twin + at, mask=inside, other=0).to(tl.float32)
     if CLIPS:
         grad = tl.where(tl.abs(z) >= clip, 0.0, grad)
     tl.store(grad_a + at, (grad * weight_a).to(grad_a.dtype.element_ty), mask=inside)
@@ -113,13 +117,15 @@ def _like(grad_out, grad_h, out):
     return next(v for v in (out, grad_out, grad_h) if v is not None)
 
 
-def _bwd(grad_out, grad_h, out, t, clip):
-    grad_out, grad_h, out = laid_out(layout_of(_like(grad_out, grad_h, out)), grad_out, grad_h, out)
+def _bwd(grad_out, grad_h, out, t, clip, grad_twin=None):
+    layout = layout_of(_like(grad_out, grad_h, out))
+    grad_out, grad_twin, grad_h, out = laid_out(layout, grad_out, grad_twin, grad_h, out)
     like = grad_h if grad_out is None else grad_out
     grad_a, grad_b = torch.empty_like(like), torch.empty_like(like)
     launch(
-        _mp_sum_bwd_kernel, _grid(like), *given(like, grad_out, grad_h, out), grad_a, grad_b, like.numel(),
-        *mp_sum_weights(t), clip or 0.0, HAS_PAST=grad_out is not None, HAS_ACT=grad_h is not None,
+        _mp_sum_bwd_kernel, _grid(like), *given(like, grad_out, grad_twin, grad_h, out), grad_a, grad_b,
+        like.numel(), *mp_sum_weights(t), clip or 0.0, HAS_PAST=grad_out is not None,
+        HAS_TWIN=grad_twin is not None, HAS_ACT=grad_h is not None,
         **_constants(clip, has_asm(like)),
     )  # fmt: skip
     return grad_a, grad_b
@@ -143,8 +149,10 @@ def specialisations(capability: int) -> list[Variant]:
                 ),
                 (
                     _mp_sum_bwd_kernel,
-                    dict.fromkeys(("grad_out", "grad_h", "out", "grad_a", "grad_b"), dtype),
-                    {"HAS_PAST": True, "HAS_ACT": activates},
+                    dict.fromkeys(
+                        ("grad_out", "grad_twin", "grad_h", "out", "grad_a", "grad_b"), dtype
+                    ),
+                    {"HAS_PAST": True, "HAS_TWIN": not activates, "HAS_ACT": activates},
                 ),
                 programs=programs, aligned=("size",),
             )  # fmt: skip
@@ -159,9 +167,10 @@ def _fwd_by_reference(a, b, t, clip, with_silu):
     return out, h if with_silu else a.new_empty(0)
 
 
-def _bwd_by_reference(grad_out, grad_h, out, t, clip):
+def _bwd_by_reference(grad_out, grad_h, out, t, clip, grad_twin=None):
     like = _like(grad_out, grad_h, out)
     grad = meet_reference(out, grad_out, grad_h)
+    grad = grad if grad_twin is None else grad + grad_twin
     if clip is not None:
         grad = torch.where(out.abs() >= clip, 0, grad)
     return tuple(
@@ -174,7 +183,7 @@ def _fake_fwd(a, b, t, clip, with_silu):
     return dense_like(a), dense_like(a) if with_silu else a.new_empty(0)
 
 
-def _fake_bwd(grad_out, grad_h, out, t, clip):
+def _fake_bwd(grad_out, grad_h, out, t, clip, grad_twin=None):
     like = _like(grad_out, grad_h, out)
     return dense_like(like), dense_like(like)
 
@@ -189,12 +198,32 @@ def _save(ctx, inputs, output):
         ctx.save_for_backward(out)
 
 
-def _backward(ctx, grad_out, grad_h):
+def _backward(ctx, grad_out, grad_h, grad_twin=None):
+    if grad_out is None:
+        grad_out, grad_twin = grad_twin, None
     if grad_out is None and grad_h is None:
         return None, None, None, None, None
     (out,) = ctx.saved_tensors or (None,)
-    grads = torch.ops.tcm_fast.mp_sum_bwd(grad_out, grad_h, out, ctx.t, ctx.clip)
+    grads = torch.ops.tcm_fast.mp_sum_bwd(grad_out, grad_h, out, ctx.t, ctx.clip, grad_twin)
     return *grads, None, None, None
+
+
+class _Twice(torch.autograd.Function):
+    """The operator with its sum a second time, at the end. (An operator of torch.library must not return one
+    tensor twice.)"""
+
+    @staticmethod
+    def forward(*args):
+        out, h = torch.ops.tcm_fast.mp_sum_fwd(*args)
+        return out, h, out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs, output[:2])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _backward(ctx, *grads)
 
 
 _fwd = register(
@@ -202,8 +231,8 @@ _fwd = register(
     _fwd, _fwd_by_reference, _fake_fwd, save=_save, backward=_backward,
 )  # fmt: skip
 _bwd = register(
-    "mp_sum_bwd(Tensor? grad_out, Tensor? grad_h, Tensor? out, float t, float? clip)"
-    " -> (Tensor, Tensor)",
+    "mp_sum_bwd(Tensor? grad_out, Tensor? grad_h, Tensor? out, float t, float? clip, "
+    "Tensor? grad_twin=None) -> (Tensor, Tensor)",
     _bwd, _bwd_by_reference, _fake_bwd,
 )  # fmt: skip
 
@@ -218,7 +247,8 @@ def mp_sum(
     *,
     clip: float | None = None,
     with_silu: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    twice: bool = False,
+) -> Any:
     """((1-t) a + t b) / √((1-t)² + t²), clipped to [-clip, clip], and silu of it over 0.596.
 
     Args:
@@ -226,10 +256,12 @@ def mp_sum(
         t: balance, in [0, 1].
         clip: bound of the result; no gradient flows where the result, in a's dtype, has reached it.
         with_silu: return the activation as well.
+        twice: return the sum a second time, for two who read it: their gradients are added in the backward
+            kernel, which saves the pass that would add them.
 
     Returns:
-        The sum in a's shape, dtype and memory format, and the activation or None; all in between is
-        fp32 (float64 for float64).
+        The sum in a's shape, dtype and memory format, and the activation or None, and with `twice` the sum
+        again; all in between is fp32 (float64 for float64).
 
     Raises:
         TypeError: not floating, or dtypes that differ. ValueError: shapes or devices that differ, t or
@@ -248,6 +280,8 @@ def mp_sum(
     if clip is not None and not clip > 0:
         raise ValueError(f"mp_sum: clip must be positive, got {clip}")
     if a.dtype != torch.float64 and runs_triton("mp_sum", a.device.type):
-        out, h = torch.ops.tcm_fast.mp_sum_fwd(a, b, t, clip, with_silu)
-        return out, h if with_silu else None
-    return mp_sum_reference(a, b, t, clip=clip, with_silu=with_silu)
+        run = _Twice.apply if twice else torch.ops.tcm_fast.mp_sum_fwd
+        out, h, *more = run(a, b, t, clip, with_silu)
+        return out, h if with_silu else None, *more
+    out, h = mp_sum_reference(a, b, t, clip=clip, with_silu=with_silu)
+    return (out, h, out) if twice else (out, h)

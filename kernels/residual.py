@@ -4,6 +4,7 @@ connection and their common factor in one pass (Karras et al. 2022, appendix C).
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -63,13 +64,13 @@ def _residual_fwd_kernel(
 
 @triton.jit
 def _residual_bwd_kernel(
-    grad_out, grad_x, grad_bias, pixels, scale,
+    grad_out, grad_twin, grad_x, grad_bias, pixels, scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
     PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr, WRITES: tl.constexpr,
-    GRAD_ROW: tl.constexpr,
+    GRAD_ROW: tl.constexpr, TWIN_ROW: tl.constexpr,
 ):  # fmt: skip
     """GRAD_ROW: elements from a pixel of grad_out to the next in channels_last, more than CHANNELS where
-    grad_out is a slice of channels."""
+    grad_out is a slice of channels. TWIN_ROW: of grad_twin, which is added to it; 0 without one."""
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     sums = tl.zeros([PIXELS, WIDTH], tl.float32)
     for i in tl.range(PIECE):
@@ -79,7 +80,11 @@ def _residual_bwd_kernel(
         source = at
         if GRAD_ROW != CHANNELS:
             source = address(p, c, GRAD_ROW, HW, CHANNELS_LAST)
-        grad = tl.load(grad_out + source, mask=inside, other=0).to(tl.float32) * scale
+        grad = tl.load(grad_out + source, mask=inside, other=0).to(tl.float32)
+        if TWIN_ROW:
+            source = address(p, c, TWIN_ROW, HW, CHANNELS_LAST)
+            grad += tl.load(grad_twin + source, mask=inside, other=0).to(tl.float32)
+        grad *= scale
         if WRITES:
             tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
         sums += grad
@@ -141,14 +146,25 @@ def _row(x):
     return row if fits and row >= c and (c == 1 or x.stride(1) == 1) else 0
 
 
-def _launch_bwd(grad_out, scale, wants_bias, writes, by_sample):
+def _rows(x, layout):
+    """x as the backward kernel reads it, and its pixels' distance in elements."""
+    row = _row(x) if layout == torch.channels_last else 0
+    return (x, row) if row else (x.contiguous(memory_format=layout), x.shape[1])
+
+
+def _launch_bwd(grad_out, scale, wants_bias, writes, by_sample, grad_twin=None):
     """The gradients of x, grad_out itself unless one is written, and of the bias, in fp32: [C], or [N,C]
     before the samples are summed."""
     layout = layout_of(grad_out)
-    row = _row(grad_out) if writes and layout == torch.channels_last else 0
-    if not row:
-        (grad_out,) = laid_out(layout, grad_out)
-    grad_x = empty(grad_out, grad_out.shape, layout) if writes else grad_out
+    if writes:
+        grad_out, row = _rows(grad_out, layout)
+        grad_x = empty(grad_out, grad_out.shape, layout)
+    else:
+        grad_x = grad_out = grad_out.contiguous(memory_format=layout)
+        row = grad_out.shape[1]
+    twin_row = 0
+    if grad_twin is not None:
+        grad_twin, twin_row = _rows(grad_twin, layout)
     is_last = layout == torch.channels_last
     if by_sample and wants_bias and grad_out.numel() > 0:
         constants, grid = _constants_by_sample(grad_out.shape, is_last)
@@ -158,16 +174,16 @@ def _launch_bwd(grad_out, scale, wants_bias, writes, by_sample):
     rows = grid[0] if wants_bias else 0
     sums = torch.empty((rows, c), dtype=torch.float32, device=grad_out.device)
     launch(
-        _residual_bwd_kernel, grid, grad_out, grad_x, sums, n * h * w, scale, **constants,
-        WRITES=writes, GRAD_ROW=row or c,
+        _residual_bwd_kernel, grid, grad_out, *given(grad_out, grad_twin), grad_x, sums, n * h * w, scale,
+        **constants, WRITES=writes, GRAD_ROW=row, TWIN_ROW=twin_row,
     )  # fmt: skip
     if by_sample:
         return grad_x, sums if wants_bias else sums.new_zeros((n, c))
     return grad_x, sums.sum(0)
 
 
-def _bwd(grad_out, scale, wants_bias, by_sample=False):
-    return _launch_bwd(grad_out, scale, wants_bias, True, by_sample)
+def _bwd(grad_out, scale, wants_bias, by_sample=False, grad_twin=None):
+    return _launch_bwd(grad_out, scale, wants_bias, True, by_sample, grad_twin)
 
 
 def _bias_bwd(grad_out, by_sample=False):
@@ -176,9 +192,10 @@ def _bias_bwd(grad_out, by_sample=False):
     return _launch_bwd(grad_out, 1.0, True, False, by_sample)[1]
 
 
-# Resolution, width, factor; width of the concatenation whose gradient comes in, where there is one.
+# Resolution, width, factor; width of the concatenation whose gradient comes in, alone or as the second one.
 _SITES = (
-    (32, 256, 0.7071, 0), (64, 192, 1.0, 0), (8, 768, 1.0, 0), (32, 256, 0.7071, 512), (64, 192, 1.0, 384),
+    (32, 256, 0.7071, 0, 0), (64, 192, 1.0, 0, 0), (8, 768, 1.0, 0, 0), (32, 256, 0.7071, 512, 0),
+    (64, 192, 1.0, 384, 0), (32, 256, 0.7071, 0, 512), (64, 192, 1.0, 0, 384),
 )  # fmt: skip
 
 
@@ -186,20 +203,26 @@ def specialisations(capability: int) -> list[Variant]:
     """Forms in which DDPM++ on CIFAR-10 and ADM at 64 x 64 use the kernels, in channels_last."""
     variants = []
     scalars = {"pixels": "i32", "scale": "fp32"}
-    for (size, c, scale, row), dtype, has_bias in product(_SITES, DTYPES.values(), (True, False)):
+    for (size, c, scale, row, twin), dtype, has_bias in product(
+        _SITES, DTYPES.values(), (True, False)
+    ):
         shape = 64, c, size, size
         constants, grid = _constants(shape, True, has_bias)
         fwd = dict.fromkeys(("x", "skip", "bias", "skip_bias", "out"), dtype)
-        bwd = {"grad_out": dtype, "grad_x": dtype, "grad_bias": "fp32"}
+        bwd = {"grad_out": dtype, "grad_twin": dtype, "grad_x": dtype, "grad_bias": "fp32"}
         kernels = [
             (_residual_fwd_kernel, fwd, {"HAS_SKIP_BIAS": has_bias and size > 8}),
-            (_residual_bwd_kernel, bwd, {"WRITES": scale != 1 or row > 0, "GRAD_ROW": row or c}),
+            (
+                _residual_bwd_kernel,
+                bwd,
+                {"WRITES": scale != 1 or row + twin > 0, "GRAD_ROW": row or c, "TWIN_ROW": twin},
+            ),
         ]
-        if scale == 1 and not has_bias and not row:
+        if scale == 1 and not has_bias and not row + twin:
             del kernels[1]  # the gradient is what came in
-        if row:
+        if row + twin:
             del kernels[0]
-        of = f" of {row}" if row else ""
+        of = f" of {row}" if row else f" and of {twin}" if twin else ""
         site = f"{size}x{size}x{c}{of}{' bias' if has_bias else ''} {dtype}"
         programs = grid[0] * grid[1]
         variants += forms(
@@ -223,8 +246,9 @@ def _fwd_by_reference(x, skip, scale, bias, skip_bias):
     )
 
 
-def _bwd_by_reference(grad_out, scale, wants_bias, by_sample=False):
-    grad = grad_out.to(torch.float32) * scale
+def _bwd_by_reference(grad_out, scale, wants_bias, by_sample=False, grad_twin=None):
+    grad = grad_out.to(torch.float32)
+    grad = (grad if grad_twin is None else grad + grad_twin) * scale
     grad_bias = grad.sum((2, 3) if by_sample else (0, 2, 3))
     grad_x = grad.to(grad_out.dtype).contiguous(memory_format=layout_of(grad_out))
     return grad_x, grad_bias
@@ -244,13 +268,13 @@ def _is_dense(x):
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _backward(ctx, grad_out):
+def _backward(ctx, grad_out, grad_twin=None):
     wanted = ctx.needs_input_grad[3:]
     wants_bias = any(wanted)
     grad_x, grad_bias = grad_out, None
-    if ctx.scale != 1 or not _is_dense(grad_out):
+    if ctx.scale != 1 or grad_twin is not None or not _is_dense(grad_out):
         grad_x, grad_bias = torch.ops.tcm_fast.residual_bwd(
-            grad_out, ctx.scale, wants_bias, ctx.by_sample
+            grad_out, ctx.scale, wants_bias, ctx.by_sample, grad_twin
         )
     elif wants_bias:
         grad_bias = torch.ops.tcm_fast.residual_bias_bwd(grad_out, ctx.by_sample)
@@ -289,13 +313,34 @@ _fwd = register(
     _fwd, _fwd_by_reference, lambda x, *_: dense_like(x), save=_save, backward=_backward,
 )  # fmt: skip
 _bwd = register(
-    "residual_bwd(Tensor grad_out, float scale, bool wants_bias, bool by_sample=False) -> (Tensor, Tensor)",
-    _bwd, _bwd_by_reference, lambda grad, _, __, *by_sample: (dense_like(grad), _fake_bias(grad, *by_sample)),
+    "residual_bwd(Tensor grad_out, float scale, bool wants_bias, bool by_sample=False, "
+    "Tensor? grad_twin=None) -> (Tensor, Tensor)",
+    _bwd, _bwd_by_reference, lambda grad, _, __, *more: (dense_like(grad), _fake_bias(grad, *more[:1])),
 )  # fmt: skip
 _bias_bwd = register(
     "residual_bias_bwd(Tensor grad_out, bool by_sample=False) -> Tensor",
     _bias_bwd, _bias_bwd_by_reference, _fake_bias,
 )  # fmt: skip
+
+
+class _Twice(torch.autograd.Function):
+    """The operator's result two times, whose gradients meet in its backward kernel. (An operator of
+    torch.library must not return one tensor twice.)"""
+
+    @staticmethod
+    def forward(*args):
+        out = torch.ops.tcm_fast.residual_fwd(*args)
+        return out, out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs, output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        found = [grad for grad in grads if grad is not None]
+        return _backward(ctx, *found) if found else (None,) * 5
 
 
 # -- public function ------------------------------------------------------------------------------
@@ -307,7 +352,9 @@ def residual(
     scale: float = 1.0,
     bias: torch.Tensor | None = None,
     skip_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+    *,
+    twice: bool = False,
+) -> Any:
     """(x + bias + skip + skip_bias) · scale.
 
     Args:
@@ -316,10 +363,12 @@ def residual(
         bias, skip_bias: that the convolutions before x and skip have left out, [C], any floating dtype.
             Expanded to [N,C], both, their gradients are not summed over the samples: `networks.by_sample`
             sums those of all layers at once.
+        twice: return the sum two times, for two who read it: their gradients are added in the backward
+            kernel, which saves the pass that would add them.
 
     Returns:
         [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64). The
-        gradients of x and skip are one tensor, those of the biases equal.
+        gradients of x and skip are one tensor, those of the biases equal. With `twice` a pair of it.
 
     Raises:
         TypeError: not floating, or dtypes that differ. ValueError: shapes or devices that do not fit.
@@ -347,6 +396,9 @@ def residual(
             )
     is_served = x.dtype != torch.float64 and x.shape[1] > 0
     if is_served and runs_triton("residual", x.device.type):
+        if twice:
+            return _Twice.apply(x, skip, scale, bias, skip_bias)
         return torch.ops.tcm_fast.residual_fwd(x, skip, scale, bias, skip_bias)
     out = residual_reference(x, skip, scale, bias, skip_bias)
-    return _DenseGradient.apply(out) if scale == 1 and out.requires_grad else out
+    out = _DenseGradient.apply(out) if scale == 1 and out.requires_grad else out
+    return (out, out) if twice else out

@@ -86,9 +86,9 @@ class SongUNet(EDMUNet):
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
         self.map_noise = (
-            PositionalEmbedding(noise_channels, endpoint=True)
+            PositionalEmbedding(noise_channels, endpoint=True, sin_first=True)
             if embedding_type == "positional"
-            else FourierEmbedding(noise_channels, fourier_scale)
+            else FourierEmbedding(noise_channels, fourier_scale, sin_first=True)
         )
         self.map_label = Linear(label_dim, noise_channels) if label_dim else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False) if augment_dim else None
@@ -159,8 +159,7 @@ class SongUNet(EDMUNet):
     ) -> torch.Tensor:
         dtype = self.map_layer0.weight.dtype
         with without_autocast(noise_labels.device):
-            cos, sin = self.map_noise(noise_labels).chunk(2, 1)
-            emb = torch.cat([sin, cos], 1).to(dtype)
+            emb = self.map_noise(noise_labels).to(dtype)
             if self.map_label is not None:
                 labels = self.dropped_labels(class_labels, dropout_key, dtype)
                 emb = emb + self.map_label(labels * math.sqrt(self.map_label.in_features))

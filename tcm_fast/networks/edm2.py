@@ -74,9 +74,10 @@ class EDM2Block(Block):
         skip: torch.Tensor | None = None,
         activated: torch.Tensor | None = None,
         activates: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        twice: bool = False,
+    ) -> Any:
         """x [N,in_channels,H,W], emb [N,emb_channels] -> [N,out_channels,H',W'], and mp_silu of it if
-        `activates`.
+        `activates`, else None; with `twice` the first again, as `mp_sum` gives it.
 
         A decoder block merges `skip` into x, or has been given `activated`, mp_silu(x), or resamples. A
         network that has `emb_linear(emb)` of all its blocks hands the block's on in emb's place.
@@ -104,10 +105,10 @@ class EDM2Block(Block):
         if not self.encoder and self.conv_skip is not None:
             x = self.conv_skip(x)
         if not self.num_heads:
-            return mp_sum(x, h, RES_BALANCE, clip=CLIP, with_silu=activates)
-        x, _ = mp_sum(x, h, RES_BALANCE)
-        h = qkv_attention(self.attn_qkv(x), self.num_heads, normalize=True)
-        return mp_sum(x, self.attn_proj(h), ATTN_BALANCE, clip=CLIP, with_silu=activates)
+            return mp_sum(x, h, RES_BALANCE, clip=CLIP, with_silu=activates, twice=twice)
+        x, _, past = mp_sum(x, h, RES_BALANCE, twice=True)
+        h = self.attn_proj(qkv_attention(self.attn_qkv(x), self.num_heads, normalize=True))
+        return mp_sum(past, h, ATTN_BALANCE, clip=CLIP, with_silu=activates, twice=twice)
 
 
 def _joined(x: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,8 +229,10 @@ class EDM2UNet(UNet):
         given = iter(self.modulations(emb))
         for index, block in enumerate(encoder, start=1):
             is_last = index == len(encoder)  # the decoder's first block begins with an activation
-            x, activated = run_block(block, [x], next(given), dropout_key, activates=is_last)
-            skips.append(x)
+            x, activated, past = run_block(
+                block, [x], next(given), dropout_key, activates=is_last, twice=True
+            )
+            skips.append(past)
         for index, block in enumerate(self.dec.values()):
             skip = skips.pop() if block.in_channels != x.shape[1] else None
             x, activated = run_block(

@@ -1,7 +1,7 @@
 """The layers of EDM's U-Nets (Karras et al. 2022, appendix C), on the fused operations."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -127,6 +127,10 @@ class Conv2d(nn.Conv2d):
     def _convolve(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.parts is not None:
             return conv_bf16x3(x, self.weight, bias, parts=self.parts)
+        if self.kernel_size == (1, 1) and bias is not None and _is_matrix(x):
+            by_pixel = x.permute(0, 2, 3, 1)
+            y = F.linear(by_pixel.flatten(0, 2), self.weight.flatten(1), bias)
+            return y.view(*by_pixel.shape[:3], -1).permute(0, 3, 1, 2)
         return self._conv_forward(x, self.weight, bias)
 
     @property
@@ -136,6 +140,13 @@ class Conv2d(nn.Conv2d):
 
     def _resample(self, x: torch.Tensor) -> torch.Tensor:
         return resample_2x(x, self.resample_filter, up=self.up, is_box=self.is_box)
+
+
+def _is_matrix(x: torch.Tensor) -> bool:
+    """Whether a pointwise convolution of x is a product of matrices on a GPU, which adds a bias for nothing
+    where a convolution adds it in a pass of its own."""
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
+    return is_last and x.numel() > 0 and runs_triton("residual", x.device.type)
 
 
 class Resample(nn.Module):
@@ -186,38 +197,68 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
-    def forward(self, x: torch.Tensor, **fused) -> Any:
+    def fused(self, **options) -> Callable[[torch.Tensor], Any]:
+        """`forward` with these options, and with the parameters that stand here now: those of a
+        `functional_call` are gone when it is computed again."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)  # of a network cast as a whole
         weight, bias = self.weight.to(wide), self.bias.to(wide)
-        return group_norm_silu(x, self.num_groups, weight, bias, self.eps, **fused)
+        return lambda x: group_norm_silu(x, self.num_groups, weight, bias, self.eps, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fused()(x)
 
 
 class PositionalEmbedding(nn.Module):
-    """cos|sin of c_noise [N] at frequencies spaced geometrically from 1 to 1/10000: [N,C]."""
+    """cos|sin, or sin|cos, of c_noise [N] at frequencies spaced geometrically from 1 to 1/10000: [N,C]."""
 
-    def __init__(self, num_channels: int, *, endpoint: bool, max_positions: int = 10_000):
+    def __init__(
+        self,
+        num_channels: int,
+        *,
+        endpoint: bool,
+        max_positions: int = 10_000,
+        sin_first: bool = False,
+    ):
         super().__init__()
         self.num_channels, self.endpoint, self.max_positions = num_channels, endpoint, max_positions
+        self.sin_first = sin_first
+        self.table: torch.Tensor
+        self.register_buffer("table", self._table(torch.empty(0)), persistent=False)
+
+    def _table(self, like: torch.Tensor) -> torch.Tensor:
+        """Frequencies and phases [2,C] of sines, in like's dtype and on its device."""
+        half = self.num_channels // 2
+        exponent = torch.arange(half, dtype=like.dtype, device=like.device)
+        freqs = self.max_positions ** -(exponent / (half - self.endpoint))
+        phases = torch.zeros_like(freqs), torch.full_like(freqs, math.pi / 2)
+        phases = phases if self.sin_first else phases[::-1]
+        return torch.stack([freqs.repeat(2), torch.cat(phases)])
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.table = self._table(self.table)  # moved it may be empty, cast it would be rounded
+        return self
 
     def forward(self, c_noise: torch.Tensor) -> torch.Tensor:
-        half = self.num_channels // 2
-        exponent = torch.arange(half, dtype=c_noise.dtype, device=c_noise.device)
-        freqs = self.max_positions ** -(exponent / (half - self.endpoint))
-        angle = torch.outer(c_noise, freqs)
-        return torch.cat([angle.cos(), angle.sin()], 1)
+        is_ready = (self.table.dtype, self.table.device) == (c_noise.dtype, c_noise.device)
+        freqs, phases = self.table if is_ready else self._table(c_noise)
+        return torch.addcmul(phases, c_noise[:, None], freqs).sin()
 
 
 class FourierEmbedding(nn.Module):
-    """cos|sin of 2 pi freqs c_noise [N] at Gaussian frequencies of standard deviation `scale`: [N,C]."""
+    """cos|sin, or sin|cos, of 2 pi freqs c_noise [N] at Gaussian frequencies of standard deviation `scale`:
+    [N,C]."""
 
-    def __init__(self, num_channels: int, scale: float = 16.0):
+    def __init__(self, num_channels: int, scale: float = 16.0, *, sin_first: bool = False):
         super().__init__()
+        self.sin_first = sin_first
         self.freqs: torch.Tensor
         self.register_buffer("freqs", scale * torch.randn(num_channels // 2))
 
     def forward(self, c_noise: torch.Tensor) -> torch.Tensor:
         angle = torch.outer(c_noise, 2 * math.pi * self.freqs.to(c_noise.dtype))
-        return torch.cat([angle.cos(), angle.sin()], 1)
+        parts = [angle.cos(), angle.sin()]
+        return torch.cat(parts[::-1] if self.sin_first else parts, 1)
 
 
 class UNetBlock(Block):
@@ -225,7 +266,8 @@ class UNetBlock(Block):
 
     forward(x [N,C,H,W], emb [N,emb_channels], dropout_key) -> [N,out_channels,H',W'] with H' = 2H
     (`up`), H/2 (`down`) or H; a network that has the block's `modulations` already hands them on in emb's
-    place. `layer` is the number that keys the block's dropout.
+    place. With `twice` the result comes two times, as `residual` gives it. `layer` is the number that keys
+    the block's dropout.
 
     Args:
         adaptive_scale: the embedding scales and shifts after the second normalisation (ADM) instead of
@@ -285,10 +327,12 @@ class UNetBlock(Block):
         x: torch.Tensor,
         emb: torch.Tensor | Modulation,
         dropout_key: PhiloxKey | None = None,
-    ) -> torch.Tensor:
+        *,
+        twice: bool = False,
+    ) -> Any:
         # Where x also goes past a normalisation, its two gradients meet in that one's kernel.
         run = partial(after_norm, recompute=self.recompute_norms)
-        h, x = run(partial(self.norm0, with_x=True), self.conv0, x, with_bias=False)
+        h, x = run(self.norm0.fused(with_x=True), self.conv0, x, with_bias=False)
         # Where a sum is a kernel, the biases of the layers before go in there; elsewhere the convolutions
         # add them for nothing.
         is_kernel = runs_triton("residual", x.device.type)
@@ -301,14 +345,16 @@ class UNetBlock(Block):
         fused = emb if isinstance(emb, dict) else modulations([self], emb)[0]
         p = self.dropout if self.training else 0.0
         key = dropout_key.at_layer(self.layer) if p > 0 and dropout_key is not None else None
-        norm1 = partial(self.norm1, **fused, dropout_p=p, dropout_key=key)
+        norm1 = self.norm1.fused(**fused, dropout_p=p, dropout_key=key)
         h = run(norm1, self.conv1, h, with_bias=not is_kernel)
-        x = residual(h, skip, self.skip_scale, self.conv1.bias if is_kernel else None, skip_bias)
+        end = partial(residual, twice=twice)  # the block's last sum
+        add = residual if self.attention else end
+        x = add(h, skip, self.skip_scale, self.conv1.bias if is_kernel else None, skip_bias)
         if self.attention:
-            qkv, x = run(partial(self.norm2, silu=False, with_x=True), self.qkv, x)
+            qkv, x = run(self.norm2.fused(silu=False, with_x=True), self.qkv, x)
             attended = qkv_attention(qkv, num_heads=self.num_heads)
             h = self.proj(attended, with_bias=not is_kernel)
-            x = residual(h, x, self.skip_scale, self.proj.bias if is_kernel else None)
+            x = end(h, x, self.skip_scale, self.proj.bias if is_kernel else None)
         return x
 
 

@@ -271,14 +271,14 @@ class EDMUNet(UNet):
         aux = x
         for block in self.enc.values():
             if isinstance(block, UNetBlock):
-                x = run_block(block, [x], next(given), dropout_key)
+                x, skip = run_block(block, [x], next(given), dropout_key, twice=True)
             elif block.fused:  # NCSN++'s residual encoder
                 x = aux = (x + block(aux)) * math.sqrt(0.5)
                 skips[-1] = x
                 continue
             else:
-                x = block(x).contiguous(memory_format=self.memory_format)
-            skips.append(x)
+                x = skip = block(x).contiguous(memory_format=self.memory_format)
+            skips.append(skip)
         for block in self.dec.values():
             if isinstance(block, UNetBlock):
                 merges = block.in_channels != x.shape[1]

@@ -56,6 +56,30 @@ def test_kernels_where_one_output_has_no_gradient(compare, without):
     compare(*operation, case(shape), [shape, shape], torch.float16, without=without)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("without", [(), (0,), (2,)], ids=str)
+def test_kernels_whose_sum_is_read_twice(compare, dtype, form, without):
+    """Gradients of the sum, of its activation where there is one, and of the sum again."""
+    shape, acts = (3, 5, 7, 1), "with_silu" in form
+
+    def ours(function, a, b):
+        out, h, again = function(a, b, 0.3, **form)
+        return (out, h, again) if acts else (out, again)
+
+    def plain(a, b):
+        out, h = mp_sum_reference(a, b, 0.3, **form)
+        return out, h, out * 1.0
+
+    def reference(a, b):
+        out, h, again = plain(a, b)
+        return (out, h, again) if acts else (out, again)
+
+    without = tuple(i - (i > 0 and not acts) for i in without)
+    operation = partial(ours, partial(mp_sum, twice=True))
+    compare(operation, reference, case(shape), [shape] * (2 + acts), dtype, CL, without=without)
+
+
 def test_rows_of_embeddings(triton_device):
     a, b = (v.float().to(triton_device) for v in case((4, 50)))
     assert torch.allclose(mp_sum(a, b)[0], mp_sum_reference(a, b)[0], atol=1e-6)

@@ -7,6 +7,7 @@ from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import build_network, layers, unet
 from tcm_fast.networks import by_sample as module
 from tcm_fast.networks.precision import cast_weights
+from tcm_fast.networks.recompute import set_recompute
 
 OPTIONS = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
 FAMILIES = {
@@ -71,6 +72,16 @@ def test_gradients_are_those_of_each_layer(family, as_on_a_gpu, monkeypatch):
     plain = gradients(net)
     near(ours[0], plain, 1e-5)
     near(ours[2], plain, 1e-4)
+
+
+@pytest.mark.parametrize("way", [{"norms": True}, {"blocks_from": 8}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_may_be_computed_again(family, way, as_on_a_gpu):
+    net = network(family)
+    plain = gradients(net)
+    set_recompute(net.model, **way)
+    again = gradients(net)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
 @pytest.mark.parametrize("family", ["ddpmpp", "edm2"])

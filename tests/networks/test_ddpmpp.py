@@ -67,7 +67,7 @@ def test_attention_sites(cifar10):
 
 
 def test_resample_filters(cifar10):
-    names = [name for name, _ in cifar10.named_buffers()]
+    names = [name for name in cifar10.state_dict() if "resample" in name]
     blocks = ["enc.16x16_down", "enc.8x8_down", "dec.16x16_up", "dec.32x32_up"]
     assert names == [
         f"model.{block}.{layer}.resample_filter" for block in blocks for layer in ("conv0", "skip")
@@ -161,6 +161,21 @@ def test_positional_embedding():
             angle = value * 10_000 ** (-i / 7)
             assert row[i].item() == pytest.approx(math.cos(angle))
             assert row[8 + i].item() == pytest.approx(math.sin(angle))
+
+
+def test_positional_embedding_outlives_casts_and_moves():
+    c_noise = torch.tensor([0.7, -1.3])
+    layer = PositionalEmbedding(16, endpoint=True)
+    assert not layer.state_dict()
+    expected = layer(c_noise)
+    assert torch.equal(layer.half()(c_noise), expected)
+    with torch.device("meta"):
+        moved = PositionalEmbedding(16, endpoint=True)
+    assert torch.equal(moved(c_noise), expected)
+    assert torch.equal(moved.to_empty(device="cpu")(c_noise), expected)
+    cos, sin = expected.chunk(2, 1)
+    swapped = PositionalEmbedding(16, endpoint=True, sin_first=True)(c_noise)
+    assert torch.equal(swapped, torch.cat([sin, cos], 1))
 
 
 def test_embedding_swaps_its_halves():
