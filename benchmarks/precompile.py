@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,8 +33,21 @@ from unittest.mock import patch
 import torch
 
 import tcm_fast.kernels
-from tcm_fast.benchmarks.cases import DTYPE_NAMES, Case, available_networks, cases, tensors_of
+from tcm_fast.benchmarks import convolutions
+from tcm_fast.benchmarks.cases import (
+    CIFAR10,
+    DTYPE_NAMES,
+    Case,
+    NetworkShape,
+    available_networks,
+    cases,
+    tensors_of,
+)
+from tcm_fast.benchmarks.sites import kernels_in_their_places
 from tcm_fast.kernels._triton import AVAILABLE, compiling_together
+from tcm_fast.kernels.conv_bf16x3 import conv_bf16x3
+from tcm_fast.networks import build_network, layers
+from tcm_fast.networks.precision import in_precision
 
 MANIFEST = "manifest.json"
 LOADED = (".cubin", ".json")  # of what a kernel goes through, what is read when it is launched
@@ -123,6 +137,45 @@ def site_launches(arch: int, chosen: Mapping[str, Collection[str]] = DTYPES) -> 
         wanted = [dtypes[name] for name in chosen.get(network.name, ())]
         for case in cases([network], BATCHES, wanted):
             found |= noted(lambda case=case: _both(case), arch)  # type: ignore[misc]
+    return found
+
+
+def split_launches(
+    arch: int, network: NetworkShape = CIFAR10, batch: int = 128
+) -> dict[Any, Launch]:
+    """Of precision bf16x3: a network's convolutions, and those of `benchmarks.convolutions`."""
+    heard = {
+        ((batch, site.c, site.size, site.size), (site.k, site.c, site.kernel, site.kernel), False)
+        for site in convolutions.SITES
+    }
+
+    def note(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, parts: torch.Tensor
+    ) -> torch.Tensor:
+        heard.add((tuple(x.shape), tuple(weight.shape), bias is not None))
+        return conv_bf16x3(x, weight, bias, parts=parts)
+
+    with torch.device("meta"), patch.object(layers, "conv_bf16x3", note):
+        net = build_network(
+            network.name, img_resolution=network.img_resolution, img_channels=network.img_channels,
+            label_dim=network.label_dim, **dict(network.architecture),
+        )  # fmt: skip
+        net = in_precision(net, torch.float32, split=True)
+        x = torch.empty(batch, net.img_channels, net.img_resolution, net.img_resolution)
+        with kernels_in_their_places():
+            net.raw(x, torch.ones(batch))
+
+    def run(image: tuple[int, ...], weight: tuple[int, ...], has_bias: bool) -> None:
+        empty = partial(torch.empty, memory_format=torch.channels_last)
+        x, w = empty(image).requires_grad_(), empty(weight).requires_grad_()
+        bias = torch.empty(weight[0]) if has_bias else None
+        parts = torch.empty(2, weight[0], w[0].numel(), dtype=torch.bfloat16)
+        out = conv_bf16x3(x, w, bias, parts=parts)
+        torch.autograd.grad(out, (x, w), empty(out.shape))
+
+    found: dict[Any, Launch] = {}
+    for shapes in sorted(heard):
+        found |= noted(partial(run, *shapes), arch)
     return found
 
 
@@ -283,6 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     chosen = {name: given.dtypes or DTYPES[name] for name in given.networks}
     launches = site_launches(given.arch, chosen)
+    if "ddpmpp" in chosen:
+        launches |= split_launches(given.arch)
     print(f"{len(launches)} compiled forms at the networks' sites", flush=True)
     if given.tests is not None:
         launches = launches | test_launches(given.arch, given.tests)

@@ -155,7 +155,7 @@ def _described(value: Any) -> Any:
 
 
 @contextmanager
-def _kernels_in_their_places() -> Iterator[None]:
+def kernels_in_their_places() -> Iterator[None]:
     """Inside, networks call operations as on a GPU: a bias goes into the sum after its convolution."""
     with ExitStack() as stack:
         for module in _listened():
@@ -217,7 +217,7 @@ def network_sites(
         x, t = torch.empty(size, dtype=COMPUTE), torch.ones(BATCH)
         labels = torch.zeros(BATCH, label_dim) if label_dim else None
         key = PhiloxKey(seed=0, step=0, sample=torch.arange(BATCH))
-        with listening(name) as heard, _kernels_in_their_places():
+        with listening(name) as heard, kernels_in_their_places():
             net.raw(x, t, labels, dropout_key=key, weights=cast_weights(net, COMPUTE))
     return tuple(dataclasses.replace(site, count=count) for site, count in heard.items())
 

@@ -1,7 +1,6 @@
 """fp32 convolutions on tensor cores: each operand is the sum of two bf16 numbers, and three products of these
-take the place of one (Henry, Tang and Heinecke, 2019, https://arxiv.org/abs/1904.06376).
-
-Executed in emulation only; not yet timed on a GPU.
+take the place of one (Henry, Tang and Heinecke, 2019, https://arxiv.org/abs/1904.06376). Executed in
+emulation, not yet timed on a GPU.
 """
 
 from __future__ import annotations

@@ -418,7 +418,8 @@ class Config:
     seed: int = 0
     """Of initial weights, order of images, noise levels, noise and dropout."""
     precision: Precision = "fp32"
-    """In which the networks compute; weights and loss are fp32."""
+    """In which the networks compute; weights and loss are fp32. bf16x3: fp32 convolutions by three bf16
+    products, executed in emulation, not yet timed on a GPU."""
     micro_batches: int = 1
     """Cut each rank's share of the batch into this many passes; the result is the same. Doubled where a
     step runs out of memory."""

@@ -42,7 +42,7 @@ from tcm_fast.drop_in.accelerate import accelerate
 from tcm_fast.evaluation import metrics
 from tcm_fast.training.trainer import Interrupted, Trainer
 
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "bf16x3")
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "micro-batches": {"micro_batches": 2},

@@ -72,7 +72,10 @@ def test_imagenet64_is_the_published_recipe(size):
         ({"tmc": {}}, "tmc: unknown, did you mean 'tcm'"),
         ({"seed": "one"}, "seed: must be of type int, got 'one'"),
         ({"data": {"flip": 1}}, "data.flip: must be of type bool, got 1"),
-        ({"precision": "fp8"}, "precision: must be one of fp32, tf32, fp16, bf16, got 'fp8'"),
+        (
+            {"precision": "fp8"},
+            "precision: must be one of fp32, tf32, fp16, bf16, bf16x3, got 'fp8'",
+        ),
         ({"edm": {"betas": [0.9]}}, "edm.betas: needs 2 values, got 1"),
         ({"network": {"channel_mult": 2}}, "network.channel_mult: must be a list, got 2"),
         ({"data": "digits"}, "data: must be a table of fields, got 'digits'"),

@@ -36,6 +36,18 @@ def test_launches_are_noted_and_not_carried_out():
     assert not _triton.runs_triton("mp_sum", "cpu")  # everything is as before
 
 
+def test_split_convolutions_are_those_of_a_step():
+    """Forward, its gradients and the sums of pieces; the last convolution alone adds its bias itself."""
+    found = [dict(l.constants) | {"name": l.kernel.__name__}
+             for l in precompile.split_launches(90, TINY, batch=4).values()]  # fmt: skip
+    names = {each["name"] for each in found}
+    assert names == {f"_conv_bf16x3{kind}_kernel" for kind in ("", "_weight", "_sum")}
+    assert {each["WIDE"] for each in found if "WIDE" in each} == {False}
+    assert {(e["IN"], e["OUT"]) for e in found if e.get("HAS_BIAS")} >= {(16, 3)}
+    assert any(each.get("IN") == 512 for each in found)  # of benchmarks.convolutions
+    assert not _triton.runs_triton("conv_bf16x3", "cpu")  # everything is as before
+
+
 def test_forms_are_told_apart_as_triton_does():
     keys = [
         set(precompile.noted(lambda n=n: precompile._both(case_of("consistency_loss", n)), 90))
