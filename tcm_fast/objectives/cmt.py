@@ -28,13 +28,12 @@ class Cmt(Objective[CmtConfig]):
     They are solved when they are needed, by DPM-Solver++(2M), one pass of the teacher a step (Heun's method
     takes two): used at all its points, a trajectory costs one pass for each sample, beside three of the
     student; keeping it would save that at most, for steps + 1 fp32 images each. Sample i of the batch takes
-    a point of trajectory i mod N, of N = batch_size / sharing, so that any cut of the batch into equal parts
-    has its trajectories whole or, where a part has fewer samples than share one, one of them."""
+    a point of trajectory i mod N, of N = batch_size / sharing: a cut into M parts (`TimePlan.parts`) has
+    N / gcd(N, M) trajectories in each, whole ones where M divides N. The iteration count of the phase after
+    it begins with that phase, since there are no pairs here whose r/t it could go on with."""
 
     name = "cmt"
-    counts_on = (
-        False  # it has no r/t, and the schedule of the phase after it begins with that phase
-    )
+    counts_on = False
     time_share = 0.40
     frozen_file = "teacher"
     needs = "a teacher: train edm first"
@@ -86,7 +85,9 @@ class Cmt(Objective[CmtConfig]):
         net, n = self.frozen, len(batch.t)
         assert net is not None
         total = self.config.batch_size // self.config.sharing
-        own = total // math.gcd(total, self.config.batch_size // n)  # row m's is m mod own
+        own = total // math.gcd(
+            total, self.config.batch_size // n
+        )  # those of rows m and m + own are one
         sample = batch.key.sample[:own] % total
         size = (net.img_channels, net.img_resolution, net.img_resolution)
         x = T_MAX * philox_normal(batch.key.seed, batch.key.step, NOISE_LAYER, sample, size)
@@ -105,10 +106,10 @@ class Cmt(Objective[CmtConfig]):
             output = self._raw(net, given, batch, levels, slice(0, own), None)
             denoised = denoise(output, x, levels, net.sigma_data)
             step = math.log(level / lower)
-            slope = denoised
+            ahead = denoised
             if before is not None:
-                slope = denoised + step / (2 * last_step) * (denoised - before)
-            x = slope.lerp(x, lower / level)
+                ahead = denoised + step / (2 * last_step) * (denoised - before)
+            x = ahead.lerp(x, lower / level)
             before, last_step, nearest = denoised, step, math.sqrt(level * lower)
         return found, of_rows(x)
 
