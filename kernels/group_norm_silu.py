@@ -13,6 +13,7 @@ from tcm_fast.kernels._common import (
     DTYPES,
     check_image,
     dense_like,
+    empty,
     fits_channels,
     given,
     has_asm,
@@ -54,7 +55,10 @@ def group_norm_silu_reference(
     dropout_p=0.0,
     dropout_key=None,
     with_x=False,
+    second=None,
 ):
+    if second is not None:
+        x = torch.cat([x, second], 1)
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype)
     if add is not None:
@@ -161,6 +165,30 @@ def _where(tile, c, own, CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.co
 
 
 @triton.jit
+def _load(x, second, joined, p, c, at, inside, CHANNELS: tl.constexpr, HW: tl.constexpr,
+          CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr, JOINS: tl.constexpr,
+          POLICY: tl.constexpr):  # fmt: skip
+    """A tile of x, or where FIRST > 0 of x [FIRST channels] and second side by side; JOINS writes it down."""
+    if FIRST == 0:
+        return tl.load(x + at, mask=inside, other=0, eviction_policy=POLICY)
+    is_first = (c < FIRST)[None, :]
+    if CHANNELS_LAST:
+        in_first = p[:, None] * FIRST + c[None, :]
+        in_second = p[:, None] * (CHANNELS - FIRST) + (c - FIRST)[None, :]
+    else:
+        in_first = at
+        in_second = p[:, None] + (c - FIRST)[None, :] * HW
+    a = tl.load(x + in_first, mask=inside & is_first, other=0, eviction_policy=POLICY)
+    b = tl.load(
+        second + in_second, mask=inside & (c >= FIRST)[None, :], other=0, eviction_policy=POLICY
+    )
+    v = tl.where(is_first, a, b)
+    if JOINS:
+        tl.store(joined + at, v, mask=inside)
+    return v
+
+
+@triton.jit
 def _affine(n, c, own, weight, bias, scale, shift, scale_row, shift_row, HAS_SCALE: tl.constexpr,
             HAS_SHIFT: tl.constexpr):  # fmt: skip
     """-> weight, bias, 1 + scale, and the bias after scale and shift, each fp32 [SLAB]."""
@@ -192,18 +220,21 @@ def _finish(v, p, first, c, slope, offset, sample, seed, step, layer, threshold,
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
 def _group_norm_silu_fwd_kernel(
-    x, weight, bias, add, scale, shift, sample, seed, step, y, mean, rstd,
+    x, second, weight, bias, add, scale, shift, sample, seed, step, y, joined, mean, rstd,
     add_row, scale_row, shift_row, layer, threshold, keep_scale, eps,
     CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
     SLAB: tl.constexpr, PIXELS: tl.constexpr, HOLDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     HAS_ADD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
     DROPS: tl.constexpr, BY_EIGHT: tl.constexpr, ASM: tl.constexpr, PACKS: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
     n, first, c, own, group, has, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
-    x += n * (CHANNELS * HW)
+    x += n * ((CHANNELS if FIRST == 0 else FIRST) * HW)
+    second += n * ((CHANNELS - FIRST) * HW)
     y += n * (CHANNELS * HW)
+    joined += n * (CHANNELS * HW)
 
     # Mean and summed squared deviation of each channel, in two steps: never E[x²] - E[x]².
     held = ()
@@ -211,7 +242,10 @@ def _group_norm_silu_fwd_kernel(
         total = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            held = held + (tl.load(x + at, mask=inside, other=0),)  # noqa: RUF005
+            v = _load(
+                x, second, joined, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, True, ""
+            )
+            held = held + (v,)  # noqa: RUF005
         for tile in tl.static_range(TILES):
             total += held[tile].to(tl.float32)
         average = tl.sum(total, 0) / HW
@@ -230,7 +264,8 @@ def _group_norm_silu_fwd_kernel(
         slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
+            v = _load(x, second, joined, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, True,
+                      "evict_last").to(tl.float32)  # fmt: skip
             d = tl.where(inside, v - slot_average, 0.0)
             slot_average += d * (1.0 / (tile + 1))
             slot_spread += d * (v - slot_average)
@@ -275,7 +310,8 @@ def _group_norm_silu_fwd_kernel(
     else:
         for i in tl.range(TILES):
             p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
+            v = _load(x, second, joined, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, False,
+                      "evict_first").to(tl.float32)  # fmt: skip
             v -= origin[None, :]
             out = _finish(v, p, first, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
                           keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
@@ -495,23 +531,38 @@ def _constants(
     return constants, n * -(-num_groups // plan.groups)
 
 
-def _fwd(
-    x, weight, bias, add, scale, shift, sample, seed, step, num_groups, eps, silu, layer, threshold
-):
-    (x,) = laid_out(layout_of(x), x)
+def _launch_fwd(
+    x, second, weight, bias, add, scale, shift, sample, seed, step, num_groups, eps, silu, layer, threshold
+):  # fmt: skip
+    layout = layout_of(x)
+    x, second = laid_out(layout, x, second)
     add, scale, shift = rows(add), rows(scale), rows(shift)
+    joined, first = x, 0
+    if second is not None:
+        n, first, *size = x.shape
+        joined = empty(x, (n, first + second.shape[1], *size), layout)
     constants, programs = _constants(
-        x, num_groups, add, scale, shift, silu, threshold, False, has_asm(x)
+        joined, num_groups, add, scale, shift, silu, threshold, False, has_asm(x)
     )
-    y = torch.empty_like(x)
+    y = torch.empty_like(joined)
     mean, rstd = _statistics(x, num_groups)
     launch(
-        _group_norm_silu_fwd_kernel, (programs,), x, *_affine_of(weight, bias),
-        *given(x, add, scale, shift, sample, seed, step), y, mean, rstd,
+        _group_norm_silu_fwd_kernel, (programs,), x, *given(x, second), *_affine_of(weight, bias),
+        *given(x, add, scale, shift, sample, seed, step), y, joined, mean, rstd,
         *_row_strides(add, scale, shift), layer, threshold, 65536 / (65536 - threshold), eps,
-        **constants,
+        **constants, FIRST=first,
     )  # fmt: skip
+    return y, joined, mean, rstd
+
+
+def _fwd(x, *arguments):
+    y, _, mean, rstd = _launch_fwd(x, None, *arguments)
     return y, mean, rstd
+
+
+def _joined_fwd(*arguments):
+    *inputs, second = arguments
+    return _launch_fwd(inputs[0], second, *inputs[1:])
 
 
 def _bwd(
@@ -628,6 +679,12 @@ _SITES = {
     ),
 }  # fmt: skip
 
+# Of a decoder's blocks, which join the encoder's output to theirs: pixels, channels of the two.
+_JOINED_SITES = (
+    (32, 256, 128), (32, 256, 256), (16, 256, 256), (8, 256, 256),
+    (64, 192, 192), (64, 384, 192), (32, 576, 384), (8, 768, 768),
+)  # fmt: skip
+
 
 def specialisations(capability: int) -> list[Variant]:
     """The forms in which DDPM++ on CIFAR-10 and ADM at 64 x 64 use the kernels, in channels_last;
@@ -639,11 +696,17 @@ def specialisations(capability: int) -> list[Variant]:
                 x = torch.empty((64, c, size, size), dtype=dtype, device="meta")
                 x = x.contiguous(memory_format=torch.channels_last)
                 variants += _variants(f"{network} {size}x{size}x{c} {use}", x, min(32, c // 4), use)
+    for (size, first, second), dtype in itertools.product(_JOINED_SITES, DTYPES):
+        x = torch.empty((64, first + second, size, size), dtype=dtype, device="meta")
+        x = x.contiguous(memory_format=torch.channels_last)
+        variants += _variants(f"{size}x{size}x{first}+{second}", x, 32, _NORM, first)[:1]
     return variants
 
 
-def _variants(site: str, x: torch.Tensor, num_groups: int, use: str) -> list[Variant]:
-    """Forward and backward for a tensor like x, on any device."""
+def _variants(
+    site: str, x: torch.Tensor, num_groups: int, use: str, first: int = 0
+) -> list[Variant]:
+    """Forward and backward for a tensor like x, on any device; `first` are channels of the first of two."""
     name = DTYPES[x.dtype]
     add, scale = (x[..., 0, 0] if part in use else None for part in ("add", "scale"))
     threshold = 8520 if "dropout" in use else 0
@@ -653,7 +716,15 @@ def _variants(site: str, x: torch.Tensor, num_groups: int, use: str) -> list[Var
     statistics = {"mean": "*fp32", "rstd": "*fp32"}
     scalars = dict.fromkeys(("add_row", "scale_row", "shift_row", "layer", "threshold"), "i32")
     scalars["keep_scale"] = "fp32"
-    fwd = {"x": f"*{name}"} | affine | {"y": f"*{name}"} | statistics | scalars | {"eps": "fp32"}
+    image = f"*{name}"
+    fwd = (
+        {"x": image, "second": image}
+        | affine
+        | {"y": image, "joined": image}
+        | statistics
+        | scalars
+    )
+    fwd["eps"] = "fp32"
     bwd = {"grad_y": f"*{name}", "grad_past": f"*{name}", "x": f"*{name}"} | statistics | affine
     bwd |= {"grad_x": f"*{name}", "grad_affine": "*fp32"}
     bwd |= {f"grad_{part}": f"*{name}" for part in ("add", "scale", "shift")}
@@ -661,7 +732,7 @@ def _variants(site: str, x: torch.Tensor, num_groups: int, use: str) -> list[Var
     rows = {f"{part}_row" for part in ("add", "scale", "shift") if x.shape[1] % 16 == 0}
     variants = []
     for kernel, signature, more in (
-        (_group_norm_silu_fwd_kernel, fwd, {}),
+        (_group_norm_silu_fwd_kernel, fwd, {"FIRST": first}),
         (
             _group_norm_silu_bwd_kernel,
             bwd,
@@ -669,7 +740,7 @@ def _variants(site: str, x: torch.Tensor, num_groups: int, use: str) -> list[Var
         ),
     ):
         constants, programs = _constants(
-            x, num_groups, add, scale, scale, use != _PLAIN, threshold, bool(more), True
+            x, num_groups, add, scale, scale, use != _PLAIN, threshold, "HAS_PAST" in more, True
         )
         warps = constants.pop("num_warps")
         variants.append(
@@ -692,6 +763,13 @@ def _fwd_by_reference(
     )  # fmt: skip
     variance, mean = torch.var_mean(_groups(x, add, num_groups), -1, correction=0)
     return y.contiguous(memory_format=layout_of(x)), mean, (variance + eps).rsqrt()
+
+
+def _joined_fwd_by_reference(x, *arguments):
+    *arguments, second = arguments
+    joined = torch.cat(laid_out(layout_of(x), x, second), 1).contiguous(memory_format=layout_of(x))
+    y, mean, rstd = _fwd_by_reference(joined, *arguments)
+    return y, joined, mean, rstd
 
 
 def _groups(x, add, num_groups):
@@ -741,6 +819,13 @@ def _fake_fwd(x, weight, bias, add, scale, shift, sample, seed, step, num_groups
     return dense_like(x), *_statistics(x, num_groups)
 
 
+def _fake_joined_fwd(x, *arguments):
+    n, c, *size = x.shape
+    num_groups, *_, second = arguments[8:]
+    y, joined = (empty(x, (n, c + second.shape[1], *size), layout_of(x)) for _ in range(2))
+    return y, joined, *_statistics(x, num_groups)
+
+
 def _fake_bwd(grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, *_):
     sums = torch.empty((2, *weight.shape), dtype=torch.float32, device=x.device)
     modulations = [v for v in (add, scale, shift) if v is not None]
@@ -775,11 +860,29 @@ def _backward(ctx, grad_y, *_):
     return _grads(torch.ops.tcm_fast.group_norm_silu_bwd, ctx, grad_y, None)
 
 
+def _save_joined(ctx, inputs, output):
+    y, joined, mean, rstd = output
+    *inputs, second = inputs
+    ctx.channels = inputs[0].shape[1], second.shape[1]
+    _save(ctx, (joined, *inputs[1:]), (y, mean, rstd))
+
+
+def _backward_joined(ctx, grad_y, grad_joined, *_):
+    grad_x, *grads = _grads(torch.ops.tcm_fast.group_norm_silu_bwd, ctx, grad_y, grad_joined)
+    first, second = (None, None) if grad_x is None else grad_x.split(ctx.channels, 1)
+    return first, *grads, second
+
+
 _OPTIONAL = "Tensor? add, Tensor? scale, Tensor? shift, Tensor? sample, Tensor? seed, Tensor? step"
 _fwd = register(
     f"group_norm_silu_fwd(Tensor x, Tensor weight, Tensor bias, {_OPTIONAL}, int num_groups, "
     "float eps, bool silu, int layer, int threshold) -> (Tensor, Tensor, Tensor)",
     _fwd, _fwd_by_reference, _fake_fwd, save=_save, backward=_backward,
+)  # fmt: skip
+register(
+    f"group_norm_silu_joined_fwd(Tensor x, Tensor weight, Tensor bias, {_OPTIONAL}, int num_groups, "
+    "float eps, bool silu, int layer, int threshold, Tensor second) -> (Tensor, Tensor, Tensor, Tensor)",
+    _joined_fwd, _joined_fwd_by_reference, _fake_joined_fwd, save=_save_joined, backward=_backward_joined,
 )  # fmt: skip
 _bwd = or_reference(_bwd, _bwd_by_reference)
 
@@ -867,6 +970,7 @@ def group_norm_silu(
     dropout_p: float = 0.0,
     dropout_key: PhiloxKey | None = None,
     with_x: bool = False,
+    second: torch.Tensor | None = None,
 ) -> Any:
     """dropout(silu((1 + scale) · GN(x + add) + shift)).
 
@@ -882,10 +986,12 @@ def group_norm_silu(
         dropout_key: keys the mask; required where dropout_p > 0.
         with_x: return x as well, for the branch that goes past the normalisation: the gradient that
             reaches x there is added in the backward kernel, which saves the pass that would add it.
+        second: activations [N,C2,H,W] in x's dtype to be joined to x along the channels; C is that of both
+            then. With with_x the kernel joins them on its way, which saves the pass that would.
 
     Returns:
         [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64). With
-        with_x the pair of it and x.
+        with_x the pair of it and x, joined to `second`.
 
     Raises:
         TypeError: x is not floating, affine parameters have half precision.
@@ -894,6 +1000,14 @@ def group_norm_silu(
     """
     check_image("group_norm_silu", x)
     n, c, height, width = x.shape
+    if second is not None:
+        is_like = second.ndim == 4 and (n, height, width) == (second.shape[0], *second.shape[2:])
+        if not is_like or (second.dtype, second.device) != (x.dtype, x.device):
+            raise ValueError(
+                f"group_norm_silu: second must be [{n},C2,{height},{width}] of {x.dtype} on {x.device}, got "
+                f"{list(second.shape)} of {second.dtype} on {second.device}"
+            )
+        c += second.shape[1]
     if num_groups < 1 or c % num_groups:
         raise ValueError(f"group_norm_silu: num_groups must divide C={c}, got {num_groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -915,6 +1029,11 @@ def group_norm_silu(
             raise ValueError(f"group_norm_silu: {name} must be on {x.device}, got {operand.device}")
     check_dropout("group_norm_silu", dropout_p, dropout_key)
     kernels = _kernels(x, *operands.values())
+    if second is not None:
+        joins = with_x and kernels is not None and kernels[0] is _fwd
+        if not joins or x.numel() == 0 or second.numel() == 0:
+            x, second = torch.cat([x, second], 1), None
+            kernels = _kernels(x, *operands.values())
     if kernels is not None:
         if c * height * width >= 2**31:
             raise ValueError(
@@ -938,6 +1057,8 @@ def group_norm_silu(
             layer,
             threshold,
         )
+        if second is not None:
+            return torch.ops.tcm_fast.group_norm_silu_joined_fwd(*inputs, second)[:2]
         if calls_directly(x):
             return _Direct.apply(*inputs, with_x, kernels)
         if with_x:

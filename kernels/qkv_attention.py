@@ -22,25 +22,49 @@ from tcm_fast.kernels._triton import (
 # -- reference ------------------------------------------------------------------------------------
 
 
+class _Split(torch.autograd.Function):
+    """[n,pixel,head,channel,3] -> three [n,head,pixel,channel] by one copy, and their gradients back by one,
+    where autograd would take one to stack them and another to lay them out."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(by_pixel):
+        return by_pixel.permute(4, 0, 2, 1, 3).contiguous().unbind(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        by_pixel = [grad.transpose(1, 2) for grad in grads]
+        if not all(grad.is_contiguous() for grad in by_pixel):
+            return torch.stack(grads).permute(1, 3, 2, 4, 0).contiguous()
+        # Of few dimensions it is one kernel.
+        flat = torch.stack([grad.flatten(0, 2) for grad in by_pixel], -1)
+        return flat.view(*by_pixel[0].shape, 3)
+
+
 def qkv_attention_reference(qkv, num_heads, *, normalize=False, scale=None):
     n, channels, height, width = qkv.shape
     c = channels // 3
     d = c // num_heads
     # One copy brings all three to [n, head, pixel, channel of the head], which every fused backend
-    # of scaled_dot_product_attention takes; the interleaved views would fall back to its slow path. It goes
-    # over a view, whose gradient lies as qkv does.
+    # of scaled_dot_product_attention takes; the interleaved views would fall back to its slow path.
     is_channels_last = qkv.is_contiguous(memory_format=torch.channels_last)
     if is_channels_last:
         by_pixel = qkv.permute(0, 2, 3, 1).reshape(n, height * width, num_heads, d, 3)
-        split = by_pixel.permute(4, 0, 2, 1, 3).contiguous()
+        split = _Split.apply(by_pixel)
     else:
         split = qkv.reshape(n, num_heads, d, 3, height * width).permute(3, 0, 1, 4, 2).contiguous()
+        split = split.unbind(0)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     if normalize:
-        x = split.to(wide)
-        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(d)
-        split = (x / (NORM_EPS + rms)).to(qkv.dtype)
-    q, k, v = split.unbind(0)
+        wides = [x.to(wide) for x in split]
+        rms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(d) for x in wides]
+        split = [(x / (NORM_EPS + r)).to(qkv.dtype) for x, r in zip(wides, rms, strict=True)]
+    q, k, v = split
     if qkv.is_cpu and qkv.dtype == wide and height * width <= 64:
         # So short, the fused operation takes up to three times as long there.
         logits = q @ k.mT * (1 / math.sqrt(d) if scale is None else scale)

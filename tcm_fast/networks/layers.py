@@ -266,8 +266,8 @@ class UNetBlock(Block):
 
     forward(x [N,C,H,W], emb [N,emb_channels], dropout_key) -> [N,out_channels,H',W'] with H' = 2H
     (`up`), H/2 (`down`) or H; a network that has the block's `modulations` already hands them on in emb's
-    place. With `twice` the result comes two times, as `residual` gives it. `layer` is the number that keys
-    the block's dropout.
+    place. `second` is joined to x along the channels. With `twice` the result comes two times, as `residual`
+    gives it. `layer` is the number that keys the block's dropout.
 
     Args:
         adaptive_scale: the embedding scales and shifts after the second normalisation (ADM) instead of
@@ -328,11 +328,15 @@ class UNetBlock(Block):
         emb: torch.Tensor | Modulation,
         dropout_key: PhiloxKey | None = None,
         *,
+        second: torch.Tensor | None = None,
         twice: bool = False,
     ) -> Any:
+        if second is not None and self.recompute_norms:  # which keeps one tensor, not three
+            x, second = torch.cat([x, second], 1), None
         # Where x also goes past a normalisation, its two gradients meet in that one's kernel.
         run = partial(after_norm, recompute=self.recompute_norms)
-        h, x = run(self.norm0.fused(with_x=True), self.conv0, x, with_bias=False)
+        norm0 = self.norm0.fused(with_x=True, second=second)
+        h, x = run(norm0, self.conv0, x, with_bias=False)
         # Where a sum is a kernel, the biases of the layers before go in there; elsewhere the convolutions
         # add them for nothing.
         is_kernel = runs_triton("residual", x.device.type)

@@ -52,16 +52,14 @@ def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def run_block(block: Any, inputs: Sequence[torch.Tensor], *args: Any, **options: Any) -> Any:
-    """block(inputs, joined along the channels, *args, **options), recomputed where the block says so. The
-    second pass uses the weights that stand in the block now: those of a `functional_call` are gone by
-    then."""
+    """block(*inputs, *args, **options), recomputed where the block says so. The second pass uses the weights
+    that stand in the block now: those of a `functional_call` are gone by then."""
     weights = _weights(block) if block.recompute_whole else {}
 
     def run(*inputs: torch.Tensor) -> Any:
-        x = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
         if not weights:
-            return block(x, *args, **options)
-        return functional_call(block, weights, (x, *args), options)
+            return block(*inputs, *args, **options)
+        return functional_call(block, weights, (*inputs, *args), options)
 
     return recomputed(run, *inputs) if weights else run(*inputs)
 

@@ -282,7 +282,8 @@ class EDMUNet(UNet):
         for block in self.dec.values():
             if isinstance(block, UNetBlock):
                 merges = block.in_channels != x.shape[1]
-                x = run_block(block, [x, skips.pop()] if merges else [x], next(given), dropout_key)
+                second = skips.pop() if merges else None
+                x = run_block(block, [x], next(given), dropout_key, second=second)
         return self.output(x)
 
     def by_sample_names(self) -> list[str]:

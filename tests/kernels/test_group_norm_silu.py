@@ -482,6 +482,80 @@ def test_kernel_adds_the_gradient_that_goes_past(
     compare(x, 3, affine, modulation, check_against_oracle, monkeypatch, with_x=True)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", EACH_DTYPE, ids=str)
+@pytest.mark.parametrize(
+    "site",
+    [
+        (2, 24, 8, 5, 3, 4),  # groups of one and the other
+        (1, 13, 7, 3, 5, 5),  # a group of both
+        (2, 1, 5, 1, 1, 2),
+        (1, 256, 128, 4, 4, 32),
+        (1, 20, 12, 64, 64, 8),  # read twice
+    ],
+    ids=str,
+)
+def test_kernel_joins_two(site, dtype, layout, triton_device, check_against_oracle, monkeypatch):
+    """With the joined tensor's gradient beside that of the normalised one."""
+    n, first, second, height, width, groups = site
+    x, affine, modulation = on(triton_device, n, first + second, height, width, dtype, layout)
+    upstream = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(1))
+    upstream = [v.to(x).contiguous(memory_format=layout) for v in upstream]
+
+    def results(backend, dtype=dtype):
+        monkeypatch.setenv("TCM_FAST_BACKEND", backend)
+        parts = [v.to(dtype).contiguous(memory_format=layout) for v in x.split([first, second], 1)]
+        wide = torch.promote_types(dtype, torch.float32)
+        tensors = [*parts, *(v.to(wide) for v in affine), modulation["add"].to(dtype)]
+        tensors = [v.detach().requires_grad_() for v in tensors]
+        a, b, weight, bias, add = tensors
+        options = dict(add=add, with_x=True, second=b)
+        y, joined = group_norm_silu(a, groups, weight, bias, 1e-6, **options)
+        assert torch.equal(joined, torch.cat([a, b], 1))
+        assert joined.is_contiguous(memory_format=layout)
+        grads = torch.autograd.grad([y, joined], tensors, [v.to(dtype) for v in upstream])
+        return [y, *grads]
+
+    ours, again = results("kernel"), results("kernel")
+    assert all(torch.equal(p, q) for p, q in zip(ours, again, strict=True))
+    plain, oracle = results("reference"), results("reference", torch.float64)
+    over_pixels = upstream[0].double().abs().sum((2, 3)).max().item()
+    names = ("y", "x", "second", "weight", "bias", "add")
+    for name, *found in zip(names, ours, plain, oracle, strict=True):
+        check_against_oracle(*found, name, terms=0.0 if name in names[:3] else over_pixels)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_joining_on_a_cpu(n, layout):
+    x, (weight, bias), _ = case(n, 12, 4, 3)
+    a, b = (v.contiguous(memory_format=layout) for v in x.split([8, 4], 1))
+    expected = group_norm_silu(x, 3, weight, bias)
+    y, joined = group_norm_silu(a, 3, weight, bias, second=b, with_x=True)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(joined, x)
+
+
+def test_joining_without_a_kernel_and_refusals(triton_device):
+    x, (weight, bias), _ = on(triton_device, 2, 12, 3, 3, torch.float32, LAYOUTS[1])
+    a, b = (v.contiguous(memory_format=LAYOUTS[1]) for v in x.split([8, 4], 1))
+    expected = group_norm_silu(x, 3, weight, bias)
+    assert torch.equal(group_norm_silu(a, 3, weight, bias, second=b), expected)
+    mixed, joined = group_norm_silu(a, 3, weight, bias, second=b.contiguous(), with_x=True)
+    assert torch.equal(mixed, expected)
+    y, joined = group_norm_silu(a[:0], 3, weight, bias, second=b[:0], with_x=True)
+    assert y.shape == joined.shape == (0, 12, 3, 3)
+    y, joined = group_norm_silu(x, 3, weight, bias, second=x[:, :0], with_x=True)
+    assert torch.equal(y, expected)
+    arguments = a, weight, bias, *[None] * 6, 3, 1e-6, True, 0, 0, b
+    torch.library.opcheck(torch.ops.tcm_fast.group_norm_silu_joined_fwd.default, arguments)
+    for wrong in (b[:1], b[:, :, :2], b.double(), b.to("meta"), b[0]):
+        with pytest.raises(ValueError, match=r"second must be \[2,C2,3,3\] of torch\.float32 on"):
+            group_norm_silu(a, 3, weight, bias, second=wrong)
+    with pytest.raises(ValueError, match=r"num_groups must divide C=12, got 5"):
+        group_norm_silu(a, 5, weight, bias, second=b)
+
+
 @pytest.mark.parametrize("backend", ["kernel", "reference"])
 @pytest.mark.parametrize("asked", ["both", "weight", "bias"])
 def test_gradients_of_the_affine_parameters_by_sample(asked, backend, request, monkeypatch):
