@@ -108,6 +108,33 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert kinds["convolution"]["launches"] > kinds["concatenation"]["launches"] > 0
 
 
+@pytest.mark.parametrize("family", ["ddpmpp", "adm", "edm2"])
+def test_small_passes_are_no_more_for_more_blocks(family):
+    """Products of the embedding, sums for small parameters' gradients, sums of two gradients, additions of
+    biases, concatenations: as many for two blocks a level as for one."""
+    config = load_preset("cifar10-tiny")
+    phase = dataclasses.replace(config.tcm, batch_size=16, images=1 << 24)
+    counts = []
+    for blocks in (1, 2):
+        network = NetworkConfig(
+            name=family,
+            model_channels=64,
+            channel_mult=(1, 2),
+            num_blocks=blocks,
+            attn_resolutions=(),
+        )
+        config = dataclasses.replace(config, network=network, precision="bf16", tcm=phase)
+        kinds = count_passes(config, "tcm", ImageShape(16)).by_kind
+        counts.append(
+            {
+                kind: kinds[kind].launches
+                for kind in ("matrix product", "reduction", "addition", "concatenation", BIAS, COPY)
+                if kind in kinds
+            }
+        )
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["ddpmpp", "ncsnpp", "adm", "edm2"])
 def test_no_activation_and_no_gradient_is_copied_or_laid_out_anew(family, precision):
