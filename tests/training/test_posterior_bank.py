@@ -4,6 +4,7 @@ import os
 import signal
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,19 +38,23 @@ def posterior(images, **changes):
     return tiny(images, **{"network": {"class_conditional": True}} | changes)
 
 
-def banks(images, steps, *, micro=1, ranks=1, bank_size=12, **changes):
+def loader_of(images, *, micro=1, rank=0, ranks=1, bank_size=12, **changes):
+    """The loader of a rank, and a phase to load for."""
+    config = posterior(images, ect=POSTERIOR | {"bank_size": bank_size}, **changes)
+    workers = SimpleNamespace(rank=rank, world=ranks, device=torch.device("cpu"))
+    cut = SimpleNamespace(of=lambda _: micro)
+    phase = SimpleNamespace(
+        name="ect", config=config.ect, seed=5, steps=9, first_iteration=0, inner=OBJECTIVES["ect"],
+        student=SimpleNamespace(sigma_data=0.5),
+    )  # fmt: skip
+    return BatchLoader(config, load_images(images), workers, cut, 5, Counter()), phase
+
+
+def banks(images, steps, *, ranks=1, **options):
     """The banks of some steps, of every micro-batch of every rank."""
-    fields = POSTERIOR | {"bank_size": bank_size}
-    config = posterior(images, ect=fields, micro_batches=micro, **changes)
-    data, found = load_images(images), []
+    found = []
     for rank in range(ranks):
-        workers = SimpleNamespace(rank=rank, world=ranks, device=torch.device("cpu"))
-        builder = SimpleNamespace(of=lambda _: micro)
-        loader = BatchLoader(config, data, workers, builder, 5, Counter())
-        phase = SimpleNamespace(
-            name="ect", config=config.ect, seed=5, steps=9, first_iteration=0,
-            inner=OBJECTIVES["ect"], student=SimpleNamespace(sigma_data=0.5),
-        )  # fmt: skip
+        loader, phase = loader_of(images, rank=rank, ranks=ranks, **options)
         found += [(b.bank, b.bank_classes) for step in steps for b in loader.load(phase, step)]
     return found
 
@@ -86,6 +91,16 @@ def test_the_banks_of_an_epoch_are_the_set_and_a_large_one_is_the_whole(images):
         assert rows(banks(images, [step], bank_size=1000)) == everything
     flipped = banks(images, [0], bank_size=40, data={"source": str(images), "flip": True})
     assert rows(flipped) != everything
+
+
+def test_a_set_that_is_not_resident_has_the_same_banks_read_ahead(images):
+    expected = banks(images, [0, 1])
+    loader, phase = loader_of(images)
+    loader.stream.resident, loader.stream._reader = False, ThreadPoolExecutor(1)
+    for step in (0, 1):
+        (batch,) = loader.load(phase, step)
+        assert torch.equal(batch.bank, expected[step][0])
+        assert len(loader.stream._ahead) == 2  # the next step's batch and its bank
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(images, tmp_path, monkeypatch):
