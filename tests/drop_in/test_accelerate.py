@@ -42,7 +42,7 @@ def run(net, x, emb):
     net.zero_grad(set_to_none=True)
     y = net(x, emb)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    y.backward(upstream.to(y.dtype))
+    y.backward(upstream.to(y))
     found = {"output": y.detach(), "grad_x": x.grad, "grad_emb": emb.grad}
     return found | {f"grad of {k}": p.grad for k, p in net.named_parameters()}
 
