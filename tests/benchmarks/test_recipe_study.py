@@ -152,7 +152,9 @@ def test_tables_have_means_errors_and_verdicts(tmp_path):
     assert "sets of samples of one network is 1.41" in text
     better = [line for line in text.splitlines() if line.endswith("better |")]
     assert len(better) == 2
-    assert better[0].startswith("| stage 2, t′ = 1, scale 0.2 | stage 1 continued | 1 step | -20 % | ")
+    assert better[0].startswith(
+        "| stage 2, t′ = 1, scale 0.2 | stage 1 continued | 1 step | -20 % | "
+    )
     assert "| 3 of 3 seeds | better |" in better[0]
     assert text.count("| not told apart |") == 2  # t' = 0.5
     assert "![samples](../results/study_cifar16.png)" in text
