@@ -234,7 +234,9 @@ def picture(table: Table, runs: Path, setting: str, out: Path) -> list[str]:
         steps = OBJECTIVES[[*arm.images][-1]].sampling_steps[0]
         drawn.append(sample(load_network(folder_of(runs, arm, 0)), SHOWN, steps=steps, seed=0))
     if drawn:
-        save_grid(torch.cat(drawn), named(out, setting), SHOWN, scale=3, overwrite=True)
+        save_grid(
+            torch.cat(drawn), named(out, setting), SHOWN, 48 // drawn[0].shape[1], overwrite=True
+        )
     return [arm.label for arm in shown]
 
 

@@ -136,7 +136,8 @@ def beginning(setting: str) -> Iterator[Arm]:
 def short(setting: str) -> Iterator[Arm]:
     """Stage 2, and stage 1 continued instead."""
     yield Arm(setting, "continued", "stage 1 continued", {"ect": STAGE}, "stage1", {"seed": 1000})
-    yield Arm(setting, "stage2", "stage 2", {"tcm": STAGE}, "stage1", against="continued")
+    label = "stage 2, t′ = 1, scale 0.2"
+    yield Arm(setting, "stage2", label, {"tcm": STAGE}, "stage1", against="continued")
 
 
 def long(setting: str) -> Iterator[Arm]:

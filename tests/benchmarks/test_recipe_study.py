@@ -152,7 +152,9 @@ def test_tables_have_means_errors_and_verdicts(tmp_path):
     assert "sets of samples of one network is 1.41" in text
     better = [line for line in text.splitlines() if line.endswith("better |")]
     assert len(better) == 2
-    assert better[0].startswith("| stage 2 | stage 1 continued | 1 step | -20 % | ")
+    assert better[0].startswith(
+        "| stage 2, t′ = 1, scale 0.2 | stage 1 continued | 1 step | -20 % | "
+    )
     assert "| 3 of 3 seeds | better |" in better[0]
     assert text.count("| not told apart |") == 2  # t' = 0.5
     assert "![samples](../results/study_cifar16.png)" in text
@@ -166,7 +168,7 @@ def test_seeds_that_are_missing_are_said_and_nothing_is_compared_with_one(tmp_pa
     partial = record()
     partial["rows"] = [row for row in partial["rows"] if row["seed"] == 0]
     text = recipe_report.block(partial, tmp_path / "study.json", tmp_path / "page.md")
-    assert "| stage 2 (1 seed) | 2.50 M | 801 |" in text
+    assert "| stage 2, t′ = 1, scale 0.2 (1 seed) | 2.50 M | 801 |" in text
     assert "verdict" not in text
 
 
