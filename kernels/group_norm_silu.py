@@ -679,11 +679,8 @@ _SITES = {
     ),
 }  # fmt: skip
 
-# Of a decoder's blocks, which join the encoder's output to theirs: pixels, channels of the two.
-_JOINED_SITES = (
-    (32, 256, 128), (32, 256, 256), (16, 256, 256), (8, 256, 256),
-    (64, 192, 192), (64, 384, 192), (32, 576, 384), (8, 768, 768),
-)  # fmt: skip
+# Some of a decoder's blocks, which join the encoder's output to theirs: pixels, channels of the two.
+_JOINED_SITES = ((32, 256, 128), (32, 256, 256), (8, 256, 256), (64, 384, 192))
 
 
 def specialisations(capability: int) -> list[Variant]:

@@ -3,6 +3,7 @@ connection and their common factor in one pass (Karras et al. 2022, appendix C).
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Any
 
@@ -200,40 +201,38 @@ _SITES = (
 
 
 def specialisations(capability: int) -> list[Variant]:
-    """Forms in which DDPM++ on CIFAR-10 and ADM at 64 x 64 use the kernels, in channels_last."""
+    """Forms in which DDPM++ on CIFAR-10 and ADM at 64 x 64 use the kernels, in channels_last: backward with
+    biases whose gradients stay by sample."""
     variants = []
     scalars = {"pixels": "i32", "scale": "fp32"}
     for (size, c, scale, row, twin), dtype, has_bias in product(
         _SITES, DTYPES.values(), (True, False)
     ):
+        if not has_bias and row + twin > 0:
+            continue
         shape = 64, c, size, size
-        constants, grid = _constants(shape, True, has_bias)
-        fwd = dict.fromkeys(("x", "skip", "bias", "skip_bias", "out"), dtype)
-        bwd = {"grad_out": dtype, "grad_twin": dtype, "grad_x": dtype, "grad_bias": "fp32"}
-        kernels = [
-            (_residual_fwd_kernel, fwd, {"HAS_SKIP_BIAS": has_bias and size > 8}),
-            (
-                _residual_bwd_kernel,
-                bwd,
-                {"WRITES": scale != 1 or row + twin > 0, "GRAD_ROW": row or c, "TWIN_ROW": twin},
-            ),
-        ]
-        if scale == 1 and not has_bias and not row + twin:
-            del kernels[1]  # the gradient is what came in
-        if row + twin:
-            del kernels[0]
         of = f" of {row}" if row else f" and of {twin}" if twin else ""
         site = f"{size}x{size}x{c}{of}{' bias' if has_bias else ''} {dtype}"
-        programs = grid[0] * grid[1]
-        variants += forms(
-            site, scalars, constants, *kernels, programs=programs, aligned=("pixels",)
-        )
-        if has_bias:
-            constants, (by_sample, slabs) = _constants_by_sample(shape, True)
+        if not row + twin:
+            constants, grid = _constants(shape, True, has_bias)
+            pointers = dict.fromkeys(("x", "skip", "bias", "skip_bias", "out"), dtype)
+            more = {"HAS_SKIP_BIAS": has_bias and size > 8}
             variants += forms(
-                f"{site} by sample", scalars, constants, kernels[-1], programs=by_sample * slabs,
-                aligned=("pixels",),
+                site, scalars, constants, (_residual_fwd_kernel, pointers, more),
+                programs=math.prod(grid), aligned=("pixels",),
             )  # fmt: skip
+        if scale == 1 and not has_bias:
+            continue  # the gradient is what came in
+        constants, grid = _constants(shape, True, has_bias)
+        if has_bias:
+            constants, grid = _constants_by_sample(shape, True)
+        pointers = dict.fromkeys(("grad_out", "grad_twin", "grad_x"), dtype) | {"grad_bias": "fp32"}
+        writes = scale != 1 or row + twin > 0
+        more = {"WRITES": writes, "GRAD_ROW": row or c, "TWIN_ROW": twin}
+        variants += forms(
+            site, scalars, constants, (_residual_bwd_kernel, pointers, more),
+            programs=math.prod(grid), aligned=("pixels",),
+        )  # fmt: skip
     return variants
 
 
