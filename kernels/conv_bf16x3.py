@@ -138,7 +138,7 @@ def _conv_bf16x3_kernel(
 
 
 # A program owns a tile of output by input channels at one tap, and sums over a piece of the pixels.
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])
 def _conv_bf16x3_weight_kernel(
     grad_out, x, sums, pixels, steps,
     IN: tl.constexpr, OUT: tl.constexpr, H: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr,
@@ -181,7 +181,7 @@ def _conv_bf16x3_weight_kernel(
     tl.store(sums + to, total, mask=(m < OUT)[:, None] & (n < IN)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def _conv_bf16x3_sum_kernel(sums, out, pieces, SIZE: tl.constexpr, TILE: tl.constexpr):
     """sums [pieces, SIZE] -> out [SIZE], in one order."""
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -222,10 +222,12 @@ def _weight_tiles(pixels, channels_in, channels_out, taps, capability):
     """Constants, warps, stages, tiles, steps and pieces of a gradient to the weight."""
     rows, width, depth = _width(channels_out), _width(channels_in), 32
     tiles = -(-channels_out // rows) * -(-channels_in // width) * taps
-    steps = -(-pixels // depth)
-    pieces = max(1, min(PROGRAMS // tiles, steps // FEWEST_STEPS)) if steps else 0
-    steps = -(-steps // max(pieces, 1))
-    pieces = -(-pixels // (steps * depth)) if steps else 0  # none without pixels
+    all_steps = -(-pixels // depth)
+    # Offsets within a piece have 32 bits.
+    fewest = max(1, -(-pixels * max(channels_in, channels_out) // 2**30))
+    pieces = max(fewest, min(PROGRAMS // tiles, all_steps // FEWEST_STEPS))
+    steps = -(-all_steps // pieces)
+    pieces = -(-all_steps // steps) if steps else 0  # none without pixels
     warps = 8 if rows * width > 64 * 64 else 4
     constants = {"ROWS": rows, "WIDTH": width, "DEPTH": depth}
     return constants, warps, STAGES.get(capability, 3), tiles, steps, pieces
@@ -444,7 +446,7 @@ def conv_bf16x3(
 
     Raises:
         TypeError: not fp32 (parts: bf16). ValueError: shapes or devices that do not fit, kernels other than
-            3x3 and 1x1, groups, parts that want a gradient, 2^31 pixels or more.
+            3x3 and 1x1, groups, parts that want a gradient, nearly 2^31 pixels or more.
     """
     check_image("conv_bf16x3", x)
     given = (("x", x), ("weight", weight), ("bias", bias))
@@ -463,8 +465,8 @@ def conv_bf16x3(
     k, size = weight.shape[0], weight.shape[-1]
     if bias is not None and bias.shape != (k,):
         raise ValueError(f"conv_bf16x3: bias must be [{k}], got {list(bias.shape)}")
-    if n * h * w > 2**31 - 2**10:
-        raise ValueError(f"conv_bf16x3: x must have fewer than 2^31 pixels, got {n * h * w}")
+    if n * h * w > 2**31 - 2**16:
+        raise ValueError(f"conv_bf16x3: x must have at most 2^31 - 2^16 pixels, got {n * h * w}")
     if parts is None:
         parts = split_weight(weight)
     if parts.dtype != torch.bfloat16:

@@ -129,7 +129,9 @@ def this_device(device: torch.device, *, measure: bool = True) -> Card:
         )  # fmt: skip
     found = measure_ceilings(device, quick=True)
     rate = found.matmul["fp32"]
-    return Card("CPU", _host_memory(), rate, rate, rate, found.copy, measured=True, on_gpu=False)
+    return Card(
+        "CPU", _host_memory(), rate, rate, rate, found.copy, measured=True, on_gpu=False, bf16x3=rate / 3
+    )  # fmt: skip
 
 
 def _with_memory(card: Card, memory: int) -> Card:
