@@ -169,6 +169,13 @@ def _denoise_to_uint8(case: Case) -> tuple[Work, Work]:
     return Work(image * (case.dtype.itemsize + 4 + 1) + 4 * case.batch), Work(0)
 
 
+def _posterior_mean(case: Case) -> tuple[Work, Work]:
+    """Noisy images and both sets of bytes in, the means out; a product with the bank for the distances and
+    one for the mean."""
+    image, bank = _elements(case, "x_t"), _elements(case, "bank")
+    return Work(image * (4 + 1 + 4) + bank + 4 * case.batch, 4 * case.batch * bank), Work(0)
+
+
 def _residual(case: Case) -> tuple[Work, Work]:
     """Two images in and one out; backward one in and one out, the gradient of both."""
     image = _elements(case, "x") * case.dtype.itemsize
@@ -182,6 +189,7 @@ FORMULAS: dict[str, Callable[[Case], tuple[Work, Work]]] = {
     "consistency_loss": _consistency_loss,
     "noise_pair": _noise_pair,
     "denoise_to_uint8": _denoise_to_uint8,
+    "posterior_mean": _posterior_mean,
     "residual": _residual,
 }
 

@@ -27,9 +27,10 @@ import tcm_fast.networks
 import tcm_fast.objectives
 from tcm_fast.config import TcmConfig
 from tcm_fast.kernels.dropout import PhiloxKey
+from tcm_fast.kernels.noise_pair import NoisePair
 from tcm_fast.networks import build_network
 from tcm_fast.networks.precision import cast_weights
-from tcm_fast.objectives.batch import make_batch
+from tcm_fast.objectives.batch import Batch, make_batch
 from tcm_fast.objectives.tcm import Tcm
 from tcm_fast.sampling import sampler, solvers
 
@@ -238,10 +239,24 @@ def loop_sites(img_resolution: int, img_channels: int) -> tuple[Site, ...]:
     batch = make_batch(plan, part, images, None, seed=0, step=0)
     with listening(f"{img_channels}x{img_resolution}x{img_resolution}") as heard:
         objective(batch)
+        _posterior_target(objective, batch)
         drawing = sampler.Sampler([net], solvers.multistep, [80.0], precision="bf16")
         drawing.draw(torch.arange(BATCH))
     sites = [dataclasses.replace(site, count=count) for site, count in heard.items()]
     return tuple(site for site in sites if site.operation not in _of_networks(net))
+
+
+def _posterior_target(objective: Tcm, batch: Batch) -> None:
+    """Where the images at the inner noise levels are made if the target is the posterior mean."""
+    config = dataclasses.replace(objective.config, target="posterior")
+    other = Tcm(config, objective.student, objective.frozen)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shape = batch.images.shape
+        own, bank = (
+            torch.empty((n, *shape[1:]), dtype=torch.uint8) for n in (BATCH, config.bank_size)
+        )
+        pair = NoisePair(*(torch.empty(shape) for _ in range(5)))
+        other.inner_images(pair, dataclasses.replace(batch, images=own, bank=bank))
 
 
 def _of_networks(net: torch.nn.Module) -> set[str]:

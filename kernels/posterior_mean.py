@@ -12,9 +12,9 @@ from tcm_fast.kernels.noise_pair import to_unit_range
 #
 # Against the own image y, with eps = (x_t - y)/t and a bank image y_j,
 #     (|x_t - y_j|² - |x_t - y|²) / (2t²) = |y - y_j|² / (2t²) + eps·(y - y_j) / t.
-# The left side is a difference of numbers near |x_t|²/(2t²), 1e8 at t = 0.002 for 3x32x32: in fp32 nothing
-# is left of it. On the right everything is a product with the differences of bytes, exact integers; an image
-# counts only where |y - y_j| is at most some ten t, and there an error of eps counts at most ten times.
+# By products, |x_t|² - 2 x_t·y_j + |y_j|², the left side has terms near 1e8 at t = 0.002 for 3x32x32: in fp32
+# it is off by 60. On the right everything is a product with the differences of bytes, exact integers; an
+# image counts only where |y - y_j| is at most some ten t, and there an error of eps counts at most ten times.
 
 
 def posterior_mean_reference(x_t, t, own, bank, classes=None, bank_classes=None):

@@ -121,9 +121,10 @@ def _(grad_out: Sequence[int], qkv: Sequence[int], *_: Any, **__: Any) -> int:
 
 @register_flop_formula(torch.ops.tcm_fast.posterior_mean)
 def _(x_t: Sequence[int], t: Any, own: Any, bank: Sequence[int], *_: Any, **__: Any) -> int:
-    """Products with the bank: of the noise in two parts, of the own image, of the weights in three parts."""
+    """A product with the bank for the distances and one for the mean; that a kernel takes each in three parts
+    is not counted."""
     n, *image = x_t
-    return 6 * 2 * n * bank[0] * math.prod(image)
+    return 2 * 2 * n * bank[0] * math.prod(image)
 
 
 # The convolution that is asked for, once: the rates of `Card` and `Ceilings` count so.

@@ -146,7 +146,7 @@ def test_kernel_matches_the_oracle(t, shape, n, bank, triton_device):
 
 @pytest.mark.parametrize("t", [0.002, 80.0])
 def test_kernel_is_well_conditioned_at_the_networks_size(t, triton_device):
-    """|x_t - y|² / (2 t²) itself is 1e8 at t = 0.002, where the weights depend on its first decimal."""
+    """At t = 0.002 |x_t|² / (2 t²) is 1e8, and the weights depend on decimals of differences."""
     values = problem(t, n=2, bank=20, shape=(3, 32, 32))
     found = posterior_mean(*on(triton_device, values))
     expected = naive(*values)
