@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tcm_fast.config import require
+from tcm_fast.kernels._common import of_channels
 from tcm_fast.kernels._triton import runs_triton
 from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
@@ -106,7 +107,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
         """`with_bias=False` leaves the bias to who reads the result."""
-        bias = self.bias if with_bias else None
+        bias = of_channels(self.bias) if with_bias and self.bias is not None else None
         if self.up and self.is_box and self.kernel_size == (1, 1):
             # Repeating pixels commutes with a pointwise convolution: a quarter of the work.
             return self._resample(self._conv_forward(x, self.weight, bias))
