@@ -149,7 +149,9 @@ def _listened() -> list[ModuleType]:
 
 def _described(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return Like.of(value)
+        # What a network expands over the batch, to sum its gradients with other layers', is one row here.
+        expands = value.ndim == 2 and value.stride(0) == 0 and len(value) == BATCH
+        return Like.of(value[0] if expands else value)
     if isinstance(value, PhiloxKey):
         return KeyLike(0)  # the layer's number changes the mask, not the work
     return value

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tcm_fast.config import require
+from tcm_fast.kernels._common import of_channels
 from tcm_fast.kernels._triton import runs_triton
 from tcm_fast.kernels.conv_bf16x3 import conv_bf16x3
 from tcm_fast.kernels.dropout import PhiloxKey
@@ -111,7 +112,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor, *, with_bias: bool = True) -> torch.Tensor:
         """`with_bias=False` leaves the bias to who reads the result."""
-        bias = self.bias if with_bias else None
+        bias = of_channels(self.bias) if with_bias and self.bias is not None else None
         if self.up and self.is_box and self.kernel_size == (1, 1):
             # Repeating pixels commutes with a pointwise convolution: a quarter of the work.
             return self._resample(self._convolve(x, bias))

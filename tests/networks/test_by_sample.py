@@ -84,6 +84,14 @@ def test_activations_may_be_computed_again(family, way, as_on_a_gpu):
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+def test_where_a_sum_has_no_kernel_after_all(as_on_a_gpu, monkeypatch):
+    """As in the pass in which it turns out that it does not compile: the convolutions add the biases."""
+    net = network("ddpmpp")
+    plain = gradients(net)
+    monkeypatch.setattr(layers, "runs_triton", lambda *_: False)
+    near(gradients(net), plain, 1e-5)
+
+
 @pytest.mark.parametrize("family", ["ddpmpp", "edm2"])
 def test_in_16_bits_they_reach_the_parameters_in_fp32(family, as_on_a_gpu, monkeypatch):
     net = network(family)
