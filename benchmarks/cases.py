@@ -120,14 +120,16 @@ def _elements(case: Case, name: str) -> int:
 
 
 def _group_norm_silu(case: Case) -> tuple[Work, Work]:
-    """2 passes over the tensor forward and 3 backward, 4 where the gradient of the branch that goes past
-    is added; the mean and deviation of each group are kept."""
-    size, x = case.dtype.itemsize, _elements(case, "x")
+    """2 passes over the tensor forward and 3 backward; a third and a fourth where two are joined, which is
+    written down, or the gradient of the branch that goes past is added; the mean and deviation of each
+    group are kept."""
+    size, second = case.dtype.itemsize, _elements(case, "second")
+    x = _elements(case, "x") + second
     rows = sum(_elements(case, name) for name in ("add", "scale", "shift")) * size
     affine = 8 * _elements(case, "weight")
     statistics = 8 * case.batch * case.site["num_groups"]
     key = 8 * (case.batch + 2) if case.site["dropout_key"] is not None else 0
-    forward = 2 * x * size + rows + affine + statistics + key
+    forward = (3 if second else 2) * x * size + rows + affine + statistics + key
     past = x * size if case.site["with_x"] else 0
     backward = 3 * x * size + past + 2 * rows + 2 * affine + statistics + key
     return Work(forward), Work(backward)
@@ -177,10 +179,11 @@ def _posterior_mean(case: Case) -> tuple[Work, Work]:
 
 
 def _residual(case: Case) -> tuple[Work, Work]:
-    """Two images in and one out; backward one in and one out, the gradient of both."""
+    """Two images in and one out; backward one in, two where the sum is read twice, and one out, the gradient
+    of both."""
     image = _elements(case, "x") * case.dtype.itemsize
     bias = 4 * (_elements(case, "bias") + _elements(case, "skip_bias"))
-    return Work(3 * image + bias), Work(2 * image + bias)
+    return Work(3 * image + bias), Work((3 if case.site["twice"] else 2) * image + bias)
 
 
 FORMULAS: dict[str, Callable[[Case], tuple[Work, Work]]] = {
@@ -203,10 +206,10 @@ def _each_once(case: Case) -> tuple[Work, Work]:
         inputs = case.inputs("cpu")
         results = tensors_of(plain(case)(**inputs))
     given = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
-    new = [x for x in results if not any(x is y for y in given)]
+    new = {id(x): x.nbytes for x in results if not any(x is y for y in given)}
     wanted = sum(x.nbytes for x in given if x.requires_grad)
     read = sum(x.nbytes for x in given)
-    forward = read + sum(x.nbytes for x in new)
+    forward = read + sum(new.values())
     return Work(forward), Work(read + sum(x.nbytes for x in results) + wanted)
 
 
@@ -228,8 +231,9 @@ def tensors_of(results: Any) -> list[torch.Tensor]:
 
 def plain_group_norm_silu(
     x, num_groups, weight, bias, eps=1e-5, *, silu=True, add=None, scale=None, shift=None,
-    dropout_p=0.0, dropout_key=None, with_x=False,
+    dropout_p=0.0, dropout_key=None, with_x=False, second=None,
 ):  # fmt: skip
+    x = x if second is None else torch.cat([x, second], 1)
     y = x if add is None else x + add[:, :, None, None]
     y = F.group_norm(y, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:

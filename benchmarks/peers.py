@@ -84,9 +84,10 @@ def _with_surroundings(norm: Callable[..., torch.Tensor], activates: bool) -> Ca
 
     def function(
         x, num_groups, weight, bias, eps=1e-5, *, silu=True, add=None, scale=None, shift=None,
-        dropout_p=0.0, dropout_key=None, with_x=False,
+        dropout_p=0.0, dropout_key=None, with_x=False, second=None,
     ):  # fmt: skip
         fused = activates and silu and scale is None
+        x = x if second is None else torch.cat([x, second], 1)
         y = x if add is None else x + add[:, :, None, None]
         y = norm(y, num_groups, weight, bias, eps, fused)
         if scale is not None:

@@ -35,13 +35,15 @@ def mp_sum_weights(t: float) -> tuple[float, float]:
     return (1 - t) / norm, t / norm
 
 
-def mp_sum_reference(a, b, t=0.5, *, clip=None, with_silu=False):
+def mp_sum_reference(a, b, t=0.5, *, clip=None, with_silu=False, twice=False):
     wide = torch.promote_types(a.dtype, torch.float32)
     weight_a, weight_b = mp_sum_weights(t)
     out = a.to(wide) * weight_a + b.to(wide) * weight_b
     if clip is not None:
         out = out.clamp(-clip, clip)
-    return out.to(a.dtype), (F.silu(out) / MP_SILU).to(a.dtype) if with_silu else None
+    silu = (F.silu(out) / MP_SILU).to(a.dtype) if with_silu else None
+    out = out.to(a.dtype)
+    return (out, silu, out) if twice else (out, silu)
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -283,5 +285,4 @@ def mp_sum(
         run = _Twice.apply if twice else torch.ops.tcm_fast.mp_sum_fwd
         out, h, *more = run(a, b, t, clip, with_silu)
         return out, h if with_silu else None, *more
-    out, h = mp_sum_reference(a, b, t, clip=clip, with_silu=with_silu)
-    return (out, h, out) if twice else (out, h)
+    return mp_sum_reference(a, b, t, clip=clip, with_silu=with_silu, twice=twice)

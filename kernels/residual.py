@@ -29,13 +29,14 @@ from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
 # -- reference ------------------------------------------------------------------------------------
 
 
-def residual_reference(x, skip, scale, bias=None, skip_bias=None):
+def residual_reference(x, skip, scale, bias=None, skip_bias=None, *, twice=False):
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide) + skip.to(wide)
     for b in (bias, skip_bias):
         if b is not None:
             out = out + b.to(wide)[..., None, None]
-    return out.mul_(scale).to(x.dtype) if scale != 1 else out.to(x.dtype)
+    out = out.mul_(scale).to(x.dtype) if scale != 1 else out.to(x.dtype)
+    return (out, out) if twice else out
 
 
 # -- kernels --------------------------------------------------------------------------------------
