@@ -290,10 +290,9 @@ class Judge:
 
     def of_network(self, net: Precond, steps: int | None) -> dict[str, list[float]]:
         """The distances of every set of samples."""
-        sets = [
-            self.distances(sample(net, self.setting.num, steps=steps, seed=seed))
-            for seed in range(self.setting.sets)
-        ]
+        num = self.setting.num
+        seeds = range(self.setting.sets)
+        sets = [self.distances(sample(net, num, steps=steps, seed=seed)) for seed in seeds]
         return {name: [found[name] for found in sets] for name in DISTANCES}
 
 
@@ -323,17 +322,9 @@ def run_arm(
 
     Raises:
         Interrupted: that time was too short.
-        ValueError: its folder is of another recipe.
     """
     folder = folder_of(runs, arm, seed)
     config = table.config(arm, seed, judge.train_source)
-    if (folder / "config.json").exists():
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if different := [c for c in changes(saved, to_dict(config)) if not c.startswith(OWN)]:
-            raise ValueError(
-                f"runs: {folder} is of another recipe ({', '.join(different)}), remove it or give "
-                "other --runs"
-            )
     before = table.before(arm)
     init = folder_of(runs, before, seed) if before else None
     trainer = Trainer(replace(config, stop_after=stop_after), folder, init=init, resume=True)
@@ -354,6 +345,15 @@ def run_arm(
     _write(folder / RESULT, row)
 
 
+def check_recipe(folder: Path, config: Config) -> None:
+    """ValueError where a folder holds an arm of another recipe."""
+    if (folder / "config.json").exists():
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if different := [c for c in changes(saved, to_dict(config)) if not c.startswith(OWN)]:
+            what = f"{folder} is of another recipe ({', '.join(different)})"
+            raise ValueError(f"runs: {what}, remove it or give other --runs")
+
+
 def folder_of(runs: Path, arm: Arm, seed: int) -> Path:
     return runs / arm.setting / f"{arm.name}-{seed}"
 
@@ -364,11 +364,13 @@ def folder_of(runs: Path, arm: Arm, seed: int) -> Path:
 def study(
     table: Table, runs: Path, data: Path | None, *, seeds: int = SEEDS, budget: float | None = None
 ) -> None:
-    """Run every arm that can be run and is not done yet, as far as so many minutes go."""
+    """Run what is not done yet of every arm that has data, as far as so many minutes go."""
     begun = time.monotonic()
     judges: dict[str, Judge] = {}
     for arm, seed in table.order(seeds):
-        setting, result = table.settings[arm.setting], folder_of(runs, arm, seed) / RESULT
+        setting, folder = table.settings[arm.setting], folder_of(runs, arm, seed)
+        check_recipe(folder, table.config(arm, seed))
+        result = folder / RESULT
         if result.exists() or (setting.resolution is not None and data is None):
             continue
         if arm.setting not in judges:
@@ -418,29 +420,30 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/recipe_study"))
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop in so many minutes")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--quick", action="store_true", help="two steps of everything")
+    parser.add_argument("--quick", action="store_true", help="two steps of all, in RUNS/quick")
     parser.add_argument("--report", action="store_true", help="train nothing, write the page anew")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recipe_study.json"))
-    parser.add_argument("--page", type=Path, default=Path("docs/study.md"))
+    parser.add_argument("--out", type=Path, help="benchmarks/results/recipe_study.json")
+    parser.add_argument("--page", type=Path, help="docs/study.md")
     args = parser.parse_args()
+    runs: Path = args.runs / "quick" if args.quick else args.runs
+    out = args.out or (runs if args.quick else Path("benchmarks/results")) / "recipe_study.json"
+    page = args.page or (runs if args.quick else Path("docs")) / "study.md"
     if args.seeds < 1:
         parser.error(f"--seeds: must be at least 1, got {args.seeds}")
     if not args.report:
         torch.set_num_threads(1)
         table = Table().shortened() if args.quick else Table()
-        study(table, args.runs, args.data, seeds=args.seeds, budget=args.budget)
-        pictures = {
-            name: recipe_report.picture(table, args.runs, name, args.out) for name in table.settings
-        }
+        study(table, runs, args.data, seeds=args.seeds, budget=args.budget)
+        pictures = {name: recipe_report.picture(table, runs, name, out) for name in table.settings}
         write_record(
-            args.out,
+            out,
             "arms of recipe_study: distances of sets of samples to held-out images",
             f"one thread of {environment('cpu')['name']}",
-            real=real_distances(table, args.runs),
-            rows=results(table, args.runs, args.seeds),
+            real=real_distances(table, runs),
+            rows=results(table, runs, args.seeds),
             pictures={name: labels for name, labels in pictures.items() if labels},
         )
-    recipe_report.renew(args.out, args.page)
+    recipe_report.renew(out, page)
 
 
 if __name__ == "__main__":

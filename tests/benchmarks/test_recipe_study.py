@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tcm_fast.benchmarks import recipe_report, recipe_study
-from tcm_fast.benchmarks.recipe_study import ARMS, SETTINGS, Arm, Table, folder_of, run_arm, study
+from tcm_fast.benchmarks.recipe_study import ARMS, SETTINGS, Arm, Table, folder_of, study
 from tcm_fast.evaluation.metrics import FRECHET, KERNEL
 from tcm_fast.training.trainer import Trainer
 
@@ -115,9 +115,9 @@ def test_no_time_and_other_recipes(beginning, tmp_path, capsys):
     folder.mkdir(parents=True)
     other = {"seed": 5, "stop_after": 1.0, "data": {"source": "elsewhere"}}
     (folder / "config.json").write_text(json.dumps(other))
-    judge = type("Judge", (), {"train_source": "digits:train"})()
+    (folder / recipe_study.RESULT).write_text("{}")
     with pytest.raises(ValueError, match=r"is of another recipe \(seed 5 -> 0\), remove it"):
-        run_arm(beginning, arm, 0, judge, tmp_path, None)
+        study(beginning, tmp_path, None, seeds=1)
 
 
 # ---- the page -----------------------------------------------------------------------------------
@@ -203,26 +203,21 @@ def test_the_site_has_the_page_of_the_results():
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    arguments = [
-        "--quick",
-        "--seeds",
-        "1",
-        "--runs",
-        "runs",
-        "--out",
-        "study.json",
-        "--page",
-        "p.md",
-    ]
+    arguments = ["--quick", "--seeds", "1"]
     monkeypatch.setattr(sys, "argv", ["recipe_study", *arguments])
     monkeypatch.chdir(tmp_path)
     recipe_study.main()
-    rows = json.loads((tmp_path / "study.json").read_text())["rows"]
+    folder = tmp_path / "runs/recipe_study/quick"
+    rows = json.loads((folder / "recipe_study.json").read_text())["rows"]
     assert {row["arm"] for row in rows} == {arm.name for arm in DIGITS}
     assert {row["setting"] for row in rows} == {"digits"}
-    assert "stage 2, t′ = 0.5, scale 1 (1 seed)" in (tmp_path / "p.md").read_text(encoding="utf-8")
-    assert (tmp_path / "study_digits.png").exists()
-    monkeypatch.setattr(sys, "argv", ["recipe_study", "--report", *arguments[5:]])
+    page = (folder / "study.md").read_text(encoding="utf-8")
+    assert "stage 2, t′ = 0.5, scale 1 (1 seed)" in page
+    assert (folder / "recipe_study_digits.png").exists()
+    assert not (tmp_path / "docs").exists()
+    (folder / "study.md").write_text(page.replace("stage 2", "stage 9"), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["recipe_study", "--report", *arguments])
     recipe_study.main()
+    assert (folder / "study.md").read_text(encoding="utf-8") == page
