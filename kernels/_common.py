@@ -120,8 +120,9 @@ def of_channels(v: torch.Tensor) -> torch.Tensor:
 
 def fits_channels(v: torch.Tensor, n: int, c: int) -> bool:
     """Whether v is what `of_channels` takes, for n samples."""
-    is_expanded = n > 0 and v.shape == (n, c) and (n == 1 or v.stride(0) == 0)
-    return v.shape == (c,) or is_expanded
+    if v.ndim == 1:  # asked first: an n that is free in a program is not to be compared with c
+        return v.shape == (c,)
+    return n > 0 and v.shape == (n, c) and (n == 1 or v.stride(0) == 0)
 
 
 def given(x: torch.Tensor, *optional: torch.Tensor | None) -> list[torch.Tensor]:
