@@ -47,7 +47,7 @@ NOT_RUN = {
     "pull": "as above",
     "demo": "serves until it is stopped; tests/cli/test_demo.py",
     "data pack imagenet": "needs ImageNet",
-    "features train": "minutes; tests/cli/test_features.py",
+    "features train": "minutes; tests/cli/test_feature_command.py",
     "features info": "needs that file; as above",
 }
 """How commands begin that are only parsed, and why."""
