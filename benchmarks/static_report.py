@@ -50,6 +50,7 @@ SM = {
 REGISTERS = 65536  # of an SM
 ROOT = Path(__file__).parents[1]
 ACCESS = re.compile(r"\b((?:LDG|STG|LDGSTS)\.[A-Z0-9.]*)")
+MMA = re.compile(r"\b(?:HMMA|HGMMA|UTCHMMA)\b")  # of tensor cores: sm_80 and 120, 90, 100
 
 
 def sources_hash(operation: str) -> str:
@@ -77,8 +78,9 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def disassemble(cubin: bytes) -> tuple[dict[str, int], list[str]]:
-    """Resource usage (REG, STACK, LOCAL, SHARED, ...) and the global accesses of a binary."""
+def disassemble(cubin: bytes) -> tuple[dict[str, int], list[str], int]:
+    """Resource usage (REG, STACK, LOCAL, SHARED, ...), the global accesses and the number of tensor-core
+    instructions of a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -86,7 +88,7 @@ def disassemble(cubin: bytes) -> tuple[dict[str, int], list[str]]:
         usage = run([tool("cuobjdump"), "--dump-resource-usage", file.name]).stdout
         sass = run([tool("cuobjdump"), "-sass", file.name]).stdout
     resources = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
-    return resources, ACCESS.findall(sass)
+    return resources, ACCESS.findall(sass), len(MMA.findall(sass))
 
 
 def access_bytes(access: str) -> int:
@@ -147,8 +149,10 @@ def compile_variant(
         row["error"] = f"needs {shared} bytes of shared memory, sm_{arch} has {SM[arch][1]}"
     if check_only:
         return row
-    resources, accesses = disassemble(compiled.asm["cubin"])
+    resources, accesses, products = disassemble(compiled.asm["cubin"])
     sizes = [access_bytes(access) for access in accesses]
+    if products:
+        row["mma"] = products
     return row | {
         "registers": resources.get("REG", 0),
         "spill_bytes": resources.get("STACK", 0) + resources.get("LOCAL", 0),

@@ -1029,7 +1029,8 @@ def group_norm_silu(
     if second is not None:
         joins = with_x and kernels is not None and kernels[0] is _fwd
         if not joins or x.numel() == 0 or second.numel() == 0:
-            x, second = torch.cat([x, second], 1), None
+            joined = torch.cat([x, second], 1)
+            x, second = joined.contiguous(memory_format=layout_of(x)), None
             kernels = _kernels(x, *operands.values())
     if kernels is not None:
         if c * height * width >= 2**31:
