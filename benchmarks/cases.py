@@ -79,6 +79,10 @@ class Case:
             if wide and x.is_floating_point():
                 x = x.double()
             found[name] = x.requires_grad_(like.requires_grad)
+        if "own" in found:  # the images that x_t is made from
+            own, t, eps = (found[name].cpu().float() for name in ("own", "t", "x_t"))
+            x_t = own / 127.5 - 1 + t[:, None, None, None] * eps
+            found["x_t"] = x_t.to(found["x_t"]).contiguous(memory_format=layout)
         return found
 
 
