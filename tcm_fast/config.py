@@ -194,7 +194,11 @@ class ConsistencyConfig(PhaseConfig):
         super().__post_init__()
         name = type(self).__name__.removesuffix("Config").lower()
         require(self.t_std > 0, f"{name}.t_std: must be positive, got {self.t_std}")
-        require(self.huber_c >= 0, f"{name}.huber_c: must not be negative, got {self.huber_c}")
+        has_rule = type(self).huber_c == 0  # which 0 stands for
+        require(
+            self.huber_c > 0 or (has_rule and self.huber_c == 0),
+            f"{name}.huber_c: must be positive, got {self.huber_c}",
+        )
         require(
             self.distance == "huber" or bool(self.features),
             f"{name}.features: the manifold distance needs a file of tcm-fast features train, got none",
@@ -347,7 +351,7 @@ class CmtConfig(PhaseConfig):
             self.points is None or 1 <= self.points <= self.steps,
             f"cmt.points: must lie in [1, steps = {self.steps}], got {self.points}",
         )
-        require(self.huber_c >= 0, f"cmt.huber_c: must not be negative, got {self.huber_c}")
+        require(self.huber_c > 0, f"cmt.huber_c: must be positive, got {self.huber_c}")
 
     @property
     def sharing(self) -> int:
@@ -493,6 +497,10 @@ class Config:
             f"max_steps: must be at least 1, got {self.max_steps}",
         )
         require(0 <= self.seed < 2**63, f"seed: must lie in [0, 2**63), got {self.seed}")
+        require(
+            len({*self.phases}) == len(self.phases),
+            f"phases: must name each once, got {' '.join(self.phases)}",
+        )
 
     @property
     def is_lean(self) -> bool:

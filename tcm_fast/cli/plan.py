@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,8 +60,9 @@ def run_plan(args: Plan) -> int:
     """Print the plan. ValueError where it makes no sense or does not fit."""
     from rich.console import Console
 
-    from tcm_fast.config import require
+    from tcm_fast.config import load_preset, require
     from tcm_fast.planning.memory_planner import choose_optimizations, plan_run
+    from tcm_fast.training.phase_builder import check_order
     from tcm_fast.training.time_budget import calibrate, fit_time_budget
 
     require(
@@ -72,6 +74,8 @@ def run_plan(args: Plan) -> int:
     require(
         price is None or price >= 0, f"price-per-hour: must not be negative, got {price or 0:g}"
     )
+    for before, after in pairwise(args.settings.phases):
+        check_order(before, after)
     shape = image_shape(args.settings, args.preset, args.resolution)
     if args.prices is not None:
         name = args.preset or args.settings.network.name
@@ -116,9 +120,11 @@ def run_plan(args: Plan) -> int:
         )
         if fitted.seconds > 0 and plan.seconds <= args.time_budget * 3600:
             console.print("The whole recipe fits.")
+        given = args.preset is None or args.settings != load_preset(args.preset)
         console.print(
             f"To run it: tcm-fast train --preset {args.preset or 'NAME'} --data IMAGES "
-            f"--time-budget {args.time_budget:g} --memory auto",
+            f"--time-budget {args.time_budget:g} --memory auto"
+            f"{', and the fields that were given here' if given else ''}",
             soft_wrap=True,
             highlight=False,
         )

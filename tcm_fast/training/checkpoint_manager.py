@@ -51,9 +51,11 @@ class CheckpointManager:
         micro: MicroBatches,
         class_names: tuple[str, ...],
         measure: Callable[[Phase], float],
+        *,
+        resumes: bool = False,
     ) -> None:
         self.out, self.config, self.workers, self.micro = out, config, workers, micro
-        self.class_names, self.measure = list(class_names), measure
+        self.class_names, self.measure, self.resumes = list(class_names), measure, resumes
         self.spent: Counter[str] = Counter()
         self._failed = 0
         self._writer: CheckpointWriter | None = None
@@ -68,11 +70,17 @@ class CheckpointManager:
         self._lock = RunLock(self.out)
         try:
             (self.out / "grids").mkdir(exist_ok=True)
-            save_config(self.config, self.out / "config.json")
+            if not self.resumes:
+                self.save_config()
             self.log = RunLog(self.out, self.config)
         except BaseException:
             self._lock.release()
             raise
+
+    def save_config(self) -> None:
+        """Of a run that is resumed: once its checkpoint has been taken, so that settings which it refuses
+        do not replace its own."""
+        save_config(self.config, self.out / "config.json")
 
     def close(self) -> None:
         """Finish what is being written and let the folder go."""

@@ -65,7 +65,7 @@ def train_features(
     """
     for name, value in {"images": images, "batch_size": batch_size, "width": width}.items():
         require(value >= 1, f"features: {name} must be at least 1, got {value}")
-    require(lr > 0, f"features: lr must be positive, got {lr}")
+    require(0 < lr < math.inf, f"features: lr must be positive, got {lr}")
     require(0 <= seed < 2**32, f"features: seed must lie in [0, 2**32), got {seed}")
     require(len(data) >= FEWEST, f"features: needs {FEWEST} images or more, got {len(data)}")
     require(
@@ -86,6 +86,9 @@ def train_features(
         net.eval().requires_grad_(False)
         net.balance(_images(data, ours[:MOST_HELD_OUT], device))
         found = _explained(net, data, held_out, batch_size, seed)
+    weights = net.state_dict().values()
+    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+        raise ValueError(f"features: training diverged to NaN/Inf, lower lr, got {lr}")
     explained = dict(zip(names, found, strict=True))
     about: dict[str, Any] = {
         "strengths": names, "explained": explained, "seed": seed, "images": images,

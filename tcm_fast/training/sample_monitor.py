@@ -90,7 +90,8 @@ class SampleMonitor:
             "collapse",
             f"{phase.name}: one-step samples {how} after {phase.images:,} images (standard deviation "
             f"{spread:.2g}, once {phase.widest_spread:.2g}, the data's {data_spread:.2g}): the "
-            "consistency function is collapsing; raise --tcm.boundary-weight or lower the rate",
+            f"consistency function is collapsing; lower --{phase.name}.lr (in stage 2, or raise "
+            "--tcm.boundary-weight)",
         )
 
     def watch_denoising(self, phase: Phase, net: Precond) -> None:

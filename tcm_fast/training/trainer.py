@@ -36,7 +36,7 @@ from tcm_fast.training.checkpoint_manager import CheckpointManager
 from tcm_fast.training.logger import timed
 from tcm_fast.training.micro_batches import MicroBatches
 from tcm_fast.training.phase import Phase, PhaseResult, TrainingError
-from tcm_fast.training.phase_builder import PhaseBuilder
+from tcm_fast.training.phase_builder import PhaseBuilder, check_start
 from tcm_fast.training.roll_back import is_lost, roll_back
 from tcm_fast.training.sample_monitor import SampleMonitor
 from tcm_fast.training.signals import StopRequest
@@ -111,6 +111,8 @@ class Trainer:
         opened = self.workers.on_main(lambda: run_folder.open_run(self.out, resume))
         self.resumed = opened.path
         self.init = load_network(init, device=self.device) if init else None
+        if self.resumed is None:
+            check_start(self.init, config.phases[0])
         features = config.eval.features
         self.space = feature_space(features, device=self.device) if features else None
         if self.space is not None:
@@ -123,6 +125,7 @@ class Trainer:
             self.micro,
             self.data.class_names,
             measure=lambda phase: self.samples.frechet_distance(phase),
+            resumes=self.resumed is not None,
         )
         self.log, self.spent = self.checkpoints.log, self.checkpoints.spent
         self.runner = StepRunner(config, self.workers, self.micro, self.log)
@@ -226,6 +229,8 @@ class Trainer:
         try:
             with self.stop, self.settings():
                 restored = None if self.resumed is None else self._resume(self.resumed)
+                if self.resumed is not None:
+                    self.workers.on_main(self.checkpoints.save_config)
                 if restored is not None and restored.name in names:
                     names = names[names.index(restored.name) :]
                 elif restored is not None:  # another phase: these begin with what it has learnt

@@ -844,3 +844,18 @@ def test_a_picture_that_memory_is_short_for_ends_no_run(images, tmp_path, monkey
     train(tiny(images, phases=["ect"]), tmp_path / "run")
     found = [e["message"] for e in events(tmp_path / "run") if e["event"] == "grid_failed"]
     assert set(found) == {"out of memory for a grid of samples; training goes on"}
+
+
+def test_a_refused_resume_leaves_the_runs_settings(images, tmp_path):
+    config = tiny(images, max_steps=2, phases=["edm"])
+    train(config, tmp_path / "run")
+    kept = (tmp_path / "run/config.json").read_bytes()
+    with pytest.raises(ValueError, match="resume: seed must stay"):
+        train(dataclasses.replace(config, seed=5), tmp_path / "run", resume=True)
+    assert (tmp_path / "run/config.json").read_bytes() == kept
+
+
+def test_a_run_that_cannot_start_writes_nothing(images, tmp_path):
+    with pytest.raises(ValueError, match="phase tcm: needs a stage-1 network"):
+        train(tiny(images, phases=["tcm"]), tmp_path / "run")
+    assert not (tmp_path / "run/config.json").exists()
