@@ -90,6 +90,8 @@ def print_about(path: Path, about: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    if "explained" not in about:
+        raise ValueError(f"features: {path} does not say how it was trained")
     network, explained = about["features"], about["explained"]
     size = f"{network['resolution']}x{network['resolution']}x{network['channels']}"
     print(

@@ -125,7 +125,7 @@ def read_features(
     """
     is_meta = torch.device(device).type == "meta"
     header, tensors = read_tensors(Path(path), header_only=is_meta, what=what)
-    if not isinstance(header.get("features"), dict) or "explained" not in header:
+    if not isinstance(header.get("features"), dict):
         raise ValueError(
             f"{what}: {path} holds something else (not a tcm-fast features train file)"
         )

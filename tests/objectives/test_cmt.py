@@ -413,7 +413,7 @@ def test_two_processes_train_as_one(images, run, tmp_path):
         ({"steps": 0}, r"cmt.steps: must be at least 1, got 0"),
         ({"points": 0}, r"cmt.points: must lie in \[1, steps = 16\], got 0"),
         ({"points": 9, "steps": 8}, r"cmt.points: must lie in \[1, steps = 8\], got 9"),
-        ({"huber_c": -1.0}, r"cmt.huber_c: must not be negative, got -1"),
+        ({"huber_c": -1.0}, r"cmt.huber_c: must be positive, got -1"),
         ({"distance": "lpips"}, r"cmt.distance: must be .*pixel.*huber.* got 'lpips'"),
     ],
 )
