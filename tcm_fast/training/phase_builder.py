@@ -64,12 +64,14 @@ class PhaseBuilder:
 
     def begin(self, name: str, previous: Precond | None) -> Phase:
         """A fresh phase: student, EMA and frozen network all start from `previous`."""
-        check_start(previous, name)
         kind = OBJECTIVES[name]
         student = self.build(name)
         if previous is not None:
             load_weights(student, previous, name)
+        elif kind.needs:
+            raise ValueError(f"phase {name}: needs {kind.needs}, or give one with --init FILE")
         info = getattr(previous, "info", {}) if previous is not None else {}
+        check_order(info.get("phase"), name)
         frozen = copy.deepcopy(student) if kind.frozen_file else None
         if frozen is not None:
             frozen.info = info
@@ -239,14 +241,6 @@ class PhaseBuilder:
                     "samples, whose x_r is the usual one",
                     stacklevel=2,
                 )
-
-
-def check_start(previous: Precond | None, name: str) -> None:
-    """ValueError where a phase cannot start from a network, or from none."""
-    kind = OBJECTIVES[name]
-    if previous is None and kind.needs:
-        raise ValueError(f"phase {name}: needs {kind.needs}, or give one with --init FILE")
-    check_order(getattr(previous, "info", {}).get("phase"), name)
 
 
 def check_order(before: str | None, name: str) -> None:

@@ -36,7 +36,7 @@ from tcm_fast.training.checkpoint_manager import CheckpointManager
 from tcm_fast.training.logger import timed
 from tcm_fast.training.micro_batches import MicroBatches
 from tcm_fast.training.phase import Phase, PhaseResult, TrainingError
-from tcm_fast.training.phase_builder import PhaseBuilder, check_start
+from tcm_fast.training.phase_builder import PhaseBuilder
 from tcm_fast.training.roll_back import is_lost, roll_back
 from tcm_fast.training.sample_monitor import SampleMonitor
 from tcm_fast.training.signals import StopRequest
@@ -111,8 +111,6 @@ class Trainer:
         opened = self.workers.on_main(lambda: run_folder.open_run(self.out, resume))
         self.resumed = opened.path
         self.init = load_network(init, device=self.device) if init else None
-        if self.resumed is None:
-            check_start(self.init, config.phases[0])
         features = config.eval.features
         self.space = feature_space(features, device=self.device) if features else None
         if self.space is not None:

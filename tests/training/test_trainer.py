@@ -853,9 +853,3 @@ def test_a_refused_resume_leaves_the_runs_settings(images, tmp_path):
     with pytest.raises(ValueError, match="resume: seed must stay"):
         train(dataclasses.replace(config, seed=5), tmp_path / "run", resume=True)
     assert (tmp_path / "run/config.json").read_bytes() == kept
-
-
-def test_a_run_that_cannot_start_writes_nothing(images, tmp_path):
-    with pytest.raises(ValueError, match="phase tcm: needs a stage-1 network"):
-        train(tiny(images, phases=["tcm"]), tmp_path / "run")
-    assert not (tmp_path / "run/config.json").exists()
