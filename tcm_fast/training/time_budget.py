@@ -39,7 +39,7 @@ def fit_time_budget(
     rates: Mapping[str, float] | None = None,
     width: int | None = None,
     auto: bool = False,
-    fewest: int = FEWEST_STEPS,
+    fewest: int | None = None,
     precision: str | None = None,
 ) -> Plan:
     """The longest schedule of a recipe that fits in so many hours, on a network of suitable width.
@@ -52,13 +52,14 @@ def fit_time_budget(
         rates: images per second, measured on the network of `width`.
         width: of the network; None is chosen by the operations that fit in the time.
         auto: choose the optimizations, too.
-        fewest: steps of a phase.
+        fewest: steps of a phase; FEWEST_STEPS where it is not given.
         precision: decided already: the recipe's, or tf32 in the place of fp32. None takes tf32 where it is
             faster and the schedule leaves it enough signal.
 
     Raises:
         ValueError: no time, or too little for the phases' first steps.
     """
+    fewest = FEWEST_STEPS if fewest is None else fewest
     require(hours > 0, f"time_budget: must be positive, got {hours:g}")
     seconds = hours * 3600 * (1 - RESERVE)
     if auto:
