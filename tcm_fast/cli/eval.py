@@ -10,7 +10,7 @@ from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tcm_fast.config import Config, load_config
+from tcm_fast.config import Config, Precision, load_config
 
 with suppress(ModuleNotFoundError):  # only the command line's parsing needs it
     from tyro.conf import Positional
@@ -56,6 +56,8 @@ class Eval:
     plot: Path | None = None
     """With --denoising: draw it into this file (the [plot] extra)."""
     device: str = "auto"
+    precision: Precision | None = None
+    """In which samples are drawn, as of sample; denoising is fp32's."""
 
 
 @dataclass
@@ -111,6 +113,8 @@ def run_eval(args: Eval) -> int:
         )
     if args.seeds < 1:
         raise ValueError(f"seeds: must be at least 1, got {args.seeds}")
+    if args.denoising and args.precision is not None:
+        raise ValueError(f"precision: --denoising denoises in fp32, got {args.precision}")
     workers = join(args.device)
     net, images, space = load_for_evaluation(args, "eval", workers.device)
     if args.denoising:
@@ -121,7 +125,14 @@ def run_eval(args: Eval) -> int:
         n: Repeats(
             tuple(
                 metrics.evaluate_network(
-                    net, images, space, steps=n, num=args.num, seed=seed, workers=shared
+                    net,
+                    images,
+                    space,
+                    steps=n,
+                    num=args.num,
+                    seed=seed,
+                    workers=shared,
+                    precision=args.precision,
                 )
                 for seed in range(args.seed, args.seed + args.seeds)
             )

@@ -320,15 +320,16 @@ def evaluate_network(
     held_out: ImageData | None = None,
     names: Collection[str] | None = None,
     workers: Workers | None = None,
+    precision: str | None = None,
 ) -> Report:
-    """`evaluate` of `num` samples of a network in `steps` steps; 0 is as many as there are images
-    to compare them with. Several processes (`workers`) share the drawing, the main one evaluates, and all
-    get its report, which does not depend on their number."""
+    """`evaluate` of `num` samples of a network in `steps` steps, drawn in a `precision` as `sample` takes it;
+    0 is as many as there are images to compare them with. Several processes (`workers`) draw, the
+    main one evaluates, and all get its report, which does not depend on their number."""
     num = num or len((held_out or _held_out_digits(train) or train).images)
     if workers is None:
-        samples = sample(net, num, steps=steps, seed=seed)
+        samples = sample(net, num, steps=steps, seed=seed, precision=precision)
         return evaluate(samples, train, space, held_out=held_out, names=names)
-    samples = sample_shared(net, num, workers, steps=steps, seed=seed)
+    samples = sample_shared(net, num, workers, steps=steps, seed=seed, precision=precision)
     return workers.on_main(lambda: evaluate(samples, train, space, held_out=held_out, names=names))
 
 

@@ -363,6 +363,8 @@ def test_every_printed_command_works(phase, tiny, folder, tmp_path, capsys):
         assert run("eval", out, "--denoising") == 0
     assert run("eval", out, "--num", 1) == 2
     assert "num: must be at least 2" in capsys.readouterr().err
+    assert run("eval", out, "--denoising", "--precision", "bf16") == 2
+    assert "precision: --denoising denoises in fp32, got bf16" in capsys.readouterr().err
 
 
 def test_resuming_says_what_has_changed(tiny, folder, tmp_path, capsys):

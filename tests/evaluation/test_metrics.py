@@ -303,6 +303,8 @@ def test_evaluate_network(space, train):
     assert report.num == report.num_reference == report.num_real == 40
     assert report == metrics.evaluate_network(net, train, space, steps=1, num=40)
     assert report.confident < 0.5
+    with pytest.raises(ValueError, match="precision"):  # which is handed on
+        metrics.evaluate_network(net, train, space, num=40, precision="fp8")
 
 
 def test_spread_sees_a_collapse(train):
