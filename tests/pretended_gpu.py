@@ -40,6 +40,9 @@ from tcm_fast.cli import main as cli
 from tcm_fast.config import Config, from_dict, to_dict
 from tcm_fast.drop_in.accelerate import accelerate
 from tcm_fast.evaluation import metrics
+from tcm_fast.planning.cards import CARDS
+from tcm_fast.planning.memory_estimate import ImageShape
+from tcm_fast.planning.memory_planner import plan_run
 from tcm_fast.training.trainer import Interrupted, Trainer
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "bf16x3")
@@ -113,18 +116,30 @@ def train(folder: Path, **settings: Any) -> str:
     return f"peak {peak >> 20} MiB"
 
 
-def trained(trainer: Trainer) -> int:
-    """The most bytes that a step's tensors take in a whole run."""
+def trained(trainer: Trainer, count: Callable[[], int] = torch.cuda.max_memory_allocated) -> int:
+    """The most bytes that a step's tensors take in a whole run, or that the allocator keeps."""
     step, peaks = trainer.step, [0]
 
     def watched(*args: Any) -> None:
         torch.cuda.reset_peak_memory_stats()
         step(*args)
-        peaks.append(torch.cuda.max_memory_allocated())
+        peaks.append(count())
 
     trainer.step = watched  # type: ignore[method-assign]
     trainer.run()
     return max(peaks)
+
+
+def beside_plan(folder: Path, phases: tuple[str, ...], **settings: Any) -> str:
+    """What the allocator keeps through all steps of a run, captures included, beside its plan."""
+    config = configured(folder, phases=phases, **settings)
+    classes = 10 if config.network.class_conditional else 0
+    shape = ImageShape(settings["size"], 3, classes, 256)
+    planned = plan_run(config, shape, CARDS["h200"]).peak
+    reserved = trained(Trainer(config, folder / "run"), torch.cuda.max_memory_reserved)
+    told = f"reserved {reserved >> 20} MiB, planned {planned >> 20}"
+    assert 0.9 * planned <= reserved <= 1.1 * planned, told
+    return told
 
 
 def stop_and_resume(folder: Path) -> str:
@@ -289,6 +304,13 @@ def cases() -> dict[str, Callable[[Path], str]]:
     ):  # fmt: skip
         found[f"train whole {preset} {precision}"] = partial(
             train, preset=preset, size=size, precision=precision, batch=32, steps=16
+        )
+    for preset, size, precision, phases, batch in (
+        ("cifar10", 32, "fp32", ("edm", "ect"), 512), ("cifar10", 32, "fp32", ("ect", "tcm"), 1024),
+        ("imagenet64-s", 64, "fp16", ("ect", "tcm"), 128),
+    ):  # fmt: skip
+        found[f"memory {preset} {precision} {' '.join(phases)} {batch}"] = partial(
+            beside_plan, phases=phases, preset=preset, size=size, precision=precision, batch=batch, steps=16
         )
     found["train device=cuda:0"] = partial(train, device="cuda:0", steps=12)
     for name, precision in itertools.product(("ddpmpp", "ncsnpp", "adm", "edm2"), PRECISIONS):

@@ -110,7 +110,7 @@ class Trainer:
         self.builder = PhaseBuilder(config, self.workers, self.data, self.micro)
         opened = self.workers.on_main(lambda: run_folder.open_run(self.out, resume))
         self.resumed = opened.path
-        self.init = load_network(init, device=self.device) if init else None
+        self.init = load_network(init) if init else None
         features = config.eval.features
         self.space = feature_space(features, device=self.device) if features else None
         if self.space is not None:
@@ -237,7 +237,7 @@ class Trainer:
                     phase = self._train(restored or self.begin(name, previous), previous)
                     restored = None
                     results.append(self._finish(phase))
-                    previous = phase.ema_network()
+                    previous = phase.ema_network().to("cpu")  # kept for a roll back to a phase's start
                     del phase  # the next one needs the memory
         finally:
             self.checkpoints.close()
@@ -320,7 +320,7 @@ class Trainer:
                 f"phases: {phase.name} in {self.out} has {phase.step} of {phase.steps} steps, finish it "
                 f"first (--phase {phase.name} --resume auto) or give --init FILE"
             )
-        return init or phase.ema_network()
+        return init or phase.ema_network().to("cpu")
 
     def _finish(self, phase: Phase) -> PhaseResult:
         """The grid and the quality at the end of a phase."""
