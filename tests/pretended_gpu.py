@@ -310,7 +310,13 @@ def cases() -> dict[str, Callable[[Path], str]]:
         ("imagenet64-s", 64, "fp16", ("ect", "tcm"), 128),
     ):  # fmt: skip
         found[f"memory {preset} {precision} {' '.join(phases)} {batch}"] = partial(
-            beside_plan, phases=phases, preset=preset, size=size, precision=precision, batch=batch, steps=16
+            beside_plan,
+            phases=phases,
+            preset=preset,
+            size=size,
+            precision=precision,
+            batch=batch,
+            steps=16,
         )
     found["train device=cuda:0"] = partial(train, device="cuda:0", steps=12)
     for name, precision in itertools.product(("ddpmpp", "ncsnpp", "adm", "edm2"), PRECISIONS):

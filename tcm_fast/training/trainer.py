@@ -237,7 +237,9 @@ class Trainer:
                     phase = self._train(restored or self.begin(name, previous), previous)
                     restored = None
                     results.append(self._finish(phase))
-                    previous = phase.ema_network().to("cpu")  # kept for a roll back to a phase's start
+                    previous = phase.ema_network().to(
+                        "cpu"
+                    )  # kept for a roll back to a phase's start
                     del phase  # the next one needs the memory
         finally:
             self.checkpoints.close()
