@@ -169,8 +169,9 @@ def evaluate(folder: Path) -> str:
     config = configured(
         folder, phases=("ect", "tcm"), steps=12, eval={"features": "random", "num": 64}
     )
-    moments, nearest = metrics._moments, metrics.nearest_distances
-    metrics._moments = lambda features: moments(np.random.default_rng(0).random(features.shape))
+    checked, nearest = metrics._checked, metrics.nearest_distances
+    rng = np.random.default_rng(0)
+    metrics._checked = lambda *sets: [rng.random(features.shape) for features in sets[:2]]
     metrics.nearest_distances = lambda queries, *_, num=2, **__: np.ones((len(queries), num))
     try:
         Trainer(config, folder / "run").run()
@@ -187,7 +188,7 @@ def evaluate(folder: Path) -> str:
                 status = end.code
             assert not status, f"{arguments[0]} ended with {status}"
     finally:
-        metrics._moments, metrics.nearest_distances = moments, nearest
+        metrics._checked, metrics.nearest_distances = checked, nearest
     return "grids, distances, eval, sample"
 
 
