@@ -18,6 +18,7 @@ from tcm_fast.kernels.mp_sum import mp_sum
 from tcm_fast.kernels.pixel_norm_mp_silu import pixel_norm_mp_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.resample import resample
+from tcm_fast.networks.by_sample import scales_and_gains
 from tcm_fast.networks.layers import heads, without_autocast
 from tcm_fast.networks.mp_layers import MPConv, MPFourier, mp_silu
 from tcm_fast.networks.raw_network import Block, Modulation
@@ -80,7 +81,8 @@ class EDM2Block(Block):
         `activates`, else None; with `twice` the first again, as `mp_sum` gives it.
 
         A decoder block merges `skip` into x, or has been given `activated`, mp_silu(x), or resamples. A
-        network that has `emb_linear(emb)` of all its blocks hands the block's on in emb's place.
+        network that has `emb_linear(emb)` of all its blocks hands the block's on in emb's place, with its
+        gain.
         """
         run = partial(after_norm, recompute=self.recompute_norms)
         if skip is not None:
@@ -100,8 +102,9 @@ class EDM2Block(Block):
         p = self.dropout if self.training else 0.0
         key = key.at_layer(self.layer) if p > 0 and key is not None else None
         modulate = partial(modulate_mp_silu, dropout_p=p, dropout_key=key)
-        scale = emb["scale"] if isinstance(emb, dict) else self.emb_linear(emb)
-        h = run(modulate, self.conv_res1, h, scale, self.emb_gain)
+        if not isinstance(emb, dict):
+            emb = {"scale": self.emb_linear(emb), "gain": self.emb_gain}
+        h = run(modulate, self.conv_res1, h, emb["scale"], emb["gain"])
         if not self.encoder and self.conv_skip is not None:
             x = self.conv_skip(x)
         if not self.num_heads:
@@ -241,17 +244,15 @@ class EDM2UNet(UNet):
             )  # fmt: skip
         return self.out_conv(x) * self.out_gain.to(x.dtype)
 
-    def by_sample_names(self) -> list[str]:
-        """The gains of the embedding."""
-        return [name for name, _ in self.named_parameters() if name.endswith(".emb_gain")]
-
     def modulations(self, emb: torch.Tensor) -> list[Modulation]:
-        """`emb_linear(emb)` of every block, views of one product's columns: one launch for all, and two for
-        their gradients."""
-        layers = [block.emb_linear for block in self.blocks() if isinstance(block, EDM2Block)]
-        weight = torch.cat([layer.normalized(emb.dtype) for layer in layers])
-        widths = [layer.weight.shape[0] for layer in layers]
-        return [{"scale": part} for part in F.linear(emb, weight).split(widths, 1)]
+        """`emb_linear(emb)` of every block, views of one product's columns, and its gain: one launch for all,
+        and two for their gradients."""
+        blocks = [block for block in self.blocks() if isinstance(block, EDM2Block)]
+        weight = torch.cat([block.emb_linear.normalized(emb.dtype) for block in blocks])
+        widths = [block.out_channels for block in blocks]
+        scales = F.linear(emb, weight)
+        each = scales_and_gains(scales, widths, [block.emb_gain for block in blocks])
+        return [{"scale": scale, "gain": gain} for scale, gain in zip(*each, strict=True)]
 
     def embed(
         self,

@@ -11,7 +11,8 @@ from tcm_fast.networks.mp_layers import MPConv
 from tcm_fast.networks.recognition import Weights
 
 Modulation = dict[str, torch.Tensor]
-"""What the embedding tells a block of each sample and channel, [N,C] by name: `add`, `scale`, `shift`."""
+"""What the embedding tells a block of each sample and channel, [N,C] by name: `add`, `scale`, `shift`; and
+EDM2's `gain` of the scale."""
 
 
 class Block(nn.Module):
