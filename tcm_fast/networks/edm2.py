@@ -20,7 +20,7 @@ from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.resample import resample
 from tcm_fast.networks.by_sample import scales_and_gains
 from tcm_fast.networks.layers import heads, without_autocast
-from tcm_fast.networks.mp_layers import MPConv, MPFourier, mp_silu
+from tcm_fast.networks.mp_layers import MPConv, MPFourier, joined, mp_silu
 from tcm_fast.networks.raw_network import Block, Modulation
 from tcm_fast.networks.recognition import Weights, multiples
 from tcm_fast.networks.recompute import after_norm, run_block
@@ -167,7 +167,7 @@ class EDM2UNet(UNet):
         )  # fmt: skip
         widths = [model_channels * mult for mult in channel_mult]
         emb_channels = max(widths)
-        self.label_dim = label_dim
+        self.label_dim, self.in_channels = label_dim, in_channels
         self.out_gain = nn.Parameter(torch.zeros(()))
         self.emb_fourier = MPFourier(widths[0])
         self.emb_noise = MPConv(widths[0], emb_channels)
@@ -220,12 +220,14 @@ class EDM2UNet(UNet):
         class_labels: torch.Tensor | None = None,
         dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
-        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the compute dtype, noise_labels [N]
-        (c_noise) and class_labels one-hot [N,label_dim]."""
+        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the compute dtype (or with the channel of ones
+        already), noise_labels [N] (c_noise) and class_labels one-hot [N,label_dim]."""
         dropout_key = self.key_for(x, dropout_key)
         emb = self.embed(noise_labels, class_labels, dropout_key).to(x.dtype)
         stem, *encoder = self.enc.values()
-        x = stem(torch.cat([x, torch.ones_like(x[:, :1])], 1))
+        if x.shape[1] == self.in_channels:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        x = stem(x)
         x = x.contiguous(memory_format=self.memory_format)
         skips = [x]
         activated = None
@@ -242,13 +244,17 @@ class EDM2UNet(UNet):
                 block, [x], next(given), dropout_key, skip=skip, activated=activated,
                 activates=index == 0,
             )  # fmt: skip
-        return self.out_conv(x) * self.out_gain.to(x.dtype)
+        return self.out_conv(x, self.out_gain)
+
+    def joined_names(self) -> list[str]:
+        """Of the product that all blocks' embeddings are."""
+        return [name for name, _ in self.named_parameters() if name.endswith(".emb_linear.weight")]
 
     def modulations(self, emb: torch.Tensor) -> list[Modulation]:
         """`emb_linear(emb)` of every block, views of one product's columns, and its gain: one launch for all,
         and two for their gradients."""
         blocks = [block for block in self.blocks() if isinstance(block, EDM2Block)]
-        weight = torch.cat([block.emb_linear.normalized(emb.dtype) for block in blocks])
+        weight = joined([block.emb_linear.normalized(emb.dtype) for block in blocks])
         widths = [block.out_channels for block in blocks]
         scales = F.linear(emb, weight)
         each = scales_and_gains(scales, widths, [block.emb_gain for block in blocks])
@@ -262,8 +268,12 @@ class EDM2UNet(UNet):
     ) -> torch.Tensor:
         """The embedding [N,emb_channels] of noise level and class."""
         with without_autocast(noise_labels.device):
-            emb = self.emb_noise(self.emb_fourier(noise_labels))
-            if self.emb_label is not None:
-                labels = self.dropped_labels(class_labels, dropout_key, emb.dtype)
-                emb, _ = mp_sum(emb, self.emb_label(labels * self.label_dim**0.5), LABEL_BALANCE)
-            return mp_silu(emb)
+            emb = self.emb_noise(self.emb_fourier.cosines(noise_labels))
+            if self.emb_label is None:
+                return mp_silu(math.sqrt(2) * emb)
+            labels = self.emb_label(self.dropped_labels(class_labels, dropout_key, emb.dtype))
+            factors = (
+                math.sqrt(2),
+                math.sqrt(self.label_dim),
+            )  # of the cosines and of one-hot labels
+            return mp_sum(emb, labels, LABEL_BALANCE, factors=factors, with_silu=True)[1]
