@@ -92,7 +92,7 @@ def _modulate_mp_silu_bwd_kernel(
     threshold, keep_scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
     PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, DROPS: tl.constexpr, BY_EIGHT: tl.constexpr,
-    GAIN: tl.constexpr, ASM: tl.constexpr,
+    GAIN: tl.constexpr, ASM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     n, first, c, own, factor = _place(scale, gain, scale_row, CHANNELS, WIDTH)
     x += n * (CHANNELS * HW)
@@ -102,7 +102,7 @@ def _modulate_mp_silu_bwd_kernel(
     if DROPS:
         sample_n, seed_n, step_n = tl.load(sample + n), tl.load(seed), tl.load(step)
     sums = tl.zeros([PIXELS, WIDTH], tl.float32)
-    for i in tl.range(tl.where(first < CHANNELS, PIECE, 0)):
+    for i in tl.range(PIECE):
         p = (tl.program_id(1) * PIECE + i) * PIXELS + tl.arange(0, PIXELS)
         inside = (p < HW)[:, None] & own[None, :]
         at = address(p, c, CHANNELS, HW, CHANNELS_LAST)
@@ -122,8 +122,14 @@ def _modulate_mp_silu_bwd_kernel(
     at_scale = total * tl.load(gain).to(tl.float32)
     tl.store(grad_scale + piece * CHANNELS + c, at_scale.to(grad_scale.dtype.element_ty), mask=own)
     s = tl.load(scale + n * scale_row + c, mask=own, other=0)
-    at_gain = tl.sum(total.to(tl.float64) * s.to(tl.float64), 0).to(grad_gain.dtype.element_ty)
-    tl.store(grad_gain + piece * tl.num_programs(2) + tl.program_id(2), at_gain)
+    at_gain = tl.sum(total.to(tl.float64) * s.to(tl.float64), 0)
+    # The last of a piece's programs also writes the zeros of groups without channels.
+    SLABS: tl.constexpr = (CHANNELS + WIDTH - 1) // WIDTH
+    SUMS: tl.constexpr = SLABS if SLABS > GROUPS else GROUPS
+    slab, ahead = tl.program_id(2), tl.arange(0, GROUPS)
+    end = tl.where(slab == SLABS - 1, SUMS, slab + 1)
+    at_gain = tl.where(ahead == 0, at_gain, 0.0).to(grad_gain.dtype.element_ty)
+    tl.store(grad_gain + piece * SUMS + slab + ahead, at_gain, mask=slab + ahead < end)
 
 
 # -- launchers ------------------------------------------------------------------------------------
@@ -158,9 +164,7 @@ def _constants(shape, threshold, is_channels_last, asm, parts=None):
         BY_EIGHT=threshold > 0 and c % 8 == 0 and width % 8 == 0,
         GAIN=1 / MP_SILU, ASM=asm, num_warps=4,
     )  # fmt: skip
-    if parts is not None:
-        return constants, (n, parts, GAIN_PARTS)
-    return constants, (n, -(-tiles // piece), slabs)
+    return constants, (n, parts or -(-tiles // piece), slabs)
 
 
 def _arguments(x, scale, gain, sample, seed, step, layer, threshold):
@@ -184,23 +188,26 @@ def _bwd(grad_y, x, scale, gain, sample, seed, step, layer, threshold):
     layout = layout_of(x)
     x, grad_y = laid_out(layout, x, grad_y)
     grad_x = torch.empty_like(x)
-    parts = scale.shape[1] if scale.ndim == 3 else None
-    is_last = layout == torch.channels_last
-    constants, grid = _constants(x.shape, threshold, is_last, has_asm(x), parts)
-    c, exact = (
-        x.shape[1],
-        (torch.float32, torch.float64) if parts is None else (scale.dtype, gain.dtype),
+    in_parts = scale.ndim == 3
+    constants, grid = _constants(
+        x.shape,
+        threshold,
+        layout == torch.channels_last,
+        has_asm(x),
+        scale.shape[1] if in_parts else None,
     )
-    grad_scale, grad_gain = (
-        torch.empty((*grid[:2], size), dtype=dtype, device=x.device)
-        for size, dtype in zip((c, grid[2]), exact, strict=True)
-    )
+    of_scale, of_gain = (scale.dtype, gain.dtype) if in_parts else (torch.float32, torch.float64)
+    groups = GAIN_PARTS if in_parts else 1
+    shape = *grid[:2], x.shape[1]
+    grad_scale = torch.empty(shape, dtype=of_scale, device=x.device)
+    shape = *grid[:2], max(grid[2], groups)
+    grad_gain = torch.empty(shape, dtype=of_gain, device=x.device)
     tensors, scalars = _arguments(x, scale, gain, sample, seed, step, layer, threshold)
     launch(
         _modulate_mp_silu_bwd_kernel, grid, grad_y, x, *tensors, grad_x, grad_scale, grad_gain, *scalars,
-        **constants,
+        GROUPS=groups, **constants,
     )  # fmt: skip
-    if parts is not None:
+    if in_parts:
         return grad_x, grad_scale, grad_gain
     return grad_x, grad_scale.sum(1).to(scale.dtype), grad_gain.sum().to(gain.dtype)
 
@@ -215,13 +222,13 @@ def specialisations(capability: int) -> list[Variant]:
         key = dict.fromkeys(("sample", "seed", "step"), "i64" if threshold else dtype)
         pointers = dict.fromkeys(("x", "scale"), dtype) | {"gain": "fp32"} | key
         grads = dict.fromkeys(("grad_y", "grad_x", "grad_scale"), dtype) | {"grad_gain": "fp32"}
-        for kernel, own, parts in (
-            (_modulate_mp_silu_fwd_kernel, {"y": dtype}, None),
-            (_modulate_mp_silu_bwd_kernel, grads, parts_for(64)),
+        for kernel, own, parts, more in (
+            (_modulate_mp_silu_fwd_kernel, {"y": dtype}, None, {}),
+            (_modulate_mp_silu_bwd_kernel, grads, parts_for(64), {"GROUPS": GAIN_PARTS}),
         ):
             constants, grid = _constants((64, c, size, size), threshold, True, True, parts)
             variants += forms(
-                f"{size}x{size}x{c} {dtype}", scalars, constants, (kernel, pointers | own, {}),
+                f"{size}x{size}x{c} {dtype}", scalars, constants, (kernel, pointers | own, more),
                 programs=math.prod(grid), aligned=("scale_row",),
             )  # fmt: skip
     return variants
