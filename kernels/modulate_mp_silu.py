@@ -188,14 +188,9 @@ def _bwd(grad_y, x, scale, gain, sample, seed, step, layer, threshold):
     layout = layout_of(x)
     x, grad_y = laid_out(layout, x, grad_y)
     grad_x = torch.empty_like(x)
-    in_parts = scale.ndim == 3
-    constants, grid = _constants(
-        x.shape,
-        threshold,
-        layout == torch.channels_last,
-        has_asm(x),
-        scale.shape[1] if in_parts else None,
-    )
+    in_parts, is_last = scale.ndim == 3, layout == torch.channels_last
+    parts = scale.shape[1] if in_parts else None
+    constants, grid = _constants(x.shape, threshold, is_last, has_asm(x), parts)
     of_scale, of_gain = (scale.dtype, gain.dtype) if in_parts else (torch.float32, torch.float64)
     groups = GAIN_PARTS if in_parts else 1
     shape = *grid[:2], x.shape[1]
