@@ -314,10 +314,10 @@ def modulate_mp_silu(
         raise TypeError(f"modulate_mp_silu: scale must be floating, got {scale.dtype}")
     n, c, height, width = x.shape
     in_parts = scale.ndim == 3
+    fits = scale.shape == (n, c)
     if in_parts:
-        fits = n > 0 and scale.shape == (n, scale.shape[1], c) and _is_expanded(scale, 1)
-    else:
-        fits = scale.shape == (n, c)
+        fits = scale.shape == (n, scale.shape[1], c) and _is_expanded(scale, 1)
+        fits = fits and n > 0 and scale.shape[1] > 0
     if not fits:
         raise ValueError(
             f"modulate_mp_silu: scale must be [{n},{c}], or expanded to [{n},P,{c}], got {list(scale.shape)}"

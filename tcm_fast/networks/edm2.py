@@ -272,8 +272,5 @@ class EDM2UNet(UNet):
             if self.emb_label is None:
                 return mp_silu(math.sqrt(2) * emb)
             labels = self.emb_label(self.dropped_labels(class_labels, dropout_key, emb.dtype))
-            factors = (
-                math.sqrt(2),
-                math.sqrt(self.label_dim),
-            )  # of the cosines and of one-hot labels
+            factors = math.sqrt(2), math.sqrt(self.label_dim)  # cosines and one-hot labels to rms 1
             return mp_sum(emb, labels, LABEL_BALANCE, factors=factors, with_silu=True)[1]

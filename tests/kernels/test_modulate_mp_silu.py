@@ -183,6 +183,8 @@ def test_refuses():
         modulate_mp_silu(x, wide, gain)
     with pytest.raises(ValueError, match=r"or expanded to \[2,P,24\], got \[2, 3, 24\]"):
         modulate_mp_silu(x, wide.contiguous(), gain.expand(2, 3, 4))
+    with pytest.raises(ValueError, match=r"or expanded to \[2,P,24\], got \[2, 0, 24\]"):
+        modulate_mp_silu(x, wide[:, :0], gain.expand(2, 0, 4))
     with pytest.raises(ValueError, match=r"dropout_p must be in \[0,1\), got 1"):
         modulate_mp_silu(x, scale, gain, dropout_p=1)
     with pytest.raises(ValueError, match="dropout_key is required where dropout_p > 0, got None"):
