@@ -76,15 +76,17 @@ class EDM2Block(Block):
         activated: torch.Tensor | None = None,
         activates: bool = False,
         twice: bool = False,
+        with_x: bool = False,
     ) -> Any:
         """x [N,in_channels,H,W], emb [N,emb_channels] -> [N,out_channels,H',W'], and mp_silu of it if
-        `activates`, else None; with `twice` the first again, as `mp_sum` gives it.
+        `activates`, else None; with `twice` the first again, as `mp_sum` gives it; with `with_x` what an
+        encoder block normalises, as `pixel_norm_mp_silu` gives it.
 
         A decoder block merges `skip` into x, or has been given `activated`, mp_silu(x), or resamples. A
         network that has `emb_linear(emb)` of all its blocks hands the block's on in emb's place, with its
         gain.
         """
-        run = partial(after_norm, recompute=self.recompute_norms)
+        run, past_norm = partial(after_norm, recompute=self.recompute_norms), []
         if skip is not None:
             h, x = run(_joined, self.conv_res0, x, skip)
         elif self.encoder:
@@ -92,7 +94,7 @@ class EDM2Block(Block):
                 x, _ = resample(x, self.resampling)
             if self.conv_skip is not None:
                 x = self.conv_skip(x)
-            h, x = run(lambda x: pixel_norm_mp_silu(x)[::-1], self.conv_res0, x)
+            h, x, *past_norm = run(partial(_normalised, with_x=with_x), self.conv_res0, x)
         elif self.resampling is not None:
             x, h = resample(x, self.resampling, with_silu=True)
             h = self.conv_res0(h)
@@ -108,10 +110,18 @@ class EDM2Block(Block):
         if not self.encoder and self.conv_skip is not None:
             x = self.conv_skip(x)
         if not self.num_heads:
-            return mp_sum(x, h, RES_BALANCE, clip=CLIP, with_silu=activates, twice=twice)
+            out = mp_sum(x, h, RES_BALANCE, clip=CLIP, with_silu=activates, twice=twice)
+            return *out, *past_norm
         x, _, past = mp_sum(x, h, RES_BALANCE, twice=True)
         h = self.attn_proj(qkv_attention(self.attn_qkv(x), self.num_heads, normalize=True))
-        return mp_sum(past, h, ATTN_BALANCE, clip=CLIP, with_silu=activates, twice=twice)
+        out = mp_sum(past, h, ATTN_BALANCE, clip=CLIP, with_silu=activates, twice=twice)
+        return *out, *past_norm
+
+
+def _normalised(x: torch.Tensor, with_x: bool) -> tuple[torch.Tensor, ...]:
+    """mp_silu of x normalised, x normalised, and x where asked for."""
+    x, h, *past = pixel_norm_mp_silu(x, with_x=with_x)
+    return h, x, *past
 
 
 def _joined(x: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,15 +239,21 @@ class EDM2UNet(UNet):
             x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         x = stem(x)
         x = x.contiguous(memory_format=self.memory_format)
-        skips = [x]
+        skips: list[torch.Tensor] = []
         activated = None
         given = iter(self.modulations(emb))
         for index, block in enumerate(encoder, start=1):
             is_last = index == len(encoder)  # the decoder's first block begins with an activation
-            x, activated, past = run_block(
-                block, [x], next(given), dropout_key, activates=is_last, twice=True
+            x, activated, past, *stem_out = run_block(
+                block,
+                [x],
+                next(given),
+                dropout_key,
+                activates=is_last,
+                twice=True,
+                with_x=index == 1,
             )
-            skips.append(past)
+            skips += [*stem_out, past]
         for index, block in enumerate(self.dec.values()):
             skip = skips.pop() if block.in_channels != x.shape[1] else None
             x, activated = run_block(
