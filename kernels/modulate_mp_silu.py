@@ -35,7 +35,9 @@ from tcm_fast.kernels.dropout import PhiloxKey, check_dropout, dropout, key_argu
 
 def modulate_mp_silu_reference(x, scale, gain, *, dropout_p=0.0, dropout_key=None):
     wide = torch.promote_types(x.dtype, torch.float32)
-    factor = 1 + gain.to(wide).view(-1, 1) * scale.to(wide)
+    if scale.ndim == 3:  # one of the parts has the whole gradient
+        scale, gain = scale[:, 0], gain[0, 0, 0]
+    factor = 1 + gain.to(wide) * scale.to(wide)
     y = F.silu(x.to(wide) * factor[:, :, None, None]) / MP_SILU
     y = y.to(x.dtype).contiguous(memory_format=layout_of(x))
     return dropout(y, dropout_p, dropout_key) if dropout_p > 0 else y
@@ -86,11 +88,11 @@ def _modulate_mp_silu_fwd_kernel(
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
 def _modulate_mp_silu_bwd_kernel(
-    grad_y, x, scale, gain, sample, seed, step, grad_x, grad_factor, scale_row, layer, threshold,
-    keep_scale,
+    grad_y, x, scale, gain, sample, seed, step, grad_x, grad_scale, grad_gain, scale_row, layer,
+    threshold, keep_scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
     PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, DROPS: tl.constexpr, BY_EIGHT: tl.constexpr,
-    GAIN: tl.constexpr, ASM: tl.constexpr,
+    GAIN: tl.constexpr, ASM: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     n, first, c, own, factor = _place(scale, gain, scale_row, CHANNELS, WIDTH)
     x += n * (CHANNELS * HW)
@@ -113,62 +115,60 @@ def _modulate_mp_silu_bwd_kernel(
         grad = grad * scaled_silu_grad(v * factor[None, :], GAIN, ASM)
         tl.store(grad_x + at, (grad * factor[None, :]).to(grad_x.dtype.element_ty), mask=inside)
         sums += tl.where(inside, grad * v, 0.0)
+    # A sum per channel of the pixels of this piece, times the gain and, in fp64, times scale: the gain's
+    # gradient is one number out of few products, and what is left of many that cancel.
     piece = n * tl.num_programs(1) + tl.program_id(1)
-    tl.store(grad_factor + piece * CHANNELS + c, tl.sum(sums, 0), mask=own)
-
-
-@triton.jit
-def _modulate_mp_silu_gain_kernel(
-    grad_factor, scale, gain, grad_scale, grad_gain, pieces, scale_row,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """From the pieces' sums [N, pieces, C] the gradient of scale, and a sample's part of that of gain, summed
-    in fp64: one number out of few products, and what is left of many that cancel."""
-    n = tl.program_id(0).to(tl.int64)
-    factor = tl.load(gain).to(tl.float32)
-    at_gain = tl.zeros([WIDTH], tl.float64)
-    for slab in tl.static_range((CHANNELS + WIDTH - 1) // WIDTH):
-        c = slab * WIDTH + tl.arange(0, WIDTH)
-        own = c < CHANNELS
-        total = tl.zeros([WIDTH], tl.float32)
-        for i in tl.range(pieces):
-            total += tl.load(grad_factor + (n * pieces + i) * CHANNELS + c, mask=own, other=0)
-        at_scale = (total * factor).to(grad_scale.dtype.element_ty)
-        tl.store(grad_scale + n * CHANNELS + c, at_scale, mask=own)
-        s = tl.load(scale + n * scale_row + c, mask=own, other=0)
-        at_gain += total.to(tl.float64) * s.to(tl.float64)
-    tl.store(grad_gain + n, tl.sum(at_gain, 0).to(grad_gain.dtype.element_ty))
+    total = tl.sum(sums, 0)
+    at_scale = total * tl.load(gain).to(tl.float32)
+    tl.store(grad_scale + piece * CHANNELS + c, at_scale.to(grad_scale.dtype.element_ty), mask=own)
+    s = tl.load(scale + n * scale_row + c, mask=own, other=0)
+    at_gain = tl.sum(total.to(tl.float64) * s.to(tl.float64), 0)
+    # The last of a piece's programs also writes the zeros of groups without channels.
+    SLABS: tl.constexpr = (CHANNELS + WIDTH - 1) // WIDTH
+    SUMS: tl.constexpr = SLABS if SLABS > GROUPS else GROUPS
+    slab, ahead = tl.program_id(2), tl.arange(0, GROUPS)
+    end = tl.where(slab == SLABS - 1, SUMS, slab + 1)
+    at_gain = tl.where(ahead == 0, at_gain, 0.0).to(grad_gain.dtype.element_ty)
+    tl.store(grad_gain + piece * SUMS + slab + ahead, at_gain, mask=slab + ahead < end)
 
 
 # -- launchers ------------------------------------------------------------------------------------
 
 LANES = 2 << 10  # elements of a tile; half as many with a mask, whose random words take registers
 PROGRAMS = 1024  # enough of them to fill any GPU
+GAIN_PARTS = 4
+"""Of the gain's gradient in each part of a sample."""
 
 
-def _constants(shape, threshold, is_channels_last, asm):
+def parts_for(n: int) -> int:
+    """Parts of each of n samples in which gradients may be left: with GAIN_PARTS groups of channels, enough
+    programs to fill a GPU."""
+    return power_of_2(-(-2 * PROGRAMS // (GAIN_PARTS * max(n, 1))))
+
+
+def _constants(shape, threshold, is_channels_last, asm, parts=None):
+    """parts: into how many each sample is cut, with GAIN_PARTS groups of channels; None leaves it open."""
     n, c, h, w = shape
-    pixels, width = tile_for(c, h * w, widest=64)
+    widest = 64 if parts is None else max(64, power_of_2(-(-c // GAIN_PARTS)))
+    pixels, width = tile_for(c, -(-h * w // (parts or 1)), widest=widest)
     pixels = min(pixels, max(1, (LANES >> (threshold > 0)) // width))
     tiles, slabs = -(-h * w // pixels), -(-c // width)
     # Fewer, longer pieces where there are programs enough: fewer sums remain to be added up.
     piece = max(1, min(tiles, n * slabs * tiles // PROGRAMS))
     piece = 1 << (piece.bit_length() - 1)  # few compiled forms, whatever the batch
+    if parts is not None:
+        piece = -(-tiles // parts)
     constants = dict(
         CHANNELS=c, HW=h * w, PIXELS=pixels, WIDTH=width, PIECE=piece,
         CHANNELS_LAST=is_channels_last, DROPS=threshold > 0,
         BY_EIGHT=threshold > 0 and c % 8 == 0 and width % 8 == 0,
         GAIN=1 / MP_SILU, ASM=asm, num_warps=4,
     )  # fmt: skip
-    return constants, (n, -(-tiles // piece), slabs)
-
-
-def _gain_constants(n, c):
-    return dict(CHANNELS=c, WIDTH=min(power_of_2(c), 512), num_warps=4), (n,)
+    return constants, (n, parts or -(-tiles // piece), slabs)
 
 
 def _arguments(x, scale, gain, sample, seed, step, layer, threshold):
-    scale = rows(scale)
+    scale = rows(scale[:, 0] if scale.ndim == 3 else scale)
     key = given(x, sample, seed, step)
     scalars = (scale.stride(0), layer, threshold, 65536 / (65536 - threshold))
     return (scale, gain, *key), scalars
@@ -188,24 +188,23 @@ def _bwd(grad_y, x, scale, gain, sample, seed, step, layer, threshold):
     layout = layout_of(x)
     x, grad_y = laid_out(layout, x, grad_y)
     grad_x = torch.empty_like(x)
-    constants, grid = _constants(x.shape, threshold, layout == torch.channels_last, has_asm(x))
-    (n, pieces, _), c = grid, x.shape[1]
-    sums = torch.empty((n, pieces, c), dtype=torch.float32, device=x.device)
+    in_parts, is_last = scale.ndim == 3, layout == torch.channels_last
+    parts = scale.shape[1] if in_parts else None
+    constants, grid = _constants(x.shape, threshold, is_last, has_asm(x), parts)
+    of_scale, of_gain = (scale.dtype, gain.dtype) if in_parts else (torch.float32, torch.float64)
+    groups = GAIN_PARTS if in_parts else 1
+    shape = *grid[:2], x.shape[1]
+    grad_scale = torch.empty(shape, dtype=of_scale, device=x.device)
+    shape = *grid[:2], max(grid[2], groups)
+    grad_gain = torch.empty(shape, dtype=of_gain, device=x.device)
     tensors, scalars = _arguments(x, scale, gain, sample, seed, step, layer, threshold)
     launch(
-        _modulate_mp_silu_bwd_kernel, grid, grad_y, x, *tensors, grad_x, sums, *scalars, **constants
-    )
-    grad_scale = torch.empty(scale.shape, dtype=scale.dtype, device=scale.device)
-    constants, grid = _gain_constants(n, c)
-    is_summed = gain.ndim == 0
-    dtype = torch.float64 if is_summed else gain.dtype
-    grad_gain = torch.empty(n, dtype=dtype, device=x.device)
-    scale = tensors[0]
-    launch(
-        _modulate_mp_silu_gain_kernel, grid, sums, scale, gain, grad_scale, grad_gain, pieces,
-        scale.stride(0), **constants,
+        _modulate_mp_silu_bwd_kernel, grid, grad_y, x, *tensors, grad_x, grad_scale, grad_gain, *scalars,
+        GROUPS=groups, **constants,
     )  # fmt: skip
-    return grad_x, grad_scale, grad_gain.sum().to(gain.dtype) if is_summed else grad_gain
+    if in_parts:
+        return grad_x, grad_scale, grad_gain
+    return grad_x, grad_scale.sum(1).to(scale.dtype), grad_gain.sum().to(gain.dtype)
 
 
 def specialisations(capability: int) -> list[Variant]:
@@ -215,27 +214,18 @@ def specialisations(capability: int) -> list[Variant]:
     scalars = {"scale_row": "i32", "layer": "i32", "threshold": "i32", "keep_scale": "fp32"}
     for size, c, dtype in edm2_sites():
         threshold = 26214 if size <= 16 else 0
-        constants, grid = _constants((64, c, size, size), threshold, True, True)
         key = dict.fromkeys(("sample", "seed", "step"), "i64" if threshold else dtype)
         pointers = dict.fromkeys(("x", "scale"), dtype) | {"gain": "fp32"} | key
-        variants += forms(
-            f"{size}x{size}x{c} {dtype}", scalars, constants,
-            (_modulate_mp_silu_fwd_kernel, pointers | {"y": dtype}, {}),
-            (
-                _modulate_mp_silu_bwd_kernel,
-                pointers | {"grad_y": dtype, "grad_x": dtype, "grad_factor": "fp32"},
-                {},
-            ),
-            programs=math.prod(grid), aligned=("scale_row",),
-        )  # fmt: skip
-        constants, grid = _gain_constants(64, c)
-        pointers = dict.fromkeys(("scale", "grad_scale"), dtype)
-        pointers |= dict.fromkeys(("grad_factor", "gain", "grad_gain"), "fp32")
-        variants += forms(
-            f"{size}x{size}x{c} {dtype}", {"pieces": "i32", "scale_row": "i32"}, constants,
-            (_modulate_mp_silu_gain_kernel, pointers, {}),
-            programs=math.prod(grid), aligned=("scale_row",),
-        )  # fmt: skip
+        grads = dict.fromkeys(("grad_y", "grad_x", "grad_scale"), dtype) | {"grad_gain": "fp32"}
+        for kernel, own, parts, more in (
+            (_modulate_mp_silu_fwd_kernel, {"y": dtype}, None, {}),
+            (_modulate_mp_silu_bwd_kernel, grads, parts_for(64), {"GROUPS": GAIN_PARTS}),
+        ):
+            constants, grid = _constants((64, c, size, size), threshold, True, True, parts)
+            variants += forms(
+                f"{size}x{size}x{c} {dtype}", scalars, constants, (kernel, pointers | own, more),
+                programs=math.prod(grid), aligned=("scale_row",),
+            )  # fmt: skip
     return variants
 
 
@@ -256,7 +246,7 @@ def _bwd_by_reference(grad_y, x, scale, gain, *key):
 
 
 def _fake_bwd(grad_y, x, scale, gain, *_):
-    return dense_like(x), scale.new_empty(scale.shape), torch.empty_like(gain)
+    return dense_like(x), scale.new_empty(scale.shape), gain.new_empty(gain.shape)
 
 
 def _save(ctx, inputs, output):
@@ -288,6 +278,10 @@ _bwd = register(
 # -- public function ------------------------------------------------------------------------------
 
 
+def _is_expanded(v: torch.Tensor, *dims: int) -> bool:
+    return all(v.shape[dim] == 1 or v.stride(dim) == 0 for dim in dims)
+
+
 def modulate_mp_silu(
     x: torch.Tensor,
     scale: torch.Tensor,
@@ -301,8 +295,9 @@ def modulate_mp_silu(
     Args:
         x: activations [N,C,H,W] of a floating dtype, contiguous or channels_last.
         scale: per sample and channel, [N,C], any floating dtype.
-        gain: a scalar tensor, fp32 (or float64, with a float64 x). Expanded to [N], its gradient is not
-            summed over the samples: `networks.by_sample` sums those of all layers at once.
+        gain: a scalar tensor, fp32 (or float64, with a float64 x). Expanded, both, to [N,P,C] and to
+            [N,P,GAIN_PARTS], P being `parts_for(N)` or another number, their gradients are left in as many
+            parts, and whoever expanded them has to add these up: EDM2 does so for all its blocks at once.
         dropout_p: share of the elements that is dropped, in [0, 1).
         dropout_key: keys the mask; required where dropout_p > 0.
 
@@ -318,11 +313,20 @@ def modulate_mp_silu(
     if not scale.is_floating_point():
         raise TypeError(f"modulate_mp_silu: scale must be floating, got {scale.dtype}")
     n, c, height, width = x.shape
-    if scale.shape != (n, c):
-        raise ValueError(f"modulate_mp_silu: scale must be [{n},{c}], got {list(scale.shape)}")
-    if gain.ndim > 0 and not (gain.shape == (n,) and (n == 1 or gain.stride(0) == 0)):
+    in_parts = scale.ndim == 3
+    fits = scale.shape == (n, c)
+    if in_parts:
+        fits = scale.shape == (n, scale.shape[1], c) and _is_expanded(scale, 1)
+        fits = fits and n > 0 and scale.shape[1] > 0
+    if not fits:
         raise ValueError(
-            f"modulate_mp_silu: gain must be a scalar, or one expanded to [{n}], got {list(gain.shape)}"
+            f"modulate_mp_silu: scale must be [{n},{c}], or expanded to [{n},P,{c}], got {list(scale.shape)}"
+        )
+    expected = (*scale.shape[:2], GAIN_PARTS) if in_parts else ()
+    if gain.shape != expected or not _is_expanded(gain, *range(gain.ndim)):
+        raise ValueError(
+            f"modulate_mp_silu: gain must be a scalar, or one expanded to [N,P,{GAIN_PARTS}] where scale is "
+            f"expanded, got {list(gain.shape)}"
         )
     for name, operand in (("scale", scale), ("gain", gain)):
         if operand.device != x.device:

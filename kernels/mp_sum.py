@@ -35,15 +35,22 @@ def mp_sum_weights(t: float) -> tuple[float, float]:
     return (1 - t) / norm, t / norm
 
 
-def mp_sum_reference(a, b, t=0.5, *, clip=None, with_silu=False, twice=False):
+def mp_sum_reference(a, b, t=0.5, *, factors=(1.0, 1.0), clip=None, with_silu=False, twice=False):
+    out, silu = _weighted_sum(a, b, *_weights(t, factors), clip, with_silu)
+    return (out, silu, out) if twice else (out, silu)
+
+
+def _weights(t, factors):
+    return [weight * factor for weight, factor in zip(mp_sum_weights(t), factors, strict=True)]
+
+
+def _weighted_sum(a, b, weight_a, weight_b, clip, with_silu):
     wide = torch.promote_types(a.dtype, torch.float32)
-    weight_a, weight_b = mp_sum_weights(t)
     out = a.to(wide) * weight_a + b.to(wide) * weight_b
     if clip is not None:
         out = out.clamp(-clip, clip)
     silu = (F.silu(out) / MP_SILU).to(a.dtype) if with_silu else None
-    out = out.to(a.dtype)
-    return (out, silu, out) if twice else (out, silu)
+    return out.to(a.dtype), silu
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -103,12 +110,12 @@ def _constants(clip, asm):
     return dict(CLIPS=clip is not None, GAIN=1 / MP_SILU, ASM=asm, BLOCK=BLOCK, num_warps=4)
 
 
-def _fwd(a, b, t, clip, with_silu):
+def _fwd(a, b, weight_a, weight_b, clip, with_silu):
     a, b = laid_out(layout_of(a), a, b)
     out = torch.empty_like(a)
     h = torch.empty_like(a) if with_silu else a.new_empty(0)
     launch(
-        _mp_sum_fwd_kernel, _grid(a), a, b, out, h, a.numel(), *mp_sum_weights(t), clip or 0.0,
+        _mp_sum_fwd_kernel, _grid(a), a, b, out, h, a.numel(), weight_a, weight_b, clip or 0.0,
         ACTIVATES=with_silu, **_constants(clip, has_asm(a)),
     )  # fmt: skip
     return out, h
@@ -119,14 +126,14 @@ def _like(grad_out, grad_h, out):
     return next(v for v in (out, grad_out, grad_h) if v is not None)
 
 
-def _bwd(grad_out, grad_h, out, t, clip, grad_twin=None):
+def _bwd(grad_out, grad_h, out, weight_a, weight_b, clip, grad_twin=None):
     layout = layout_of(_like(grad_out, grad_h, out))
     grad_out, grad_twin, grad_h, out = laid_out(layout, grad_out, grad_twin, grad_h, out)
     like = grad_h if grad_out is None else grad_out
     grad_a, grad_b = torch.empty_like(like), torch.empty_like(like)
     launch(
         _mp_sum_bwd_kernel, _grid(like), *given(like, grad_out, grad_twin, grad_h, out), grad_a, grad_b,
-        like.numel(), *mp_sum_weights(t), clip or 0.0, HAS_PAST=grad_out is not None,
+        like.numel(), weight_a, weight_b, clip or 0.0, HAS_PAST=grad_out is not None,
         HAS_TWIN=grad_twin is not None, HAS_ACT=grad_h is not None,
         **_constants(clip, has_asm(like)),
     )  # fmt: skip
@@ -164,12 +171,12 @@ def specialisations(capability: int) -> list[Variant]:
 # -- registration ---------------------------------------------------------------------------------
 
 
-def _fwd_by_reference(a, b, t, clip, with_silu):
-    out, h = laid_out(layout_of(a), *mp_sum_reference(a, b, t, clip=clip, with_silu=with_silu))
+def _fwd_by_reference(a, b, weight_a, weight_b, clip, with_silu):
+    out, h = laid_out(layout_of(a), *_weighted_sum(a, b, weight_a, weight_b, clip, with_silu))
     return out, h if with_silu else a.new_empty(0)
 
 
-def _bwd_by_reference(grad_out, grad_h, out, t, clip, grad_twin=None):
+def _bwd_by_reference(grad_out, grad_h, out, weight_a, weight_b, clip, grad_twin=None):
     like = _like(grad_out, grad_h, out)
     grad = meet_reference(out, grad_out, grad_h)
     grad = grad if grad_twin is None else grad + grad_twin
@@ -177,21 +184,21 @@ def _bwd_by_reference(grad_out, grad_h, out, t, clip, grad_twin=None):
         grad = torch.where(out.abs() >= clip, 0, grad)
     return tuple(
         (grad * weight).to(like.dtype).contiguous(memory_format=layout_of(like))
-        for weight in mp_sum_weights(t)
+        for weight in (weight_a, weight_b)
     )
 
 
-def _fake_fwd(a, b, t, clip, with_silu):
+def _fake_fwd(a, b, weight_a, weight_b, clip, with_silu):
     return dense_like(a), dense_like(a) if with_silu else a.new_empty(0)
 
 
-def _fake_bwd(grad_out, grad_h, out, t, clip, grad_twin=None):
+def _fake_bwd(grad_out, grad_h, out, weight_a, weight_b, clip, grad_twin=None):
     like = _like(grad_out, grad_h, out)
     return dense_like(like), dense_like(like)
 
 
 def _save(ctx, inputs, output):
-    _, _, ctx.t, ctx.clip, with_silu = inputs
+    _, _, *ctx.weights, ctx.clip, with_silu = inputs
     out, h = output
     ctx.set_materialize_grads(False)
     if not with_silu:
@@ -204,10 +211,10 @@ def _backward(ctx, grad_out, grad_h, grad_twin=None):
     if grad_out is None:
         grad_out, grad_twin = grad_twin, None
     if grad_out is None and grad_h is None:
-        return None, None, None, None, None
+        return (None,) * 6
     (out,) = ctx.saved_tensors or (None,)
-    grads = torch.ops.tcm_fast.mp_sum_bwd(grad_out, grad_h, out, ctx.t, ctx.clip, grad_twin)
-    return *grads, None, None, None
+    grads = torch.ops.tcm_fast.mp_sum_bwd(grad_out, grad_h, out, *ctx.weights, ctx.clip, grad_twin)
+    return *grads, *(None,) * 4
 
 
 class _Twice(torch.autograd.Function):
@@ -229,12 +236,13 @@ class _Twice(torch.autograd.Function):
 
 
 _fwd = register(
-    "mp_sum_fwd(Tensor a, Tensor b, float t, float? clip, bool with_silu) -> (Tensor, Tensor)",
+    "mp_sum_fwd(Tensor a, Tensor b, float weight_a, float weight_b, float? clip, bool with_silu) "
+    "-> (Tensor, Tensor)",
     _fwd, _fwd_by_reference, _fake_fwd, save=_save, backward=_backward,
 )  # fmt: skip
 _bwd = register(
-    "mp_sum_bwd(Tensor? grad_out, Tensor? grad_h, Tensor? out, float t, float? clip, "
-    "Tensor? grad_twin=None) -> (Tensor, Tensor)",
+    "mp_sum_bwd(Tensor? grad_out, Tensor? grad_h, Tensor? out, float weight_a, float weight_b, "
+    "float? clip, Tensor? grad_twin=None) -> (Tensor, Tensor)",
     _bwd, _bwd_by_reference, _fake_bwd,
 )  # fmt: skip
 
@@ -247,6 +255,7 @@ def mp_sum(
     b: torch.Tensor,
     t: float = 0.5,
     *,
+    factors: tuple[float, float] = (1.0, 1.0),
     clip: float | None = None,
     with_silu: bool = False,
     twice: bool = False,
@@ -256,6 +265,7 @@ def mp_sum(
     Args:
         a, b: of one shape and floating dtype.
         t: balance, in [0, 1].
+        factors: of a and of b, by which they are multiplied on the way.
         clip: bound of the result; no gradient flows where the result, in a's dtype, has reached it.
         with_silu: return the activation as well.
         twice: return the sum a second time, for two who read it: their gradients are added in the backward
@@ -283,6 +293,6 @@ def mp_sum(
         raise ValueError(f"mp_sum: clip must be positive, got {clip}")
     if a.dtype != torch.float64 and runs_triton("mp_sum", a.device.type):
         run = _Twice.apply if twice else torch.ops.tcm_fast.mp_sum_fwd
-        out, h, *more = run(a, b, t, clip, with_silu)
+        out, h, *more = run(a, b, *_weights(t, factors), clip, with_silu)
         return out, h if with_silu else None, *more
-    return mp_sum_reference(a, b, t, clip=clip, with_silu=with_silu, twice=twice)
+    return mp_sum_reference(a, b, t, factors=factors, clip=clip, with_silu=with_silu, twice=twice)

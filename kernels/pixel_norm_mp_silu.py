@@ -4,6 +4,7 @@ what an encoder block begins with."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,12 @@ from tcm_fast.kernels._triton import Variant, gradients, launch, runs_triton, tl
 # -- reference ------------------------------------------------------------------------------------
 
 
-def pixel_norm_mp_silu_reference(x):
+def pixel_norm_mp_silu_reference(x, *, with_x=False):
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rms = torch.linalg.vector_norm(wide, dim=1, keepdim=True) / math.sqrt(x.shape[1])
     u = wide / (NORM_EPS + rms)
-    return u.to(x.dtype), (F.silu(u) / MP_SILU).to(x.dtype)
+    out = u.to(x.dtype), (F.silu(u) / MP_SILU).to(x.dtype)
+    return (*out, x) if with_x else out
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -66,11 +68,12 @@ def _pixel_norm_mp_silu_fwd_kernel(
 
 @triton.jit
 def _pixel_norm_mp_silu_bwd_kernel(
-    grad_u, grad_h, x, grad_x, pixels, eps,
+    grad_u, grad_h, x, beside, grad_x, pixels, eps,
     CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, HAS_PAST: tl.constexpr, HAS_ACT: tl.constexpr,
-    GAIN: tl.constexpr, ASM: tl.constexpr,
+    HAS_BESIDE: tl.constexpr, GAIN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
+    """beside: a gradient of x that came past the normalisation."""
     p = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     c = tl.arange(0, WIDTH)
     inside = (p < pixels)[:, None] & (c < CHANNELS)[None, :]
@@ -81,7 +84,10 @@ def _pixel_norm_mp_silu_bwd_kernel(
     # Of x/(rms + eps): grad/d - x (grad·x) / (C rms d²); nothing flows through the rms of zeros.
     dot = tl.sum(grad * v, 1)[:, None]
     slope = dot / tl.where(rms > 0, CHANNELS * rms * d, 1.0)
-    tl.store(grad_x + at, ((grad - v * slope) / d).to(grad_x.dtype.element_ty), mask=inside)
+    grad = (grad - v * slope) / d
+    if HAS_BESIDE:
+        grad += tl.load(beside + at, mask=inside, other=0).to(tl.float32)
+    tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
 
 
 # -- launchers ------------------------------------------------------------------------------------
@@ -108,16 +114,17 @@ def _fwd(x):
     return u, h
 
 
-def _bwd(grad_u, grad_h, x):
+def _bwd(grad_u, grad_h, x, beside=None):
     layout = layout_of(x)
-    x, grad_u, grad_h = laid_out(layout, x, grad_u, grad_h)
+    x, grad_u, grad_h, beside = laid_out(layout, x, grad_u, grad_h, beside)
     grad_x = torch.empty_like(x)
     constants = _constants(x.shape, layout == torch.channels_last, has_asm(x), backward=True)
     pixels = x.numel() // x.shape[1]
     grid = (-(-pixels // constants["PIXELS"]),)
     launch(
-        _pixel_norm_mp_silu_bwd_kernel, grid, *given(x, grad_u, grad_h), x, grad_x, pixels, NORM_EPS,
-        **constants, HAS_PAST=grad_u is not None, HAS_ACT=grad_h is not None,
+        _pixel_norm_mp_silu_bwd_kernel, grid, *given(x, grad_u, grad_h, x, beside), grad_x, pixels,
+        NORM_EPS, **constants, HAS_PAST=grad_u is not None, HAS_ACT=grad_h is not None,
+        HAS_BESIDE=beside is not None,
     )  # fmt: skip
     return grad_x
 
@@ -131,8 +138,8 @@ def specialisations(capability: int) -> list[Variant]:
             (_pixel_norm_mp_silu_fwd_kernel, ("x", "u", "h"), {}),
             (
                 _pixel_norm_mp_silu_bwd_kernel,
-                ("grad_u", "grad_h", "x", "grad_x"),
-                {"HAS_PAST": True, "HAS_ACT": True},
+                ("grad_u", "grad_h", "x", "beside", "grad_x"),
+                {"HAS_PAST": True, "HAS_ACT": True, "HAS_BESIDE": size == 64},
             ),
         ):
             constants = _constants((64, c, size, size), True, True, bool(own))
@@ -151,8 +158,9 @@ def _fwd_by_reference(x):
     return tuple(laid_out(layout_of(x), *pixel_norm_mp_silu_reference(x)))
 
 
-def _bwd_by_reference(grad_u, grad_h, x):
+def _bwd_by_reference(grad_u, grad_h, x, beside=None):
     (grad_x,) = gradients(pixel_norm_mp_silu_reference, [x], [grad_u, grad_h])
+    grad_x = grad_x if beside is None else grad_x + beside
     return grad_x.contiguous(memory_format=layout_of(x))
 
 
@@ -161,10 +169,26 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad_u, grad_h):
+def _backward(ctx, grad_u, grad_h, beside=None):
     if grad_u is None and grad_h is None:
-        return None
-    return torch.ops.tcm_fast.pixel_norm_mp_silu_bwd(grad_u, grad_h, *ctx.saved_tensors)
+        return beside
+    return torch.ops.tcm_fast.pixel_norm_mp_silu_bwd(grad_u, grad_h, *ctx.saved_tensors, beside)
+
+
+class _WithX(torch.autograd.Function):
+    """The operator, and x itself, whose gradient is added where that of the rest arises."""
+
+    @staticmethod
+    def forward(x):
+        return *torch.ops.tcm_fast.pixel_norm_mp_silu_fwd(x), x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _backward(ctx, *grads)
 
 
 _fwd = register(
@@ -172,23 +196,25 @@ _fwd = register(
     _fwd, _fwd_by_reference, lambda x: (dense_like(x), dense_like(x)), save=_save, backward=_backward,
 )  # fmt: skip
 _bwd = register(
-    "pixel_norm_mp_silu_bwd(Tensor? grad_u, Tensor? grad_h, Tensor x) -> Tensor",
-    _bwd, _bwd_by_reference, lambda grad_u, grad_h, x: dense_like(x),
+    "pixel_norm_mp_silu_bwd(Tensor? grad_u, Tensor? grad_h, Tensor x, Tensor? beside=None) -> Tensor",
+    _bwd, _bwd_by_reference, lambda grad_u, grad_h, x, beside=None: dense_like(x),
 )  # fmt: skip
 
 
 # -- public function ------------------------------------------------------------------------------
 
 
-def pixel_norm_mp_silu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pixel_norm_mp_silu(x: torch.Tensor, *, with_x: bool = False) -> tuple[Any, ...]:
     """u = x / (1e-4 + rms of x over the channels), and silu(u) / 0.596.
 
     Args:
         x: activations [N,C,H,W] of a floating dtype, contiguous or channels_last.
+        with_x: return x, too, for who reads it past the normalisation: its gradient is added in the backward
+            kernel, which saves the pass that would add it.
 
     Returns:
-        The two, [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64).
-        Only x is kept for the backward pass.
+        The two, [N,C,H,W] in x's dtype and memory format, and with `with_x` x; all in between is fp32
+        (float64 for float64). Only x is kept for the backward pass.
 
     Raises:
         TypeError: x is not floating. ValueError: x is not [N,C,H,W].
@@ -196,5 +222,5 @@ def pixel_norm_mp_silu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     check_image("pixel_norm_mp_silu", x)
     is_served = x.dtype != torch.float64 and x.shape[1] > 0
     if is_served and runs_triton("pixel_norm_mp_silu", x.device.type):
-        return torch.ops.tcm_fast.pixel_norm_mp_silu_fwd(x)
-    return pixel_norm_mp_silu_reference(x)
+        return (_WithX.apply if with_x else torch.ops.tcm_fast.pixel_norm_mp_silu_fwd)(x)
+    return pixel_norm_mp_silu_reference(x, with_x=with_x)

@@ -18,8 +18,9 @@ from tcm_fast.kernels.mp_sum import mp_sum
 from tcm_fast.kernels.pixel_norm_mp_silu import pixel_norm_mp_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.resample import resample
+from tcm_fast.networks.by_sample import scales_and_gains
 from tcm_fast.networks.layers import heads, without_autocast
-from tcm_fast.networks.mp_layers import MPConv, MPFourier, mp_silu
+from tcm_fast.networks.mp_layers import MPConv, MPFourier, joined, mp_silu
 from tcm_fast.networks.raw_network import Block, Modulation
 from tcm_fast.networks.recognition import Weights, multiples
 from tcm_fast.networks.recompute import after_norm, run_block
@@ -75,14 +76,17 @@ class EDM2Block(Block):
         activated: torch.Tensor | None = None,
         activates: bool = False,
         twice: bool = False,
+        with_x: bool = False,
     ) -> Any:
         """x [N,in_channels,H,W], emb [N,emb_channels] -> [N,out_channels,H',W'], and mp_silu of it if
-        `activates`, else None; with `twice` the first again, as `mp_sum` gives it.
+        `activates`, else None; with `twice` the first again, as `mp_sum` gives it; with `with_x` what an
+        encoder block normalises, as `pixel_norm_mp_silu` gives it.
 
         A decoder block merges `skip` into x, or has been given `activated`, mp_silu(x), or resamples. A
-        network that has `emb_linear(emb)` of all its blocks hands the block's on in emb's place.
+        network that has `emb_linear(emb)` of all its blocks hands the block's on in emb's place, with its
+        gain.
         """
-        run = partial(after_norm, recompute=self.recompute_norms)
+        run, past_norm = partial(after_norm, recompute=self.recompute_norms), []
         if skip is not None:
             h, x = run(_joined, self.conv_res0, x, skip)
         elif self.encoder:
@@ -90,7 +94,7 @@ class EDM2Block(Block):
                 x, _ = resample(x, self.resampling)
             if self.conv_skip is not None:
                 x = self.conv_skip(x)
-            h, x = run(lambda x: pixel_norm_mp_silu(x)[::-1], self.conv_res0, x)
+            h, x, *past_norm = run(partial(_normalised, with_x=with_x), self.conv_res0, x)
         elif self.resampling is not None:
             x, h = resample(x, self.resampling, with_silu=True)
             h = self.conv_res0(h)
@@ -100,15 +104,24 @@ class EDM2Block(Block):
         p = self.dropout if self.training else 0.0
         key = key.at_layer(self.layer) if p > 0 and key is not None else None
         modulate = partial(modulate_mp_silu, dropout_p=p, dropout_key=key)
-        scale = emb["scale"] if isinstance(emb, dict) else self.emb_linear(emb)
-        h = run(modulate, self.conv_res1, h, scale, self.emb_gain)
+        if not isinstance(emb, dict):
+            emb = {"scale": self.emb_linear(emb), "gain": self.emb_gain}
+        h = run(modulate, self.conv_res1, h, emb["scale"], emb["gain"])
         if not self.encoder and self.conv_skip is not None:
             x = self.conv_skip(x)
         if not self.num_heads:
-            return mp_sum(x, h, RES_BALANCE, clip=CLIP, with_silu=activates, twice=twice)
+            out = mp_sum(x, h, RES_BALANCE, clip=CLIP, with_silu=activates, twice=twice)
+            return *out, *past_norm
         x, _, past = mp_sum(x, h, RES_BALANCE, twice=True)
         h = self.attn_proj(qkv_attention(self.attn_qkv(x), self.num_heads, normalize=True))
-        return mp_sum(past, h, ATTN_BALANCE, clip=CLIP, with_silu=activates, twice=twice)
+        out = mp_sum(past, h, ATTN_BALANCE, clip=CLIP, with_silu=activates, twice=twice)
+        return *out, *past_norm
+
+
+def _normalised(x: torch.Tensor, with_x: bool) -> tuple[torch.Tensor, ...]:
+    """mp_silu of x normalised, x normalised, and x where asked for."""
+    x, h, *past = pixel_norm_mp_silu(x, with_x=with_x)
+    return h, x, *past
 
 
 def _joined(x: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +177,7 @@ class EDM2UNet(UNet):
         )  # fmt: skip
         widths = [model_channels * mult for mult in channel_mult]
         emb_channels = max(widths)
-        self.label_dim = label_dim
+        self.label_dim, self.in_channels = label_dim, in_channels
         self.out_gain = nn.Parameter(torch.zeros(()))
         self.emb_fourier = MPFourier(widths[0])
         self.emb_noise = MPConv(widths[0], emb_channels)
@@ -217,41 +230,51 @@ class EDM2UNet(UNet):
         class_labels: torch.Tensor | None = None,
         dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
-        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the compute dtype, noise_labels [N]
-        (c_noise) and class_labels one-hot [N,label_dim]."""
+        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the compute dtype (or with the channel of ones
+        already), noise_labels [N] (c_noise) and class_labels one-hot [N,label_dim]."""
         dropout_key = self.key_for(x, dropout_key)
         emb = self.embed(noise_labels, class_labels, dropout_key).to(x.dtype)
         stem, *encoder = self.enc.values()
-        x = stem(torch.cat([x, torch.ones_like(x[:, :1])], 1))
+        if x.shape[1] == self.in_channels:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        x = stem(x)
         x = x.contiguous(memory_format=self.memory_format)
-        skips = [x]
+        skips: list[torch.Tensor] = []
         activated = None
         given = iter(self.modulations(emb))
         for index, block in enumerate(encoder, start=1):
             is_last = index == len(encoder)  # the decoder's first block begins with an activation
-            x, activated, past = run_block(
-                block, [x], next(given), dropout_key, activates=is_last, twice=True
+            x, activated, past, *stem_out = run_block(
+                block,
+                [x],
+                next(given),
+                dropout_key,
+                activates=is_last,
+                twice=True,
+                with_x=index == 1,
             )
-            skips.append(past)
+            skips += [*stem_out, past]
         for index, block in enumerate(self.dec.values()):
             skip = skips.pop() if block.in_channels != x.shape[1] else None
             x, activated = run_block(
                 block, [x], next(given), dropout_key, skip=skip, activated=activated,
                 activates=index == 0,
             )  # fmt: skip
-        return self.out_conv(x) * self.out_gain.to(x.dtype)
+        return self.out_conv(x, self.out_gain)
 
-    def by_sample_names(self) -> list[str]:
-        """The gains of the embedding."""
-        return [name for name, _ in self.named_parameters() if name.endswith(".emb_gain")]
+    def joined_names(self) -> list[str]:
+        """Of the product that all blocks' embeddings are."""
+        return [name for name, _ in self.named_parameters() if name.endswith(".emb_linear.weight")]
 
     def modulations(self, emb: torch.Tensor) -> list[Modulation]:
-        """`emb_linear(emb)` of every block, views of one product's columns: one launch for all, and two for
-        their gradients."""
-        layers = [block.emb_linear for block in self.blocks() if isinstance(block, EDM2Block)]
-        weight = torch.cat([layer.normalized(emb.dtype) for layer in layers])
-        widths = [layer.weight.shape[0] for layer in layers]
-        return [{"scale": part} for part in F.linear(emb, weight).split(widths, 1)]
+        """`emb_linear(emb)` of every block, views of one product's columns, and its gain: one launch for all,
+        and two for their gradients."""
+        blocks = [block for block in self.blocks() if isinstance(block, EDM2Block)]
+        weight = joined([block.emb_linear.normalized(emb.dtype) for block in blocks])
+        widths = [block.out_channels for block in blocks]
+        scales = F.linear(emb, weight)
+        each = scales_and_gains(scales, widths, [block.emb_gain for block in blocks])
+        return [{"scale": scale, "gain": gain} for scale, gain in zip(*each, strict=True)]
 
     def embed(
         self,
@@ -261,8 +284,9 @@ class EDM2UNet(UNet):
     ) -> torch.Tensor:
         """The embedding [N,emb_channels] of noise level and class."""
         with without_autocast(noise_labels.device):
-            emb = self.emb_noise(self.emb_fourier(noise_labels))
-            if self.emb_label is not None:
-                labels = self.dropped_labels(class_labels, dropout_key, emb.dtype)
-                emb, _ = mp_sum(emb, self.emb_label(labels * self.label_dim**0.5), LABEL_BALANCE)
-            return mp_silu(emb)
+            emb = self.emb_noise(self.emb_fourier.cosines(noise_labels))
+            if self.emb_label is None:
+                return mp_silu(math.sqrt(2) * emb)
+            labels = self.emb_label(self.dropped_labels(class_labels, dropout_key, emb.dtype))
+            factors = math.sqrt(2), math.sqrt(self.label_dim)  # cosines and one-hot labels to rms 1
+            return mp_sum(emb, labels, LABEL_BALANCE, factors=factors, with_silu=True)[1]

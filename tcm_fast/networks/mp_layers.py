@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +42,14 @@ class MPConv(nn.Module):
         weight = normalized_copy(self.weight) if self.scaled is None else self.scaled
         return weight.to(dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """The layer's output, times `gain`, a scalar."""
         weight = self.normalized(x.dtype)
         if self.parts is not None:
-            return conv_bf16x3(x, weight, parts=self.parts)
+            y = conv_bf16x3(x, weight, parts=self.parts)
+            return y if gain is None else y * gain
+        if gain is not None:  # less than the output
+            weight = weight * gain
         if weight.ndim == 2:
             return F.linear(x, weight)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
@@ -62,8 +69,50 @@ def force_rows(module: nn.Module) -> None:
             layer.weight.copy_(normalized_rows(layer.weight))
 
 
+class _Joined(torch.autograd.Function):
+    """Matrices that lie one behind the other, as one, without a copy."""
+
+    @staticmethod
+    def forward(*matrices: torch.Tensor) -> torch.Tensor:
+        rows = sum(len(matrix) for matrix in matrices)
+        return matrices[0].as_strided((rows, matrices[0].shape[1]), matrices[0].stride())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.rows = [len(matrix) for matrix in inputs]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return grads[0].split(ctx.rows)
+
+
+def joined(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.cat` of matrices; no copy where they lie one behind the other, as `side_by_side` leaves them."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or not all(m.is_contiguous() and m.numel() > 0 for m in matrices)
+        or not all(
+            a.untyped_storage()._cdata == b.untyped_storage()._cdata
+            and a.storage_offset() + a.numel() == b.storage_offset()
+            and (a.dtype, a.shape[1]) == (b.dtype, b.shape[1])
+            for a, b in pairwise(matrices)
+        )
+    ):
+        return torch.cat(list(matrices))
+    return _Joined.apply(*matrices)
+
+
+def side_by_side(matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of matrices [R,C] in one piece of memory, one behind the other."""
+    if not matrices:
+        return []
+    return list(torch.cat(list(matrices)).split([len(matrix) for matrix in matrices]))
+
+
 class MPFourier(nn.Module):
-    """√2 cos(freqs v + phases) of v [N]: [N,C], in fp32 or wider. Random buffers, uniform phases."""
+    """√2 cos(freqs v + phases) of v [N]: [N,C], in fp32 or wider. Random buffers, uniform phases.
+    `cosines` leaves out the factor √2."""
 
     def __init__(self, num_channels: int):
         super().__init__()
@@ -73,9 +122,12 @@ class MPFourier(nn.Module):
         self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
 
     def forward(self, v: torch.Tensor) -> torch.Tensor:
+        return math.sqrt(2) * self.cosines(v)
+
+    def cosines(self, v: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(v.dtype, self.freqs.dtype)
-        angle = torch.outer(v.to(dtype), self.freqs.to(dtype)) + self.phases.to(dtype)
-        return math.sqrt(2) * angle.cos()
+        freqs, phases = self.freqs.to(dtype), self.phases.to(dtype)
+        return torch.addcmul(phases, v.to(dtype)[:, None], freqs).cos()
 
 
 def mp_silu(x: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from tcm_fast.kernels.conv_bf16x3 import split_weight
 from tcm_fast.kernels.normalized_copy import normalized_copy, projected_gradient
 from tcm_fast.networks.layers import Conv2d
-from tcm_fast.networks.mp_layers import MPConv
+from tcm_fast.networks.mp_layers import MPConv, side_by_side
 from tcm_fast.networks.precond import Precond
 from tcm_fast.networks.raw_network import RawNetwork
 
@@ -95,7 +95,7 @@ def make_copies(
     that is the parameter itself: what an optimizer keeps up to date. `rows_too=False` leaves out the
     normalised ones, for an optimizer that does not normalise."""
     derived = {f"model.{name}": kind for name, kind in _derived(net.model, dtype).items()}
-    copies: list[torch.Tensor | None] = []
+    copies: dict[str, torch.Tensor | None] = {}
     named = zip(net.named_parameters(), normalized_parameters(net), strict=True)
     for (name, parameter), is_row in named:
         value = None
@@ -103,8 +103,12 @@ def make_copies(
             value = parameter.detach()
             value = normalized_copy(value) if is_row else value
             value = value.to(derived[name], copy=True)
-        copies.append(value)
-    return copies
+        copies[name] = value
+    names = [f"model.{name}" for name in net.model.joined_names()]
+    matrices = [copy for copy in map(copies.get, names) if copy is not None]
+    if len(matrices) == len(names):
+        copies |= zip(names, side_by_side(matrices), strict=True)
+    return list(copies.values())
 
 
 def normalized_parameters(net: Precond) -> list[bool]:
@@ -174,7 +178,8 @@ def in_precision(net: Precond, dtype: torch.dtype, *, split: bool = False) -> Pr
         return net
     copied = copy.deepcopy(net).requires_grad_(False)
     modules = dict(copied.model.named_modules())
-    for name, tensor in cast_weights(copied, dtype, split=split).items():
+    weights = cast_weights(copied, dtype, make_copies(copied, dtype), split=split)
+    for name, tensor in weights.items():
         path, _, leaf = name.rpartition(".")
         if leaf == "parts":
             modules[path].parts = tensor

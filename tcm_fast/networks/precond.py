@@ -91,11 +91,13 @@ class Precond(nn.Module):
         weights: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The network's own output F(x_in, ln(t)/4), x_in = c_in(t) x, in the dtype that its
-        convolutions compute in; otherwise as `forward`.
+        convolutions compute in; otherwise as `forward`. x_in may have the `constant_channels` of `model`
+        already.
 
         `weights` replace parameters and buffers of `model` by name (`precision.cast_weights`); x_in then
         has the dtype to compute in."""
-        self._check(x_in, t, labels)
+        ones = x_in.ndim == 4 and x_in.shape[1] == self.img_channels + self.model.constant_channels
+        self._check(x_in[:, : self.img_channels] if ones else x_in, t, labels)
         x_in = x_in if weights is not None else x_in.to(self._weights_dtype)
         c_noise = t.to(torch.promote_types(x_in.dtype, torch.float32)).log() / 4
         inputs: tuple[Any, ...] = (x_in, c_noise, labels)

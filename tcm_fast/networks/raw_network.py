@@ -11,7 +11,8 @@ from tcm_fast.networks.mp_layers import MPConv
 from tcm_fast.networks.recognition import Weights
 
 Modulation = dict[str, torch.Tensor]
-"""What the embedding tells a block of each sample and channel, [N,C] by name: `add`, `scale`, `shift`."""
+"""What the embedding tells a block of each sample and channel, [N,C] by name: `add`, `scale`, `shift`; and
+EDM2's `gain` of the scale."""
 
 
 class Block(nn.Module):
@@ -34,6 +35,8 @@ class RawNetwork(nn.Module):
     [N,augment_dim].
     """
 
+    constant_channels = 0
+    """Channels of ones that the first convolution takes behind the image's; x may have them already."""
     fp32_modules: tuple[str, ...] = ()
     """Children that compute in fp32 where the others do in 16 bits: the embeddings."""
 
@@ -65,6 +68,11 @@ class RawNetwork(nn.Module):
     def by_sample_names(self) -> list[str]:
         """The parameters whose gradients arise by sample, and whose layers take them expanded to [N, ...]
         (`networks.by_sample`)."""
+        return []
+
+    def joined_names(self) -> list[str]:
+        """The matrices that a pass concatenates, in this order: what is made of them to compute with lies one
+        behind the other (`mp_layers.joined`)."""
         return []
 
     def normalized_names(self) -> list[str]:

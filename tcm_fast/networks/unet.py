@@ -95,8 +95,8 @@ class UNet(RawNetwork):
     `places` and `stem` are the names of the blocks and of the first convolution.
     """
 
-    block_ends_in, attention_begins_with, constant_channels = "conv1", "qkv", 0
-    """Names of a block's last convolution and of its attention's first; channels added to the image."""
+    block_ends_in, attention_begins_with = "conv1", "qkv"
+    """Names of a block's last convolution and of its attention's first."""
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict

@@ -256,6 +256,12 @@ class Objective(nn.Module, Generic[C]):
             self._cast = (state, ready)
         return self._cast[1]
 
+    @property
+    def append_ones(self) -> bool:
+        """Whether images get the channel of ones that all of the phase's networks take, with the noise."""
+        networks = (self.student, self.frozen)
+        return all(net is None or net.model.constant_channels == 1 for net in networks)
+
     def _raw(
         self,
         net: Precond,

@@ -87,8 +87,9 @@ class Consistency(Objective[P]):
     def losses(self, batch: Batch) -> torch.Tensor:
         sd = self.student.sigma_data
         pair = noise_pair(
-            batch.images, batch.t, batch.r, batch.key, sigma_data=sd, dtype=self.dtype
-        )
+            batch.images, batch.t, batch.r, batch.key, sigma_data=sd, dtype=self.dtype,
+            append_ones=self.append_ones,
+        )  # fmt: skip
         x_r, input_r, clean = self.inner_images(pair, batch)
         weights = self._weights()
         output = self._raw(self.student, pair.input_t, batch, batch.t, slice(None), weights)
@@ -134,7 +135,11 @@ class Consistency(Objective[P]):
             found.append(self._raw(self.frozen, input_r, batch, batch.r, rows, None))
         target = found[0] if len(found) == 1 else torch.cat(found)
         in_order = len(target) == n and not batch.has_clean
-        return target if in_order else target.index_select(0, batch.position)
+        if in_order:
+            return target
+        if target.is_contiguous(memory_format=torch.channels_last):  # and stays so
+            return target.movedim(1, 3).index_select(0, batch.position).movedim(3, 1)
+        return target.index_select(0, batch.position)
 
 
 class RatioConsistency(Consistency[R]):

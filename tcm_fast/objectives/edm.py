@@ -63,7 +63,8 @@ class Edm(Objective[EdmConfig]):
         if self.augments(self.config):
             images = images.to(torch.float32) / 127.5 - 1
             images, how = augment(images, batch.key, self.config.augment)
-        noisy = noise_pair(images, batch.t, None, batch.key, sigma_data=sd, dtype=self.dtype)
+        options = {"sigma_data": sd, "dtype": self.dtype, "append_ones": self.append_ones}
+        noisy = noise_pair(images, batch.t, None, batch.key, **options)
         rows, weights = slice(None), self._weights()
         output = self._raw(net, noisy.input_t, batch, batch.t, rows, weights, how)
         error = denoise(output, noisy.x_t, batch.t, sd) - noisy.y

@@ -130,7 +130,7 @@ class StepMonitor:
         return Reading(rows, bad, spikes)
 
 
-def nan_if_not_finite(loss: torch.Tensor) -> torch.Tensor:
-    """1, or NaN for a NaN or Inf loss: its gradient then is NaN too, even where the way there would have lost
-    it, and the optimizer skips the step."""
-    return 1 + 0 * loss.detach()
+def nan_if_not_finite(loss: torch.Tensor, factor: float = 1) -> torch.Tensor:
+    """The factor, or NaN for a NaN or Inf loss: its gradient then is NaN too, even where the way there would
+    have lost it, and the optimizer skips the step."""
+    return factor + 0 * loss.detach()

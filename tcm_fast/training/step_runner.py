@@ -94,7 +94,7 @@ class StepRunner:
     def _work(self, phase: Phase, batches: list[Batch]) -> torch.Tensor:
         """What a graph captures: losses, gradients, the optimizer. Returns the mean losses off and on the
         boundary, [2]."""
-        losses = torch.zeros(2, device=self.device)
+        losses: torch.Tensor | None = None
         phase.optimizer.zero_grad(set_to_none=True)
         if phase.inner.folded:  # the optimizer leaves the network's rows normalised
             for name, part in phase.student.named_children():
@@ -109,11 +109,12 @@ class StepRunner:
                 with module.no_sync() if waits else nullcontext():  # type: ignore[operator]
                     loss, share = module(batch)
                     # Gradients are means over the processes; the loss is a sum over them.
-                    factor = self.workers.world * nan_if_not_finite(loss)
-                    phase.optimizer.loss_scale.scale(loss * factor).backward()
-                losses += share
+                    factor = nan_if_not_finite(loss, self.workers.world)
+                    loss.backward(phase.optimizer.loss_scale.scale(factor))
+                losses = share if losses is None else losses + share
             phase.inner.forget_weights()
             del loss, share
+        assert losses is not None
         phase.metrics.write(losses, phase.take_step())
         if phase.graphs is not None:  # the next call takes their memory
             phase.optimizer.zero_grad(set_to_none=True)

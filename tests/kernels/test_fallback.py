@@ -93,6 +93,12 @@ CASES = {
     "resample plain": (partial(kernels.resample, mode="down"), (HIGH,)),
     "pixel_norm_mp_silu": (kernels.pixel_norm_mp_silu, (X,)),
     "modulate_mp_silu": (kernels.modulate_mp_silu, (X, ROW, ())),
+    "modulate_mp_silu in parts": (
+        lambda x, scale, gain: kernels.modulate_mp_silu(
+            x, scale[:, None].expand(-1, 2, -1), gain.expand(len(x), 2, 4)
+        ),
+        (X, ROW, ()),
+    ),
     "modulate_mp_silu dropout": (
         lambda *v: kernels.modulate_mp_silu(*v, dropout_p=0.3, dropout_key=key()), (X, ROW, ())
     ),

@@ -62,14 +62,51 @@ def test_kernels_whose_sums_come_in_pieces(compare, triton_device, monkeypatch):
     compare(*pair(2, 0.4, triton_device), case(shape), [shape], torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 600, 2, 2)], ids=str)
-def test_kernels_that_leave_the_gains_gradient_by_sample(compare, triton_device, dtype, shape):
-    def by_sample(function):
-        return lambda x, scale, gain: function(x, scale, gain.expand(x.shape[0]))
+def in_parts(function, parts):
+    """With a gain and a scale whose gradients come in parts, which autograd adds up."""
 
-    functions = map(by_sample, pair(shape[0], 0.4, triton_device))
+    def run(x, scale, gain):
+        n, c = scale.shape
+        return function(
+            x, scale[:, None].expand(n, parts, c), gain.expand(n, parts, module.GAIN_PARTS)
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 600, 2, 2)], ids=str)
+def test_kernels_that_leave_the_gradients_in_parts(compare, triton_device, dtype, shape, parts):
+    """Also in more parts than there are pixels, and in more groups than there are channels."""
+    functions = (in_parts(f, parts) for f in pair(shape[0], 0.4, triton_device))
     compare(*functions, case(shape), [shape], dtype)
+
+
+def test_each_part_is_its_pixels(triton_device):
+    x, scale, gain = (v.float().to(triton_device) for v in case((2, 160, 4, 4)))
+    grad_y = torch.randn_like(x)
+    wide = scale[:, None].expand(2, 4, 160), gain.expand(2, 4, module.GAIN_PARTS)
+    bwd, rest = torch.ops.tcm_fast.modulate_mp_silu_bwd, (None, None, None, 0, 0)
+    for _ in range(2):
+        grad_x, grad_scale, grad_gain = bwd(grad_y, x, *wide, *rest)
+        for part in range(4):
+            rows = slice(part, part + 1)  # of four pixels
+            expected = bwd(grad_y[:, :, rows], x[:, :, rows], scale, gain, *rest)
+            torch.testing.assert_close(grad_x[:, :, rows], expected[0])
+            torch.testing.assert_close(grad_scale[:, part], expected[1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(grad_gain[:, part].sum(), expected[2], rtol=1e-4, atol=1e-4)
+    assert not grad_gain[:, :, 3].any()  # three groups of 64 have the channels
+
+
+def test_parts_enough_to_fill_a_gpu():
+    assert [module.parts_for(n) for n in (1, 16, 64, 512, 4096)] == [512, 32, 8, 1, 1]
+    for c in (4, 64, 192, 576, 1000, 1536):
+        constants, grid = module._constants((64, c, 8, 8), 1, True, False, 8)
+        assert grid[:2] == (64, 8)
+        assert grid[2] <= module.GAIN_PARTS
+        assert constants["WIDTH"] * module.GAIN_PARTS >= c
+        assert constants["PIXELS"] * constants["PIECE"] * 8 >= 64
 
 
 @pytest.mark.parametrize("gain", [0.0, -2.0])
@@ -133,12 +170,21 @@ def test_compiles_to_one_graph():
 
 def test_refuses():
     x, scale, gain = case()
-    with pytest.raises(ValueError, match=r"scale must be \[2,24\], got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"scale must be \[2,24\], .* got \[2, 3\]"):
         modulate_mp_silu(x, scale[:, :3], gain)
     with pytest.raises(
-        ValueError, match=r"gain must be a scalar, or one expanded to \[2\], got \[1\]"
+        ValueError, match=r"gain must be a scalar, or one .* \[N,P,4\] .*, got \[1\]"
     ):
         modulate_mp_silu(x, scale, gain[None])
+    wide = scale[:, None].expand(2, 3, 24)
+    with pytest.raises(
+        ValueError, match=r"gain must be a scalar, or one .* \[N,P,4\] .*, got \[\]"
+    ):
+        modulate_mp_silu(x, wide, gain)
+    with pytest.raises(ValueError, match=r"or expanded to \[2,P,24\], got \[2, 3, 24\]"):
+        modulate_mp_silu(x, wide.contiguous(), gain.expand(2, 3, 4))
+    with pytest.raises(ValueError, match=r"or expanded to \[2,P,24\], got \[2, 0, 24\]"):
+        modulate_mp_silu(x, wide[:, :0], gain.expand(2, 0, 4))
     with pytest.raises(ValueError, match=r"dropout_p must be in \[0,1\), got 1"):
         modulate_mp_silu(x, scale, gain, dropout_p=1)
     with pytest.raises(ValueError, match="dropout_key is required where dropout_p > 0, got None"):

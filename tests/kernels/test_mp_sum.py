@@ -10,7 +10,10 @@ from tcm_fast.kernels.mp_sum import mp_sum, mp_sum_reference, mp_sum_weights
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FORMS = [{}, {"clip": 2.0}, {"with_silu": True}, {"clip": 2.0, "with_silu": True}]
+FORMS = [
+    {}, {"clip": 2.0}, {"with_silu": True}, {"clip": 2.0, "with_silu": True},
+    {"factors": (2**0.5, -3.0), "with_silu": True},
+]  # fmt: skip
 
 
 def case(shape=(2, 24, 4, 3), spread=1.5):
@@ -33,6 +36,8 @@ def test_the_reference_is_the_formula(t):
     expected = (((1 - t) * a + t * b) / math.sqrt((1 - t) ** 2 + t**2)).clamp(-1, 1)
     assert torch.allclose(out, expected, rtol=1e-12)
     assert torch.allclose(h, expected / (1 + (-expected).exp()) / 0.596, rtol=1e-12)
+    scaled = mp_sum_reference(a, b, t, factors=(3.0, 0.5))[0]
+    assert torch.allclose(scaled, mp_sum_reference(3 * a, b / 2, t)[0], rtol=1e-12)
 
 
 def test_the_sum_of_unit_gaussians_is_one():
@@ -110,8 +115,8 @@ def test_layouts_that_differ_and_empty_batches(triton_device):
     assert torch.equal(mixed, mp_sum(a, b)[0])
     assert mp_sum(a[:0], b[:0], with_silu=True)[1].shape == (0, 24, 4, 3)
     a.requires_grad_()
-    torch.library.opcheck(torch.ops.tcm_fast.mp_sum_fwd.default, (a, b, 0.3, 2.0, True))
-    torch.library.opcheck(torch.ops.tcm_fast.mp_sum_fwd.default, (a, b, 0.3, None, False))
+    torch.library.opcheck(torch.ops.tcm_fast.mp_sum_fwd.default, (a, b, 0.3, 0.7, 2.0, True))
+    torch.library.opcheck(torch.ops.tcm_fast.mp_sum_fwd.default, (a, b, 0.3, 0.7, None, False))
 
 
 def test_compiles_to_one_graph():

@@ -46,6 +46,20 @@ def test_kernels_where_one_output_has_no_gradient(compare, without):
     compare(*operation, [case(shape)], [shape, shape], torch.float16, without=without)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("without", [(), (0,), (0, 1), (2,)], ids=str)
+def test_kernels_past_which_x_goes(compare, dtype, without):
+    def ours(x):
+        return pixel_norm_mp_silu(x, with_x=True)
+
+    def reference(x):
+        u, h, x = pixel_norm_mp_silu_reference(x, with_x=True)
+        return u, h, x * 1.0
+
+    shape = (3, 7, 5, 3)
+    compare(ours, reference, [case(shape)], [shape] * 3, dtype, without=without)
+
+
 @pytest.mark.parametrize("shape", [(1, 1536, 2, 2), (1, 1152, 2, 3), (1, 768, 4, 4)], ids=str)
 def test_kernels_at_the_widths_of_edm2_xl(compare, shape):
     operation = (pixel_norm_mp_silu, pixel_norm_mp_silu_reference)

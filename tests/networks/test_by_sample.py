@@ -40,7 +40,7 @@ def gradients(net, weights=None, dtype=torch.float32, parts=1):
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["ddpmpp", "ncsnpp", "adm"])
 def test_the_names_are_the_networks(family):
     names = network(family).model.by_sample_names()
     assert len(set(names)) == len(names) > 0
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_each_layer(family, as_on_a_gpu, monkeypatch):
     net = network(family)
     ours = [gradients(net, parts=parts) for parts in (1, 1, 2)]
     assert all(torch.equal(ours[0][name], ours[1][name]) for name in ours[0])
-    monkeypatch.setattr(type(net.model), "by_sample_names", lambda self: [])
+    monkeypatch.setattr(module, "runs_triton", lambda *_: False)
     plain = gradients(net)
     near(ours[0], plain, 1e-5)
     near(ours[2], plain, 1e-4)
@@ -99,7 +99,7 @@ def test_in_16_bits_they_reach_the_parameters_in_fp32(family, as_on_a_gpu, monke
         parameter.data = parameter.data.bfloat16().float()
     ours = gradients(net, cast_weights(net, torch.bfloat16), torch.bfloat16)
     assert all(grad.dtype == torch.float32 for grad in ours.values())
-    monkeypatch.setattr(type(net.model), "by_sample_names", lambda self: [])
+    monkeypatch.setattr(module, "runs_triton", lambda *_: False)
     plain = gradients(net, cast_weights(net, torch.bfloat16), torch.bfloat16)
     near(ours, plain, 2**-8)  # which the biases' were rounded to
 

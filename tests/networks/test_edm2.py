@@ -10,7 +10,8 @@ from plain_unets import PlainEdm2
 from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import build_network, force_rows
 from tcm_fast.networks.edm2 import EDM2Block, EDM2UNet
-from tcm_fast.networks.mp_layers import MPConv, MPFourier, mp_silu
+from tcm_fast.networks.mp_layers import MPConv, MPFourier, joined, mp_silu, side_by_side
+from tcm_fast.networks.precision import in_precision, make_copies
 
 SIZES = {"XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384}
 COUNTS = {"XS": 124.7, "S": 280.2, "M": 497.8, "L": 777.5, "XL": 1119.3}
@@ -147,6 +148,65 @@ def test_block_with_fused_kernels_is_its_formula(triton_device):
         *(torch.autograd.grad(y, leaves, upstream) for y in (ours, theirs)), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_images_may_have_the_channel_of_ones():
+    net = narrow_denoiser()
+    x, t = torch.randn(3, 2, 8, 8), torch.tensor([0.5, 1.0, 2.0])
+    whole = torch.cat([x, torch.ones(3, 1, 8, 8)], 1)
+    assert torch.equal(net.raw(whole, t), net.raw(x, t))
+    with pytest.raises(ValueError, match=r"x: must be \[N,2,8,8\] .* got \[3, 4, 8, 8\]"):
+        net.raw(torch.cat([x, x], 1), t)
+
+
+def narrow_denoiser():
+    torch.manual_seed(0)
+    net = build_network(
+        "edm2", img_resolution=8, img_channels=2, model_channels=8, channel_mult=[1, 2], num_blocks=1,
+        attn_resolutions=[4], channels_per_head=8,
+    )  # fmt: skip
+    for p in net.parameters():
+        p.data = torch.full_like(p, 0.7) if p.ndim == 0 else p.data
+    return net
+
+
+def test_matrices_that_lie_side_by_side_are_joined_without_a_copy():
+    torch.manual_seed(0)
+    apart = [torch.randn(n, 6) for n in (3, 1, 5)]
+    whole = side_by_side(apart)
+    upstream = torch.randn(9, 6)
+    ways = [
+        (whole, True),
+        (whole[:1], True),
+        (apart, False),
+        (whole[::2], False),
+        (whole[::-1], False),
+    ]
+    for matrices, is_view in ways:
+        matrices = [matrix.detach().requires_grad_() for matrix in matrices]
+        one = joined(matrices)
+        assert torch.equal(one, torch.cat(matrices))
+        assert (one.data_ptr() == matrices[0].data_ptr()) == is_view
+        grads = torch.autograd.grad(one, matrices, upstream[: len(one)])
+        assert torch.equal(torch.cat(grads), upstream[: len(one)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_embeddings_product_takes_the_weights_where_they_lie(dtype):
+    net = narrow_denoiser()
+    names = [name for name, _ in net.named_parameters()]
+    copies = make_copies(net, dtype)
+    matrices = [copies[names.index(f"model.{name}")] for name in net.model.joined_names()]
+    assert joined(matrices).data_ptr() == matrices[0].data_ptr()
+    ready = in_precision(net, dtype).model
+    layers = [block.emb_linear for block in ready.blocks()]
+    assert len(layers) == len(matrices) > 3
+    assert (
+        joined([layer.normalized(dtype) for layer in layers]).data_ptr()
+        == layers[0].scaled.data_ptr()
+    )
+    for layer, matrix in zip(layers, matrices, strict=True):
+        assert torch.equal(layer.scaled, matrix)
 
 
 def test_magnitudes_stay_at_one():
