@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tcm_fast.benchmarks.recipe_study import ARMS, RESULT, SETTINGS, Arm, Table, folder_of
+from tcm_fast.benchmarks.recipe_study import ARMS, RESULT, SETTINGS, TABLES, Arm, Table, folder_of
 from tcm_fast.benchmarks.report import with_table
 from tcm_fast.checkpoint.format import load_network
 from tcm_fast.evaluation.metrics import FRECHET, KERNEL
@@ -151,24 +151,25 @@ def block(record: dict[str, Any], out: Path, page: Path) -> str:
     lines += [f"(commit {record['commit'][:7]}, torch {record['torch']}; {record['machine']}.)", ""]
     for setting, what in SETTINGS.items():
         done = results.done(setting)
-        rows = [arm for arm in done if not arm.is_other_law]
-        laws = [arm for arm in done if arm.is_other_law]
-        if not rows:
+        if not done:
             continue
-        lines += [f"### {what.title}", "", f"Features `{what.features}`."]
-        lines += ["", *table(results, setting, rows), "", of_samples(results, setting, rows), ""]
-        if of_pairs := compared(results, setting, rows):
-            lines += [*of_pairs, ""]
-        if shown := record["pictures"].get(setting):
-            lines += ["One row each, of the same noise, from the top: " + "; ".join(shown) + "."]
-            lines += ["", _link("samples", named(out, setting), page), ""]
-        if laws:
-            published = [arm for arm in rows if arm.name == "stage2"]
-            lines += [
-                "Other t′ and other widths of the law of ln t, from the same stage-1 networks:"
-            ]
-            lines += ["", *table(results, setting, [*published, *laws]), ""]
-            lines += [*compared(results, setting, laws), ""]
+        lines += [f"### {what.title}", "", f"Features `{what.features}`.", ""]
+        for key, head in {"": "", **TABLES}.items():
+            arms = [arm for arm in done if arm.table == key]
+            if not arms:
+                continue
+            beside = {arm.against for arm in arms} - {arm.name for arm in arms}
+            shown = [arm for arm in done if arm.name in beside] + arms
+            lines += [head, ""] if head else []
+            lines += [*table(results, setting, shown), ""]
+            lines += ["" if key else of_samples(results, setting, arms), ""]
+            if of_pairs := compared(results, setting, arms):
+                lines += [*of_pairs, ""]
+            if not key and (drawn := record["pictures"].get(setting)):
+                lines += [
+                    "One row each, of the same noise, from the top: " + "; ".join(drawn) + "."
+                ]
+                lines += ["", _link("samples", named(out, setting), page), ""]
     if any("denoising" in row for row in record["rows"]):
         lines += ["### One-call denoising", ""]
         lines += [
@@ -226,8 +227,8 @@ def plot_denoising(results: Results, path: Path) -> None:
 
 
 def picture(table: Table, runs: Path, setting: str, out: Path) -> list[str]:
-    """Samples of seed 0, a row for each arm but those of other t', of the same noise; the arms' labels."""
-    arms = [arm for arm in table.arms if arm.setting == setting and not arm.is_other_law]
+    """Samples of seed 0, a row for each arm of the first table, of the same noise; the arms' labels."""
+    arms = [arm for arm in table.arms if arm.setting == setting and not arm.table]
     shown = [arm for arm in arms if (folder_of(runs, arm, 0) / RESULT).exists()]
     drawn = []
     for arm in shown:

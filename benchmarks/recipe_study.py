@@ -36,13 +36,19 @@ from tcm_fast.objectives import OBJECTIVES, is_consistency
 from tcm_fast.objectives.noise_levels import IMAGE
 from tcm_fast.runtime.atomic import replacing
 from tcm_fast.sampling.sampler import sample
+from tcm_fast.training.feature_training import train_features
 from tcm_fast.training.trainer import Interrupted, Trainer
 
 SEEDS = 3
 FEW_REAL = 2000  # held-out images that samples are compared with, at most
 TIMES = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0, 80.0)  # of one-call denoising
 RESULT, REAL = "result.json", "real.json"
-OWN = ("stop_after", "data.source")  # fields in which a run may differ from the table
+OWN = (
+    "stop_after",
+    "data.source",
+    "ect.features",
+    "tcm.features",
+)  # where a run may differ from the table
 DISTANCES = {KERNEL: kernel_distance, FRECHET: frechet_distance}
 
 
@@ -87,15 +93,12 @@ class Arm:
     """By phase: passes of a teacher for each image, which plans do not know of."""
     denoises: bool = False
     """Whether one-call denoising over the noise level is measured, too."""
+    table: str = ""
+    """Key of `TABLES` where it is not in the first table of its setting."""
 
     def __post_init__(self) -> None:
         for phase in self.images:
             phase_name(phase)
-
-    @property
-    def is_other_law(self) -> bool:
-        """Whether it has a t' of its own: such arms have a table of their own."""
-        return "tcm.t_prime" in self.changes
 
 
 BASE: dict[str, Any] = {
@@ -125,6 +128,7 @@ SETTINGS = {
     "cifar8": Setting("CIFAR-10 at 8×8", "efficientnet", 8),
 }
 PRETRAINING, STAGE = 48_000, 20_000  # images
+FEATURE_IMAGES = 64_000  # of the training of the manifold distance's features
 
 
 def beginning(setting: str) -> Iterator[Arm]:
@@ -159,14 +163,58 @@ def truncations(setting: str) -> Iterator[Arm]:
         law = {"tcm.t_prime": t_prime, "tcm.t_mean": float(np.log(t_prime)), "tcm.t_std": scale}
         yield Arm(
             setting, f"t{t_prime:g}-scale{scale:g}", f"stage 2, t′ = {t_prime:g}, scale {scale:g}",
-            {"tcm": STAGE}, "stage1", law, against="stage2",
+            {"tcm": STAGE}, "stage1", law, against="stage2", table="laws",
         )  # fmt: skip
 
+
+FLOWS = {"ect": "", "ect-tcm": "ect", "cmt-ect": "ect", "cmt-tcm": "ect-tcm"}
+"""Phases that share a budget, and the flow that each is compared with."""
+ADD_ONS: dict[str, tuple[dict[str, Any], float]] = {
+    "": ({}, 0.0),
+    "manifold distance": ({"distance": "manifold", "features": "to be made"}, 0.41),
+    "posterior targets": ({"target": "posterior"}, 0.09),
+}
+"""What changes in `ect` and `tcm`, and passes for each image, counted in multiplications of the network at
+16x16: two passes of the features and a gradient to the image by 0.136 each; the two products of a bank of
+1,024 images."""
+
+
+def add_ons(setting: str, batch: int) -> Iterator[Arm]:
+    """Flows of `STAGE` images in batches of a size, with and without the add-ons, whose own arithmetic means
+    fewer images; so does cmt's, each of whose targets takes a pass. After it the gap is at its smallest at
+    once."""
+    for add_on, (values, passes) in ADD_ONS.items():
+        for flow, beside in FLOWS.items():
+            phases = flow.split("-")
+            share = STAGE / len(phases) * (14 / 15 if "cmt" in phases else 1)
+            images, teacher = dict.fromkeys(phases, int(share)), {"cmt": 1.0}
+            changes: dict[str, Any] = {f"{phase}.batch_size": batch for phase in phases}
+            for phase in phases:
+                if phase != "cmt":
+                    images[phase], teacher[phase] = int(share / (1 + passes / 4)), passes
+                    own = {"stage_iterations": 60 * 64 // batch, **values}
+                    own |= {"q": 4096.0} if "cmt" in phases else {}
+                    changes |= {f"{phase}.{name}": value for name, value in own.items()}
+            against = f"{flow if add_on else beside}-{batch}" if add_on or beside else ""
+            yield Arm(
+                setting, "-".join(filter(None, (flow, str(batch), add_on.split(" ")[0]))),
+                ", ".join(filter(None, (flow.replace("-", " → "), add_on))), images, "pretrained", changes,
+                against, teacher, table=f"batch-{batch}",
+            )  # fmt: skip
+
+
+TABLES = {
+    "laws": "Other t′ and other widths of the law of ln t, from the same stage-1 networks:",
+    "batch-128": "Cheaper training, batches of 128, from the pre-trained networks:",
+    "batch-32": "Cheaper training, batches of 32, from the pre-trained networks:",
+}
+"""Heads of the tables of a setting but the first."""
 
 BLOCKS: tuple[tuple[Arm, ...], ...] = (
     (*beginning("digits"), *short("digits"), *truncations("digits")),
     (*beginning("cifar16"), *short("cifar16")),
     (*truncations("cifar16"),),
+    (*add_ons("cifar16", 32), *add_ons("cifar16", 128)),
     (*long("cifar16"),),
     (*beginning("cifar16-classes"), *short("cifar16-classes")),
     (*long("cifar16-classes"),),
@@ -178,14 +226,19 @@ ARMS = tuple(itertools.chain(*BLOCKS))
 
 
 def with_changes(config: Any, values: Mapping[str, Any]) -> Any:
-    """A configuration with other values of fields by their dotted names."""
+    """A configuration with other values of fields by their dotted names, those of a section at once."""
+    changed: dict[str, Any] = {}
     for name, value in values.items():
         section, _, rest = name.partition(".")
         if not hasattr(config, section):
             raise ValueError(f"changes: the configuration has no field {name}")
-        inner = with_changes(getattr(config, section), {rest: value}) if rest else value
-        config = replace(config, **{section: inner})
-    return config
+        if rest:
+            changed.setdefault(section, {})[rest] = value
+        else:
+            changed[section] = value
+    for section in {name.partition(".")[0] for name in values if "." in name}:
+        changed[section] = with_changes(getattr(config, section), changed[section])
+    return replace(config, **changed)
 
 
 @dataclass(frozen=True)
@@ -211,10 +264,14 @@ class Table:
         """The arm that it starts from."""
         return self.find(arm.setting, arm.after) if arm.after else None
 
-    def config(self, arm: Arm, seed: int, source: str = "") -> Config:
-        """The configuration that an arm is trained with. A seed of `changes` is added: stage 1 continued must
-        not see the same noise again."""
+    def config(self, arm: Arm, seed: int, source: str = "", features: str = "") -> Config:
+        """The configuration that an arm is trained with, `features` the file for the manifold distance.
+        A seed of `changes` is added: stage 1 continued must not see the same noise again."""
         values = {**BASE, **self.settings[arm.setting].changes, **arm.changes}
+        if features:
+            values |= {
+                name: features for name in values if name.endswith(".features") and name in OWN
+            }
         values |= {f"{phase}.images": images for phase, images in arm.images.items()}
         values |= {"seed": seed + values.get("seed", 0), "phases": tuple(arm.images)}
         return with_changes(load_preset("digits"), values | {"data.source": source})
@@ -272,12 +329,21 @@ class Judge:
                 half: _shrunk(data / half, setting.resolution, folder) for half in ("train", "test")
             }
             self.train_source, self.held_out = str(small["train"]), load_images(small["test"])
+        self.folder = folder
         self.space: FeatureSpace = feature_space(setting.features)
 
     @functools.cached_property
     def real(self) -> np.ndarray:
         """Features [N,D] of held-out images."""
         return self.space.features(_spaced(self.held_out.images, FEW_REAL))
+
+    @functools.cached_property
+    def feature_file(self) -> str:
+        """The feature network for the manifold distance, trained once."""
+        path = self.folder / f"features-{self.held_out.resolution}.safetensors"
+        if not path.exists():
+            train_features(load_images(self.train_source), path, images=FEATURE_IMAGES, width=16)
+        return str(path)
 
     def distances(self, images: np.ndarray | torch.Tensor) -> dict[str, float]:
         features = self.space.features(images)
@@ -324,7 +390,9 @@ def run_arm(
         Interrupted: that time was too short.
     """
     folder = folder_of(runs, arm, seed)
-    config = table.config(arm, seed, judge.train_source)
+    is_manifold = "manifold" in arm.changes.values()
+    features = judge.feature_file if is_manifold else ""
+    config = table.config(arm, seed, judge.train_source, features)
     before = table.before(arm)
     init = folder_of(runs, before, seed) if before else None
     trainer = Trainer(replace(config, stop_after=stop_after), folder, init=init, resume=True)
