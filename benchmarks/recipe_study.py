@@ -71,6 +71,8 @@ class Setting:
     num: int = 500
     """Samples of a set."""
     sets: int = 2
+    feature_images: int = 64_000
+    """Length of the training of the manifold distance's feature network."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,6 @@ SETTINGS = {
     "cifar8": Setting("CIFAR-10 at 8×8", "efficientnet", 8),
 }
 PRETRAINING, STAGE = 48_000, 20_000  # images
-FEATURE_IMAGES = 64_000  # of the training of the manifold distance's features
 
 
 def beginning(setting: str) -> Iterator[Arm]:
@@ -306,7 +307,7 @@ class Table:
 
     def shortened(self) -> Table:
         """The same arms on next to nothing, for trying the command."""
-        few = {"features": "random", "num": 16, "sets": 2}
+        few = {"features": "random", "num": 16, "sets": 2, "feature_images": 256}
         blocks = (
             tuple(replace(arm, images=dict.fromkeys(arm.images, 128)) for arm in block)
             for block in self.blocks
@@ -339,10 +340,12 @@ class Judge:
 
     @functools.cached_property
     def feature_file(self) -> str:
-        """The feature network for the manifold distance, trained once."""
+        """File of the feature network for the manifold distance, trained once."""
         path = self.folder / f"features-{self.held_out.resolution}.safetensors"
         if not path.exists():
-            train_features(load_images(self.train_source), path, images=FEATURE_IMAGES, width=16)
+            train_features(
+                load_images(self.train_source), path, images=self.setting.feature_images, width=16
+            )
         return str(path)
 
     def distances(self, images: np.ndarray | torch.Tensor) -> dict[str, float]:

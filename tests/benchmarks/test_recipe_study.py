@@ -40,14 +40,20 @@ def test_a_seed_is_done_before_the_next_begins():
     assert [arm for arm, _ in order[count : 2 * count]] == DIGITS
 
 
+def own_passes(table, arm):
+    before = table.before(arm)
+    return table.passes(arm) - (table.passes(before) if before else 0)
+
+
 @pytest.mark.parametrize(
-    "arm", [a for a in ARMS if a.against and a.setting == "digits"], ids=lambda a: a.name
+    "arm",
+    [a for a in ARMS if a.against and (a.setting == "digits" or a.table.startswith("batch"))],
+    ids=lambda a: a.name,
 )
 def test_what_is_compared_has_taken_equal_arithmetic(arm):
     table = Table()
-    assert table.passes(arm) == pytest.approx(
-        table.passes(table.find("digits", arm.against)), rel=0.01
-    )
+    beside = table.find(arm.setting, arm.against)
+    assert own_passes(table, arm) == pytest.approx(own_passes(table, beside), rel=0.012)
 
 
 def test_arithmetic_counts_forward_backward_and_targets():
@@ -72,6 +78,10 @@ def test_changes_are_fields_and_seeds_add():
     assert (config.tcm.t_prime, config.tcm.t_mean, config.tcm.t_std) == (0.5, np.log(0.5), 1.0)
     assert (config.seed, config.phases, config.tcm.images) == (2, ("tcm",), recipe_study.STAGE)
     assert table.config(table.find("digits", "continued"), 2).seed == 1002
+    arm = table.find("cifar16", "cmt-tcm-32-manifold")
+    config = table.config(arm, 0, features="features.safetensors")
+    assert (config.tcm.distance, config.tcm.features) == ("manifold", "features.safetensors")
+    assert (config.tcm.batch_size, config.cmt.batch_size, config.tcm.q) == (32, 32, 4096)
     with pytest.raises(ValueError, match="no field t_primes"):
         table.config(replace(DIGITS[0], changes={"tcm.t_primes": 1.0}), 0)
     with pytest.raises(ValueError, match="phase: unknown, did you mean 'edm'"):
@@ -104,6 +114,21 @@ def test_what_is_done_is_not_done_again(beginning, tmp_path, monkeypatch, capsys
     assert again["distances"] == before["distances"]
     study(beginning, tmp_path, None, seeds=1)
     assert capsys.readouterr().out.count("stage1 0: Fréchet distance") == 2
+
+
+def test_a_feature_network_is_made_for_those_that_need_one(beginning, tmp_path):
+    (of_cifar,) = (a for a in ARMS if a.name == "ect-32-manifold")
+    changes = of_cifar.changes | {"ect.batch_size": 64}
+    arm = Arm("digits", "manifold", "", {"ect": 64}, "pretrained", changes)
+    table = Table(((beginning.arms[0], arm),), beginning.settings)
+    study(table, tmp_path, None, seeds=2)
+    file = tmp_path / "images" / "features-8.safetensors"
+    assert file.exists()
+    for seed in range(2):
+        config = json.loads((folder_of(tmp_path, arm, seed) / "config.json").read_text())
+        assert config["ect"]["features"] == str(file)
+    study(table, tmp_path, None, seeds=2)  # a file elsewhere is no other recipe
+    assert len(recipe_study.results(table, tmp_path, 2)) == 4
 
 
 def test_no_time_and_other_recipes(beginning, tmp_path, capsys):
@@ -160,6 +185,13 @@ def test_tables_have_means_errors_and_verdicts(tmp_path):
     assert "![samples](../results/study_cifar16.png)" in text
     assert "| CIFAR-10 at 16×16 | 25% | 100% |" in text
     assert "| KID | 95 % interval |" in text
+    heads = [
+        text.index(head) for head in ("### CIFAR-10", recipe_report.TABLES["laws"], "### One-call")
+    ]
+    assert heads == sorted(heads)
+    assert (
+        text[heads[1] :].count("| stage 2, t′ = 1, scale 0.2 | 2.50 M |") == 1
+    )  # what they stand beside
     digits = recipe_report.block(record(), tmp_path / "study.json", page)
     assert "| Fréchet distance | 95 % interval |" in digits
 
