@@ -1033,9 +1033,9 @@ def group_norm_silu(
     *random, layer, threshold = key_arguments(
         "group_norm_silu", dropout_p, dropout_key, n, x.device
     )
-    (laid,) = laid_out(layout_of(x), x)
+    (x,) = laid_out(layout_of(x), x)
     inputs: tuple[Any, ...] = (
-        laid, weight, bias, add, scale, shift, *random, num_groups, eps, silu, layer, threshold,
+        x, weight, bias, add, scale, shift, *random, num_groups, eps, silu, layer, threshold,
     )  # fmt: skip
     # The extension's kernel takes in one gradient that goes past it.
     inside = copies if kernels[0] is _fwd else min(copies, 1)
