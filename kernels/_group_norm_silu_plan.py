@@ -56,8 +56,11 @@ def plan_slabs(
     (_, holds, *_), groups, slab = max(plans)
     each = 32 if is_wide else 64
     warps = min(16, max(4, power_of_2(pixels * slab) // (32 * each))) if holds else 16
-    # A tile is 8 or 16 values of a thread, one to four accesses: few live at once, enough in flight.
-    is_long = is_wide and not (backward and warps == 16) if holds else not backward
-    tile = 32 * warps * (16 if is_long else 8)
+    # A tile is 8 or 16 values of a thread, one to four accesses: few live at once, enough in flight. 4
+    # where two slabs of fp32 leave a thread little of its 128 registers.
+    values = 16 if (is_wide if holds else not backward) else 8
+    if holds and is_wide and backward and warps == 16:
+        values = 4
+    tile = 32 * warps * values
     rows = min(power_of_2(pixels), max(1, tile // slab))
     return Plan(groups, slab, rows, bool(holds), warps)

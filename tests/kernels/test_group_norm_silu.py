@@ -634,6 +634,15 @@ def test_kernel_sums(site, dtype, layout, triton_device, check_against_oracle, m
             check_against_oracle(found[name], plain[name], oracle[name], name, terms=terms)
 
 
+@pytest.mark.parametrize(("channels", "pixels"), [(40, 25 * 31), (40, 28 * 25)])
+def test_some_sums_are_read_twice(channels, pixels):
+    for itemsize in (2, 4):
+        for is_last in (False, True):
+            for backward in (False, True):
+                plan = plan_slabs(channels, pixels, 1, itemsize, 8, is_last, backward)
+                assert not plan.holds
+
+
 @pytest.mark.parametrize("size", [8, 48])
 def test_kernel_sums_to_a_large_mean(size, triton_device):
     # Against the normalisation alone, which is held to float64 beside a large mean: 1e3 times the spread.
@@ -1275,7 +1284,7 @@ def test_nothing_spills_at_sites_of_ddpmpp():
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
-    assert len(rows) == 36
+    assert len(rows) == 48
     for row in rows:
         assert "error" not in row, row
         assert row["spill_bytes"] == 0, row
