@@ -577,14 +577,16 @@ def _bwd(
 ):  # fmt: skip
     layout = layout_of(x)
     x, grad_y, grad_past = laid_out(layout, x, grad_y, grad_past)
+    n, c, *size = x.shape
     twin_row = 0
     if grad_twin is not None:
         grad_twin, twin_row = strided(grad_twin, layout)
+        if twin_row * math.prod(size) >= 2**31:  # offsets within a sample are 32-bit numbers
+            grad_twin, twin_row = grad_twin.contiguous(memory_format=layout), c
     add, scale, shift = rows(add), rows(scale), rows(shift)
     constants, programs = _constants(
         x, num_groups, add, scale, shift, silu, threshold, True, has_asm(x)
     )
-    n, c, *size = x.shape
     parts = [empty(x, (n, channels, *size), layout) for channels in (c - width, width) if channels]
     # One program writes each entry; PyTorch's sum over the batch has one order too.
     by_sample = torch.empty((2, n if wants_affine else 0, c), dtype=torch.float32, device=x.device)
