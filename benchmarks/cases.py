@@ -124,19 +124,20 @@ def _elements(case: Case, name: str) -> int:
 
 
 def _group_norm_silu(case: Case) -> tuple[Work, Work]:
-    """2 passes over the tensor forward and 3 backward; a third and a fourth where two are joined, which is
-    written down, or the gradient of the branch that goes past is added; the mean and deviation of each
-    group are kept."""
-    size, second = case.dtype.itemsize, _elements(case, "second")
+    """2 passes over the tensor forward and 3 backward; a third and a fourth where two are joined or summed,
+    which is written down, or the gradient of a branch that goes past is added, another for each such branch
+    and for a sum's other term; the mean and deviation of each group are kept."""
+    size, second, skip = case.dtype.itemsize, _elements(case, "second"), _elements(case, "skip")
     x = _elements(case, "x") + second
     rows = sum(_elements(case, name) for name in ("add", "scale", "shift")) * size
     affine = 8 * _elements(case, "weight")
     statistics = 8 * case.batch * case.site["num_groups"]
     key = 8 * (case.batch + 2) if case.site["dropout_key"] is not None else 0
-    forward = (3 if second else 2) * x * size + rows + affine + statistics + key
-    past = x * size if case.site["with_x"] else 0
+    biases = 4 * sum(_elements(case, name) for name in ("x_bias", "skip_bias"))
+    forward = (3 if second or skip else 2) * x * size + rows + affine + statistics + key
+    past = (2 if case.site["twice"] else int(case.site["with_x"])) * x * size
     backward = 3 * x * size + past + 2 * rows + 2 * affine + statistics + key
-    return Work(forward), Work(backward)
+    return Work(forward + skip * size + biases), Work(backward + biases)
 
 
 def _qkv_attention(case: Case) -> tuple[Work, Work]:
@@ -183,11 +184,10 @@ def _posterior_mean(case: Case) -> tuple[Work, Work]:
 
 
 def _residual(case: Case) -> tuple[Work, Work]:
-    """Two images in and one out; backward one in, two where the sum is read twice, and one out, the gradient
-    of both."""
+    """Two images in and one out; backward one in and one out, the gradient of both."""
     image = _elements(case, "x") * case.dtype.itemsize
     bias = 4 * (_elements(case, "bias") + _elements(case, "skip_bias"))
-    return Work(3 * image + bias), Work((3 if case.site["twice"] else 2) * image + bias)
+    return Work(3 * image + bias), Work(2 * image + bias)
 
 
 FORMULAS: dict[str, Callable[[Case], tuple[Work, Work]]] = {
@@ -235,16 +235,25 @@ def tensors_of(results: Any) -> list[torch.Tensor]:
 
 def plain_group_norm_silu(
     x, num_groups, weight, bias, eps=1e-5, *, silu=True, add=None, scale=None, shift=None,
-    dropout_p=0.0, dropout_key=None, with_x=False, second=None,
+    dropout_p=0.0, dropout_key=None, with_x=False, twice=False, **merged,
 ):  # fmt: skip
-    x = x if second is None else torch.cat([x, second], 1)
+    x = plain_merge(x, **merged)
     y = x if add is None else x + add[:, :, None, None]
     y = F.group_norm(y, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:
         y = torch.addcmul(shift[:, :, None, None], y, scale[:, :, None, None] + 1)
     y = F.silu(y) if silu else y
     y = F.dropout(y, dropout_p) if dropout_p > 0 else y
-    return (y, x) if with_x else y
+    return (y, x, x) if twice else (y, x) if with_x else y
+
+
+def plain_merge(x, skip=None, sum_scale=1.0, x_bias=None, skip_bias=None, second=None):
+    """What a normalisation reads: x, the sum that ends a residual branch, one of them beside `second`."""
+    if skip is not None:
+        biases = [b.to(x.dtype)[:, None, None] for b in (x_bias, skip_bias) if b is not None]
+        x = sum(biases, x) + skip
+        x = x * sum_scale if sum_scale != 1 else x
+    return x if second is None else torch.cat([x, second], 1)
 
 
 def plain_qkv_attention(qkv, num_heads, *, normalize=False, scale=None):

@@ -65,6 +65,9 @@ def sources_hash(operation: str) -> str:
     shared = (folder / "_philox_triton.py").read_text(encoding="utf-8")
     shared += part("_common", "# -- in kernels ---", "# -- beside them ---")
     own = part(operation, "# -- kernels ---", "# -- registration ---")
+    own += "".join(
+        file.read_text(encoding="utf-8") for file in folder.glob(f"_{operation}_plan.py")
+    )
     return hashlib.sha256((own + shared).encode()).hexdigest()
 
 

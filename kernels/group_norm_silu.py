@@ -1,14 +1,14 @@
 """Group normalisation with what surrounds it in a diffusion U-Net's block: the embedding added
-before, scale, shift, SiLU and dropout after (Wu & He 2018; Karras et al. 2022, appendix C)."""
+before, scale, shift, SiLU and dropout after (Wu & He 2018; Karras et al. 2022, appendix C); on the way in
+it ends the block before, whose residual sum it carries out, and joins a decoder block's two inputs."""
 
-import functools
 import itertools
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from tcm_fast.kernels._backend import extension_for, extension_gap
 from tcm_fast.kernels._common import (
     DTYPES,
     check_image,
@@ -20,11 +20,12 @@ from tcm_fast.kernels._common import (
     laid_out,
     layout_of,
     of_channels,
-    power_of_2,
     register,
     rows,
     sigmoid,
 )
+from tcm_fast.kernels._group_norm_silu_cpu import affine_of, bwd_cpu, fwd_cpu, on_cpu, statistics
+from tcm_fast.kernels._group_norm_silu_plan import plan_slabs
 from tcm_fast.kernels._philox_triton import is_kept
 from tcm_fast.kernels._triton import (
     Variant,
@@ -37,6 +38,7 @@ from tcm_fast.kernels._triton import (
     triton,
 )
 from tcm_fast.kernels.dropout import PhiloxKey, check_dropout, dropout, key_arguments, key_of
+from tcm_fast.kernels.residual import check_sum, residual, residual_reference, strided
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -55,8 +57,15 @@ def group_norm_silu_reference(
     dropout_p=0.0,
     dropout_key=None,
     with_x=False,
+    twice=False,
+    skip=None,
+    sum_scale=1.0,
+    x_bias=None,
+    skip_bias=None,
     second=None,
 ):
+    if skip is not None:
+        x = residual_reference(x, skip, sum_scale, x_bias, skip_bias)
     if second is not None:
         x = torch.cat([x, second], 1)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -78,7 +87,7 @@ def group_norm_silu_reference(
     y = y.to(x.dtype).contiguous(memory_format=layout_of(x))
     if dropout_p > 0:
         y = dropout(y, dropout_p, dropout_key)
-    return (y, x) if with_x else y
+    return (y, x, x) if twice else (y, x) if with_x else y
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -165,26 +174,38 @@ def _where(tile, c, own, CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.co
 
 
 @triton.jit
-def _load(x, second, joined, p, c, at, inside, CHANNELS: tl.constexpr, HW: tl.constexpr,
-          CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr, JOINS: tl.constexpr,
-          POLICY: tl.constexpr):  # fmt: skip
-    """A tile of x, or where FIRST > 0 of x [FIRST channels] and second side by side; JOINS writes it down."""
-    if FIRST == 0:
-        return tl.load(x + at, mask=inside, other=0, eviction_policy=POLICY)
-    is_first = (c < FIRST)[None, :]
+def _parts(p, c, at, CHANNELS: tl.constexpr, HW: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+           FIRST: tl.constexpr):  # fmt: skip
+    """Offsets of a tile within a sample of FIRST channels, and of one of those that follow them."""
     if CHANNELS_LAST:
-        in_first = p[:, None] * FIRST + c[None, :]
-        in_second = p[:, None] * (CHANNELS - FIRST) + (c - FIRST)[None, :]
-    else:
-        in_first = at
-        in_second = p[:, None] + (c - FIRST)[None, :] * HW
-    a = tl.load(x + in_first, mask=inside & is_first, other=0, eviction_policy=POLICY)
-    b = tl.load(
-        second + in_second, mask=inside & (c >= FIRST)[None, :], other=0, eviction_policy=POLICY
-    )
-    v = tl.where(is_first, a, b)
-    if JOINS:
-        tl.store(joined + at, v, mask=inside)
+        rest = p[:, None] * (CHANNELS - FIRST) + (c - FIRST)[None, :]
+        return p[:, None] * FIRST + c[None, :], rest
+    return at, at - FIRST * HW
+
+
+@triton.jit
+def _load(x, skip, second, merged, from_biases, sum_scale, p, c, at, inside, CHANNELS: tl.constexpr,
+          HW: tl.constexpr, CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr, SUMS: tl.constexpr,
+          POLICY: tl.constexpr):  # fmt: skip
+    """A tile of x, or where SUMS of `residual`'s sum, and behind its FIRST channels of `second`. What is not
+    x alone is written to `merged`."""
+    if FIRST == CHANNELS and not SUMS:
+        return tl.load(x + at, mask=inside, other=0, eviction_policy=POLICY)
+    in_first, in_second = _parts(p, c, at, CHANNELS, HW, CHANNELS_LAST, FIRST)
+    of_first = inside
+    if FIRST < CHANNELS:
+        of_first = inside & (c < FIRST)[None, :]
+    v = tl.load(x + in_first, mask=of_first, other=0, eviction_policy="evict_first")
+    if SUMS:
+        other = tl.load(skip + in_first, mask=of_first, other=0, eviction_policy="evict_first")
+        total = v.to(tl.float32) + other.to(tl.float32)
+        total = (total + from_biases[None, :]) * sum_scale
+        v = tl.where(of_first, total, 0.0).to(v.dtype)
+    if FIRST < CHANNELS:
+        of_second = inside & (c >= FIRST)[None, :]
+        other = tl.load(second + in_second, mask=of_second, other=0, eviction_policy="evict_first")
+        v = tl.where((c < FIRST)[None, :], v, other)
+    tl.store(merged + at, v, mask=inside, eviction_policy=POLICY)
     return v
 
 
@@ -205,36 +226,42 @@ def _affine(n, c, own, weight, bias, scale, shift, scale_row, shift_row, HAS_SCA
 
 
 @triton.jit
-def _finish(v, p, first, c, slope, offset, sample, seed, step, layer, threshold, keep_scale,
-            CHANNELS: tl.constexpr, SLAB: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr,
+def _finish(v, origin, y, p, at, inside, first, c, slope, offset, sample, seed, step, layer, threshold,
+            keep_scale, CHANNELS: tl.constexpr, SLAB: tl.constexpr, SILU: tl.constexpr, DROPS: tl.constexpr,
             BY_EIGHT: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """dropout(silu(z)) with z = v·slope + offset, v = x + add - mean."""
-    z = v * slope[None, :] + offset[None, :]
+    """Stores dropout(silu(z)) with z = (v - origin)·slope + offset, origin = mean - add."""
+    z = (v.to(tl.float32) - origin[None, :]) * slope[None, :] + offset[None, :]
     if SILU:
         z = z * sigmoid(z, ASM)
     if DROPS:
         kept = is_kept(p, first, c, sample, seed, step, layer, threshold, CHANNELS, BY_EIGHT, SLAB)
         z = tl.where(kept, z * keep_scale, 0.0)
-    return z
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
 def _group_norm_silu_fwd_kernel(
-    x, second, weight, bias, add, scale, shift, sample, seed, step, y, joined, mean, rstd,
-    add_row, scale_row, shift_row, layer, threshold, keep_scale, eps,
+    x, skip, second, x_bias, skip_bias, weight, bias, add, scale, shift, sample, seed, step, y, merged,
+    mean, rstd, add_row, scale_row, shift_row, layer, threshold, keep_scale, eps, sum_scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
     SLAB: tl.constexpr, PIXELS: tl.constexpr, HOLDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     HAS_ADD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
     DROPS: tl.constexpr, BY_EIGHT: tl.constexpr, ASM: tl.constexpr, PACKS: tl.constexpr,
-    FIRST: tl.constexpr,
+    FIRST: tl.constexpr, SUMS: tl.constexpr, HAS_X_BIAS: tl.constexpr, HAS_SKIP_BIAS: tl.constexpr,
 ):  # fmt: skip
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
     n, first, c, own, group, has, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
-    x += n * ((CHANNELS if FIRST == 0 else FIRST) * HW)
+    x += n * (FIRST * HW)
+    skip += n * (FIRST * HW)
     second += n * ((CHANNELS - FIRST) * HW)
     y += n * (CHANNELS * HW)
-    joined += n * (CHANNELS * HW)
+    merged += n * (CHANNELS * HW)
+    from_biases = tl.zeros([SLAB], tl.float32)
+    if HAS_X_BIAS:
+        from_biases = tl.load(x_bias + c, mask=own & (c < FIRST), other=0).to(tl.float32)
+    if HAS_SKIP_BIAS:
+        from_biases += tl.load(skip_bias + c, mask=own & (c < FIRST), other=0).to(tl.float32)
 
     # Mean and summed squared deviation of each channel, in two steps: never E[x²] - E[x]².
     held = ()
@@ -242,9 +269,8 @@ def _group_norm_silu_fwd_kernel(
         total = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(
-                x, second, joined, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, True, ""
-            )
+            v = _load(x, skip, second, merged, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
+                      CHANNELS_LAST, FIRST, SUMS, "")  # fmt: skip
             held = held + (v,)  # noqa: RUF005
         for tile in tl.static_range(TILES):
             total += held[tile].to(tl.float32)
@@ -264,8 +290,8 @@ def _group_norm_silu_fwd_kernel(
         slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(x, second, joined, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, True,
-                      "evict_last").to(tl.float32)  # fmt: skip
+            v = _load(x, skip, second, merged, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
+                      CHANNELS_LAST, FIRST, SUMS, "evict_last").to(tl.float32)  # fmt: skip
             d = tl.where(inside, v - slot_average, 0.0)
             slot_average += d * (1.0 / (tile + 1))
             slot_spread += d * (v - slot_average)
@@ -303,19 +329,17 @@ def _group_norm_silu_fwd_kernel(
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _reload_barrier(held[tile], PACKS).to(tl.float32) - origin[None, :]
-            out = _finish(v, p, first, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
-                          keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
-            tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+            v = _reload_barrier(held[tile], PACKS)
+            _finish(v, origin, y, p, at, inside, first, c, slope, offset, sample_n, seed_n, step_n, layer,
+                    threshold, keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
     else:
+        if SUMS or FIRST < CHANNELS:  # what other threads wrote is read
+            tl.debug_barrier()
         for i in tl.range(TILES):
             p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(x, second, joined, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, False,
-                      "evict_first").to(tl.float32)  # fmt: skip
-            v -= origin[None, :]
-            out = _finish(v, p, first, c, slope, offset, sample_n, seed_n, step_n, layer, threshold,
-                          keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
-            tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+            v = tl.load(merged + at, mask=inside, other=0, eviction_policy="evict_first")
+            _finish(v, origin, y, p, at, inside, first, c, slope, offset, sample_n, seed_n, step_n, layer,
+                    threshold, keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
 
 
 @triton.jit
@@ -339,24 +363,59 @@ def _grad_z(v, grad, slope, offset, SILU: tl.constexpr, ASM: tl.constexpr):
     return grad
 
 
+@triton.jit
+def _hand_back(out, slot_add, slot_sums, grad_past, grad_twin, grad_x, grad_second, sum_scale, p, c, at,
+               inside, CHANNELS: tl.constexpr, HW: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+               FIRST: tl.constexpr, HAS_ADD: tl.constexpr, SCALES: tl.constexpr, WANTS_SUMS: tl.constexpr,
+               HAS_PAST: tl.constexpr, TWIN_ROW: tl.constexpr):  # fmt: skip
+    """Adds what reached x past the normalisation to its gradient `out` and stores it, its first channels for
+    the sum's terms, the others for `second`. -> what `add` and the sum's biases get, added to the slots."""
+    if HAS_ADD:
+        slot_add += tl.where(inside, out, 0.0)
+    if HAS_PAST:
+        out += tl.load(grad_past + at, mask=inside, other=0).to(tl.float32)
+    if TWIN_ROW > 0:
+        source = at
+        if CHANNELS_LAST:
+            source = p[:, None] * TWIN_ROW + c[None, :]
+        out += tl.load(grad_twin + source, mask=inside, other=0).to(tl.float32)
+    in_first, in_second = _parts(p, c, at, CHANNELS, HW, CHANNELS_LAST, FIRST)
+    of_first = inside
+    if FIRST < CHANNELS:
+        of_first = inside & (c < FIRST)[None, :]
+        of_second = inside & (c >= FIRST)[None, :]
+        tl.store(grad_second + in_second, out.to(grad_second.dtype.element_ty), mask=of_second)
+    if SCALES:
+        out *= sum_scale
+    tl.store(grad_x + in_first, out.to(grad_x.dtype.element_ty), mask=of_first)
+    if WANTS_SUMS:
+        slot_sums += tl.where(of_first, out, 0.0)
+    return slot_add, slot_sums
+
+
 @triton.jit(do_not_specialize=["layer", "threshold"])
 def _group_norm_silu_bwd_kernel(
-    grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, grad_x,
-    grad_affine, grad_add, grad_scale, grad_shift, batch, add_row, scale_row, shift_row, layer,
-    threshold, keep_scale,
+    grad_y, grad_past, grad_twin, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step,
+    grad_x, grad_second, grad_sums, grad_affine, grad_add, grad_scale, grad_shift, batch, add_row,
+    scale_row, shift_row, layer, threshold, keep_scale, sum_scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
     SLAB: tl.constexpr, PIXELS: tl.constexpr, HOLDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     HAS_ADD: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, SILU: tl.constexpr,
     DROPS: tl.constexpr, BY_EIGHT: tl.constexpr, ASM: tl.constexpr, PACKS: tl.constexpr,
-    WANTS_AFFINE: tl.constexpr, HAS_PAST: tl.constexpr,
+    WANTS_AFFINE: tl.constexpr, HAS_PAST: tl.constexpr, TWIN_ROW: tl.constexpr, FIRST: tl.constexpr,
+    SCALES: tl.constexpr, WANTS_SUMS: tl.constexpr,
 ):  # fmt: skip
+    """TWIN_ROW: elements from a pixel of grad_twin, a second gradient of x, to the next in channels_last,
+    more than CHANNELS where it is a slice of channels; 0 without one."""
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
     n, first, c, own, group, has, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
     x += n * (CHANNELS * HW)
     grad_y += n * (CHANNELS * HW)
-    grad_x += n * (CHANNELS * HW)
+    grad_x += n * (FIRST * HW)
+    grad_second += n * ((CHANNELS - FIRST) * HW)
     grad_past += n * (CHANNELS * HW)
+    grad_twin += n * (TWIN_ROW * HW)
     group_mean = tl.load(mean + n * NUM_GROUPS + group, mask=has, other=0)
     group_rstd = tl.load(rstd + n * NUM_GROUPS + group, mask=has, other=0)
     origin, r = _to_channels(group_mean, member), _to_channels(group_rstd, member)
@@ -419,17 +478,17 @@ def _group_norm_silu_bwd_kernel(
     from_v = r * r * to_a
     from_all = r * to_b
     slot_add = tl.zeros([PIXELS, SLAB], tl.float32)
+    slot_sums = tl.zeros([PIXELS, SLAB], tl.float32)
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             v = _reload_barrier(held_x[tile], PACKS).to(tl.float32) - origin[None, :]
             g = _grad_z(v, _reload_barrier(held_g[tile], PACKS), slope, offset, SILU, ASM)
             out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
-            if HAS_ADD:
-                slot_add += tl.where(inside, out, 0.0)
-            if HAS_PAST:
-                out += tl.load(grad_past + at, mask=inside, other=0).to(tl.float32)
-            tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
+            slot_add, slot_sums = _hand_back(
+                out, slot_add, slot_sums, grad_past, grad_twin, grad_x, grad_second, sum_scale, p, c, at,
+                inside, CHANNELS, HW, CHANNELS_LAST, FIRST, HAS_ADD, SCALES, WANTS_SUMS, HAS_PAST, TWIN_ROW,
+            )  # fmt: skip
     else:
         for i in tl.range(TILES):
             p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
@@ -440,73 +499,18 @@ def _group_norm_silu_bwd_kernel(
                       SLAB, DROPS, BY_EIGHT)  # fmt: skip
             g = _grad_z(v, g, slope, offset, SILU, ASM)
             out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
-            if HAS_ADD:
-                slot_add += tl.where(inside, out, 0.0)
-            if HAS_PAST:
-                out += tl.load(grad_past + at, mask=inside, other=0).to(tl.float32)
-            tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
+            slot_add, slot_sums = _hand_back(
+                out, slot_add, slot_sums, grad_past, grad_twin, grad_x, grad_second, sum_scale, p, c, at,
+                inside, CHANNELS, HW, CHANNELS_LAST, FIRST, HAS_ADD, SCALES, WANTS_SUMS, HAS_PAST, TWIN_ROW,
+            )  # fmt: skip
     if HAS_ADD:
         total = tl.sum(slot_add, 0)
         tl.store(grad_add + n * CHANNELS + c, total.to(grad_add.dtype.element_ty), mask=own)
+    if WANTS_SUMS:
+        tl.store(grad_sums + n * FIRST + c, tl.sum(slot_sums, 0), mask=own & (c < FIRST))
 
 
 # -- launchers ------------------------------------------------------------------------------------
-
-
-class _Plan(NamedTuple):
-    """A program's tiles: `groups` whole groups in `slab` columns, `pixels` rows; whether it holds all of
-    them at once; its warps."""
-
-    groups: int
-    slab: int
-    pixels: int
-    holds: bool
-    warps: int
-
-
-@functools.cache
-def _plan(
-    channels: int, pixels: int, num_groups: int, itemsize: int, unit: int, channels_last: bool,
-    backward: bool,
-) -> _Plan:  # fmt: skip
-    """The tiles of a shape; a slab is a multiple of `unit` channels where it can be.
-
-    Reasoned from registers (of sm_80 and sm_90, whose files are equal), not measured.
-
-    A slab that is held takes 64 values of a thread in 16 bits (32 registers, in the backward pass 64)
-    or 32 in fp32, besides the 24 to 40 that hold what belongs to its channels: 8 warps hold 16384
-    values of 16 bits in 128 registers, twice on an SM, so that one program loads while the other
-    computes; backward they need up to 255, once. At 32 x 32 that makes rows of 32 bytes, a sector; rows
-    of 64 fit too, forward, but once on an SM, and then nothing overlaps: they are taken where a group
-    is that wide. Smaller images get rows of 64. A slab that is read twice takes the narrowest rows of
-    32 bytes or more: 132 times two slabs of 196 KB (ADM, 64 x 64) are about what L2 holds. Channels
-    beside the last power of two cost registers and instructions, no traffic.
-    """
-    cpg = channels // num_groups
-    is_wide = itemsize > 2
-    wished = 8192 if is_wide else 16384
-    most = wished if backward and not is_wide else 2 * wished
-    plans = []
-    for groups in range(1, min(num_groups, max(1, 512 // cpg)) + 1):
-        used, is_whole = groups * cpg, groups == num_groups
-        slab = power_of_2(used)
-        slots = pixels * slab
-        row = (used if channels_last else pixels) * itemsize
-        is_row = row >= 32 or is_whole or not channels_last
-        aligned = channels % unit == 0 and used % unit == 0
-        if slots <= most and is_row:
-            ample = row >= 64 if channels_last else slots >= 1024
-            score: tuple[int, ...] = (aligned, 1, slots <= wished, ample, -slab, groups)
-        else:
-            score = (aligned, 0, is_row, -slab, groups)
-        plans.append((score, groups, slab))
-    (_, holds, *_), groups, slab = max(plans)
-    each = 32 if is_wide else 64
-    warps = min(16, max(4, power_of_2(pixels * slab) // (32 * each))) if holds else 16
-    # A tile is 8 or 16 values of a thread, one to four accesses: few live at once, enough in flight.
-    tile = 32 * warps * (16 if (is_wide if holds else not backward) else 8)
-    rows = min(power_of_2(pixels), max(1, tile // slab))
-    return _Plan(groups, slab, rows, bool(holds), warps)
 
 
 def _constants(
@@ -518,7 +522,7 @@ def _constants(
     drops = threshold > 0
     # A slab starts at a multiple of 16 bytes, and of the channels that share a block of Philox.
     unit = 8 if drops else 16 // x.itemsize
-    plan = _plan(c, h * w, num_groups, x.itemsize, unit, channels_last, backward)
+    plan = plan_slabs(c, h * w, num_groups, x.itemsize, unit, channels_last, backward)
     by_eight = c % 8 == 0 and plan.groups * (c // num_groups) % 8 == 0
     constants = dict(
         CHANNELS=c, HW=h * w, NUM_GROUPS=num_groups, GROUPS=plan.groups, SLAB=plan.slab,
@@ -532,155 +536,105 @@ def _constants(
 
 
 def _launch_fwd(
-    x, second, weight, bias, add, scale, shift, sample, seed, step, num_groups, eps, silu, layer, threshold
+    x, weight, bias, add, scale, shift, sample, seed, step, num_groups, eps, silu, layer, threshold,
+    second=None, skip=None, sum_scale=1.0, x_bias=None, skip_bias=None,
 ):  # fmt: skip
     layout = layout_of(x)
-    x, second = laid_out(layout, x, second)
+    x, second, skip = laid_out(layout, x, second, skip)
     add, scale, shift = rows(add), rows(scale), rows(shift)
-    joined, first = x, 0
-    if second is not None:
-        n, first, *size = x.shape
-        joined = empty(x, (n, first + second.shape[1], *size), layout)
+    n, first, *size = x.shape
+    merged = x
+    if second is not None or skip is not None:
+        merged = empty(x, (n, first + _width(second), *size), layout)
     constants, programs = _constants(
-        joined, num_groups, add, scale, shift, silu, threshold, False, has_asm(x)
+        merged, num_groups, add, scale, shift, silu, threshold, False, has_asm(x)
     )
-    y = torch.empty_like(joined)
-    mean, rstd = _statistics(x, num_groups)
+    y = torch.empty_like(merged)
+    mean, rstd = statistics(x, num_groups)
+    biases = [None if b is None else of_channels(b).contiguous() for b in (x_bias, skip_bias)]
     launch(
-        _group_norm_silu_fwd_kernel, (programs,), x, *given(x, second), *_affine_of(weight, bias),
-        *given(x, add, scale, shift, sample, seed, step), y, joined, mean, rstd,
-        *_row_strides(add, scale, shift), layer, threshold, 65536 / (65536 - threshold), eps,
-        **constants, FIRST=first,
+        _group_norm_silu_fwd_kernel, (programs,), x, *given(x, skip, second, *biases),
+        *affine_of(weight, bias), *given(x, add, scale, shift, sample, seed, step), y, merged, mean, rstd,
+        *_row_strides(add, scale, shift), layer, threshold, 65536 / (65536 - threshold), eps, sum_scale,
+        **constants, FIRST=first, SUMS=skip is not None, HAS_X_BIAS=x_bias is not None,
+        HAS_SKIP_BIAS=skip_bias is not None,
     )  # fmt: skip
-    return y, joined, mean, rstd
+    return y, merged, mean, rstd
 
 
-def _fwd(x, *arguments):
-    y, _, mean, rstd = _launch_fwd(x, None, *arguments)
+def _fwd(*arguments):
+    y, _, mean, rstd = _launch_fwd(*arguments)
     return y, mean, rstd
 
 
-def _joined_fwd(*arguments):
-    *inputs, second = arguments
-    return _launch_fwd(inputs[0], second, *inputs[1:])
+def _width(second):
+    return 0 if second is None else second.shape[1]
 
 
 def _bwd(
     grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
-    layer, threshold, wants_affine,
+    layer, threshold, wants_affine, grad_twin=None, width=0, sum_scale=1.0, wants_sums=False,
 ):  # fmt: skip
-    x, grad_y, grad_past = laid_out(layout_of(x), x, grad_y, grad_past)
+    layout = layout_of(x)
+    x, grad_y, grad_past = laid_out(layout, x, grad_y, grad_past)
+    n, c, *size = x.shape
+    twin_row = 0
+    if grad_twin is not None:
+        grad_twin, twin_row = strided(grad_twin, layout)
+        if twin_row * math.prod(size) >= 2**31:  # offsets within a sample are 32-bit numbers
+            grad_twin, twin_row = grad_twin.contiguous(memory_format=layout), c
     add, scale, shift = rows(add), rows(scale), rows(shift)
     constants, programs = _constants(
         x, num_groups, add, scale, shift, silu, threshold, True, has_asm(x)
     )
-    n, c = x.shape[:2]
-    grad_x = torch.empty_like(x)
+    parts = [empty(x, (n, channels, *size), layout) for channels in (c - width, width) if channels]
     # One program writes each entry; PyTorch's sum over the batch has one order too.
     by_sample = torch.empty((2, n if wants_affine else 0, c), dtype=torch.float32, device=x.device)
+    sums = [by_sample.new_empty((n, c - width))] if wants_sums else []
     grads = [
         None if v is None else torch.empty((n, c), dtype=v.dtype, device=x.device)
         for v in (add, scale, shift)
     ]
     launch(
-        _group_norm_silu_bwd_kernel, (programs,), grad_y, *given(x, grad_past), x, mean, rstd,
-        *_affine_of(weight, bias),
-        *given(x, add, scale, shift, sample, seed, step), grad_x, by_sample, *given(x, *grads), n,
-        *_row_strides(add, scale, shift), layer, threshold, 65536 / (65536 - threshold),
-        **constants, WANTS_AFFINE=wants_affine, HAS_PAST=grad_past is not None,
+        _group_norm_silu_bwd_kernel, (programs,), grad_y, *given(x, grad_past, grad_twin), x, mean, rstd,
+        *affine_of(weight, bias),
+        *given(x, add, scale, shift, sample, seed, step), parts[0], parts[-1], *(sums or [x]), by_sample,
+        *given(x, *grads), n, *_row_strides(add, scale, shift), layer, threshold,
+        65536 / (65536 - threshold), sum_scale, **constants, WANTS_AFFINE=wants_affine,
+        HAS_PAST=grad_past is not None, TWIN_ROW=twin_row, FIRST=c - width, SCALES=sum_scale != 1,
+        WANTS_SUMS=wants_sums,
     )  # fmt: skip
     affine = by_sample.sum(1) if weight.ndim == 1 else by_sample
-    return [grad_x, affine, *(v for v in grads if v is not None)]
-
-
-def _affine_of(weight, bias):
-    return [of_channels(v).contiguous() for v in (weight, bias)]
-
-
-def _on_cpu(x, *operands):
-    """Whether the extension serves these tensors: fp32 on a CPU, x in channels_last."""
-    return (
-        x.device.type == "cpu"
-        and all(v is None or v.dtype == torch.float32 for v in (x, *operands))
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and x.numel() > 0
-        and calls_directly(x)
-        and not extension_gap(x.device)
-    )
-
-
-def _dense(*tensors):
-    return [None if v is None else v.contiguous() for v in tensors]
-
-
-def _addresses(*tensors):
-    return [0 if v is None else v.data_ptr() for v in tensors]
-
-
-def _fwd_cpu(
-    x, weight, bias, add, scale, shift, sample, seed, step, num_groups, eps, silu, layer, threshold
-):
-    n, c, h, w = x.shape
-    y, (mean, rstd) = torch.empty_like(x), _statistics(x, num_groups)
-    operands, key = _dense(*_affine_of(weight, bias), add, scale, shift), _dense(sample, seed, step)
-    extension_for("group_norm_silu", x.device).group_norm_silu_fwd_cpu(
-        *_addresses(y, x, *operands, mean, rstd), n, c, h * w, num_groups, eps, silu,
-        *_addresses(*key), layer, threshold, torch.get_num_threads(),
-    )  # fmt: skip
-    return y, mean, rstd
-
-
-def _bwd_cpu(
-    grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
-    layer, threshold, wants_affine,
-):  # fmt: skip
-    n, c, h, w = x.shape
-    grad_y, grad_past = (
-        None if v is None else v.contiguous(memory_format=torch.channels_last)
-        for v in (grad_y, grad_past)
-    )
-    grad_x = torch.empty_like(x)
-    by_sample = x.new_empty((2, n, c)) if wants_affine else None
-    grads = [None if v is None else x.new_empty((n, c)) for v in (add, scale, shift)]
-    operands, key = _dense(*_affine_of(weight, bias), add, scale, shift), _dense(sample, seed, step)
-    extension_for("group_norm_silu", x.device).group_norm_silu_bwd_cpu(
-        *_addresses(grad_y, grad_past, grad_x, by_sample, *grads, x, *operands, mean, rstd),
-        n, c, h * w, num_groups, silu, *_addresses(*key), layer, threshold, torch.get_num_threads(),
-    )  # fmt: skip
-    if by_sample is None:
-        affine = x.new_zeros((2, *weight.shape))
-    else:
-        affine = by_sample.sum(1) if weight.ndim == 1 else by_sample
-    return [grad_x, affine, *(v for v in grads if v is not None)]
-
-
-def _statistics(x, num_groups):
-    shape = (x.shape[0], num_groups)
-    return tuple(torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    return [parts[0], affine, *(v for v in grads if v is not None), *parts[1:], *sums]
 
 
 def _row_strides(*modulations):
     return [0 if v is None else v.stride(0) for v in modulations]
 
 
-# Channels, pixels, how a block of the network uses it. DDPM++ CIFAR-10 (groups of C/32) and ADM-64.
-_NORM, _EMBEDDED, _PLAIN, _MODULATED = "norm", "add dropout", "no silu", "scale shift dropout"
+# Pixels, channels, and how a block of the network uses it: what it reads, what follows. DDPM++ on CIFAR-10
+# (groups of C/32) and ADM at 64 x 64.
+_NORM, _SUM, _EMBEDDED, _ATTENTION = "norm", "sum", "add dropout", "sum no silu"
+_MODULATED = "scale shift dropout"
 _SITES = {
     "ddpmpp": (
-        (32, (128, 256, 384, 512), (_NORM,)), (32, (256,), (_EMBEDDED,)),
-        (16, (256, 512), (_NORM,)), (16, (256,), (_EMBEDDED, _PLAIN)),
-        (8, (256, 512), (_NORM,)), (8, (256,), (_EMBEDDED, _PLAIN)),
+        (32, (128, 256, 384), (_NORM,)), (32, (256,), (_SUM, _EMBEDDED)),
+        (16, (256,), (_SUM, _EMBEDDED, _ATTENTION)),
+        (8, (256, 512), (_NORM,)), (8, (256,), (_SUM, _EMBEDDED, _ATTENTION)),
     ),
     "adm": (
-        (64, (192, 384, 576), (_NORM,)), (64, (192,), (_MODULATED,)),
-        (32, (192, 384, 576, 768, 960), (_NORM,)), (32, (384,), (_MODULATED, _PLAIN)),
-        (16, (384, 576, 768, 960, 1152, 1344), (_NORM,)), (16, (576,), (_MODULATED, _PLAIN)),
-        (8, (576, 768, 1344, 1536), (_NORM,)), (8, (768,), (_MODULATED, _PLAIN)),
+        (64, (192, 576), (_NORM,)), (64, (192,), (_SUM, _MODULATED)),
+        (32, (576, 960), (_NORM,)), (32, (384,), (_SUM, _MODULATED, _ATTENTION)),
+        (16, (384, 1344), (_NORM,)), (16, (576,), (_SUM, _MODULATED, _ATTENTION)),
+        (8, (576, 1536), (_NORM,)), (8, (768,), (_SUM, _MODULATED, _ATTENTION)),
     ),
 }  # fmt: skip
 
-# Some of a decoder's blocks, which join the encoder's output to theirs: pixels, channels of the two.
-_JOINED_SITES = ((32, 256, 128), (32, 256, 256), (8, 256, 256), (64, 384, 192))
+# A decoder's blocks, which join the encoder's output to their sum: pixels, channels of the two.
+_JOINED_SITES = {
+    "ddpmpp": ((32, 256, 128), (32, 256, 256), (16, 256, 256), (8, 256, 256)),
+    "adm": ((64, 192, 192), (64, 384, 192), (32, 384, 384), (32, 576, 384), (16, 768, 576), (8, 768, 768)),
+}  # fmt: skip
 
 
 def specialisations(capability: int) -> list[Variant]:
@@ -688,61 +642,58 @@ def specialisations(capability: int) -> list[Variant]:
     the same for every compute capability."""
     variants = []
     for network, sites in _SITES.items():
-        for size, widths, uses in sites:
-            for c, use, dtype in itertools.product(widths, uses, DTYPES):
-                x = torch.empty((64, c, size, size), dtype=dtype, device="meta")
-                x = x.contiguous(memory_format=torch.channels_last)
-                variants += _variants(f"{network} {size}x{size}x{c} {use}", x, min(32, c // 4), use)
-    for (size, first, second), dtype in itertools.product(_JOINED_SITES, DTYPES):
-        x = torch.empty((64, first + second, size, size), dtype=dtype, device="meta")
-        x = x.contiguous(memory_format=torch.channels_last)
-        variants += _variants(f"{size}x{size}x{first}+{second}", x, 32, _NORM, first)[:1]
+        sites = [(size, c, 0, use) for size, widths, uses in sites for c in widths for use in uses]
+        sites += [(*site, _SUM) for site in _JOINED_SITES[network]]
+        for (size, c, width, use), dtype in itertools.product(sites, DTYPES):
+            x = torch.empty((64, c + width, size, size), dtype=dtype, device="meta")
+            x = x.contiguous(memory_format=torch.channels_last)
+            at = f"{network} {size}x{size}x{c}{f'+{width}' if width else ''} {use}"
+            variants += _variants(at, x, use, width, 1.0 if network == "adm" else 0.5**0.5)
     return variants
 
 
-def _variants(
-    site: str, x: torch.Tensor, num_groups: int, use: str, first: int = 0
-) -> list[Variant]:
-    """Forward and backward for a tensor like x, on any device; `first` are channels of the first of two."""
+def _variants(site: str, x: torch.Tensor, use: str, width: int, sum_scale: float) -> list[Variant]:
+    """Forward and backward for a tensor like x, on any device; `width` are channels of the second of two."""
     name = DTYPES[x.dtype]
     add, scale = (x[..., 0, 0] if part in use else None for part in ("add", "scale"))
-    threshold = 8520 if "dropout" in use else 0
-    optional = dict.fromkeys(("add", "scale", "shift"), f"*{name}")
-    optional |= dict.fromkeys(("sample", "seed", "step"), "*i64" if threshold else f"*{name}")
-    affine = {"weight": "*fp32", "bias": "*fp32"} | optional
-    statistics = {"mean": "*fp32", "rstd": "*fp32"}
-    scalars = dict.fromkeys(("add_row", "scale_row", "shift_row", "layer", "threshold"), "i32")
-    scalars["keep_scale"] = "fp32"
-    image = f"*{name}"
-    fwd = (
-        {"x": image, "second": image}
-        | affine
-        | {"y": image, "joined": image}
-        | statistics
-        | scalars
-    )
-    fwd["eps"] = "fp32"
-    bwd = {"grad_y": f"*{name}", "grad_past": f"*{name}", "x": f"*{name}"} | statistics | affine
-    bwd |= {"grad_x": f"*{name}", "grad_affine": "*fp32"}
-    bwd |= {f"grad_{part}": f"*{name}" for part in ("add", "scale", "shift")}
-    bwd |= {"batch": "i32"} | scalars
-    rows = {f"{part}_row" for part in ("add", "scale", "shift") if x.shape[1] % 16 == 0}
+    threshold, sums, c = 8520 if "dropout" in use else 0, "sum" in use, x.shape[1]
+    image, scalars = f"*{name}", dict.fromkeys(("layer", "threshold"), "i32")
+    modulations = ("add", "scale", "shift")
+    scalars |= dict.fromkeys((f"{part}_row" for part in modulations), "i32")
+    scalars |= dict.fromkeys(("keep_scale", "sum_scale"), "fp32")
+    both = dict.fromkeys(("x", *modulations), image)
+    both |= dict.fromkeys(("sample", "seed", "step"), "*i64" if threshold else image)
+    both |= dict.fromkeys(("weight", "bias", "mean", "rstd"), "*fp32") | scalars
+    fwd = dict.fromkeys(("skip", "second", "y", "merged"), image) | both
+    fwd |= dict.fromkeys(("x_bias", "skip_bias"), "*fp32") | {"eps": "fp32"}
+    grads = ("y", "past", "twin", "x", "second", *modulations)
+    bwd = dict.fromkeys((f"grad_{part}" for part in grads), image) | both
+    bwd |= {"grad_sums": "*fp32", "grad_affine": "*fp32", "batch": "i32"}
+    aligned = frozenset(f"{part}_row" for part in modulations if c % 16 == 0)
+    of_fwd = {"SUMS": sums, "HAS_X_BIAS": sums, "HAS_SKIP_BIAS": sums and width > 0}
+    of_bwd = {
+        "WANTS_AFFINE": True, "HAS_PAST": sums or use == _NORM, "WANTS_SUMS": sums,
+        "TWIN_ROW": c if use == _SUM and not width else 0, "SCALES": sums and sum_scale != 1,
+    }  # fmt: skip
     variants = []
     for kernel, signature, more in (
-        (_group_norm_silu_fwd_kernel, fwd, {"FIRST": first}),
-        (
-            _group_norm_silu_bwd_kernel,
-            bwd,
-            {"WANTS_AFFINE": True, "HAS_PAST": use in (_NORM, _PLAIN)},
-        ),
-    ):
+        (_group_norm_silu_fwd_kernel, fwd, of_fwd), (_group_norm_silu_bwd_kernel, bwd, of_bwd),
+    ):  # fmt: skip
         constants, programs = _constants(
-            x, num_groups, add, scale, scale, use != _PLAIN, threshold, "HAS_PAST" in more, True
+            x,
+            min(32, c // 4),
+            add,
+            scale,
+            scale,
+            use != _ATTENTION,
+            threshold,
+            signature is bwd,
+            True,
         )
         warps = constants.pop("num_warps")
         variants.append(
-            Variant(f"{site} {name}", kernel, signature, constants | more, num_warps=warps,
-                    aligned=frozenset(rows), programs=programs)
+            Variant(f"{site} {name}", kernel, signature, constants | more | {"FIRST": c - width},
+                    num_warps=warps, aligned=aligned, programs=programs)
         )  # fmt: skip
     return variants
 
@@ -762,11 +713,14 @@ def _fwd_by_reference(
     return y.contiguous(memory_format=layout_of(x)), mean, (variance + eps).rsqrt()
 
 
-def _joined_fwd_by_reference(x, *arguments):
-    *arguments, second = arguments
-    joined = torch.cat(laid_out(layout_of(x), x, second), 1).contiguous(memory_format=layout_of(x))
-    y, mean, rstd = _fwd_by_reference(joined, *arguments)
-    return y, joined, mean, rstd
+def _merged_fwd_by_reference(x, *arguments):
+    *arguments, second, skip, sum_scale, x_bias, skip_bias = arguments
+    layout = layout_of(x)
+    merged = x if skip is None else residual_reference(x, skip, sum_scale, x_bias, skip_bias)
+    parts = [v for v in laid_out(layout, merged, second) if v is not None]
+    merged = torch.cat(parts, 1).contiguous(memory_format=layout)
+    y, mean, rstd = _fwd_by_reference(merged, *arguments)
+    return y, merged, mean, rstd
 
 
 def _groups(x, add, num_groups):
@@ -779,10 +733,10 @@ def _groups(x, add, num_groups):
 
 def _bwd_by_reference(
     grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
-    layer, threshold, wants_affine,
+    layer, threshold, wants_affine, grad_twin=None, width=0, sum_scale=1.0, wants_sums=False,
 ):  # fmt: skip
     layout = layout_of(x)
-    n, c, height, width = x.shape
+    n, c, *size = x.shape
     h = _groups(x, add, num_groups)
     normed = ((h - mean[:, :, None]) * rstd[:, :, None]).view(x.shape)
     weight, bias, shape = of_channels(weight), of_channels(bias), weight.shape
@@ -799,75 +753,87 @@ def _bwd_by_reference(
 
     grad, grad_scale, grad_shift = gradients(after_norm, [normed, scale, shift], [grad_y])
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
-        grad.contiguous(), h.view(x.shape), mean, rstd, weight, n, c, height * width, num_groups,
+        grad.contiguous(), h.view(x.shape), mean, rstd, weight, n, c, math.prod(size), num_groups,
         [True, wants_affine, wants_affine],
     )  # fmt: skip
     grad_add = None if add is None else grad_x.sum((2, 3)).to(add.dtype)
-    if grad_past is not None:
-        grad_x = grad_x + grad_past
+    for past in (grad_past, grad_twin):
+        grad_x = grad_x if past is None else grad_x + past
+    grad_x, grad_second = grad_x.split([c - width, width], 1)
+    grad_x = grad_x * sum_scale
     affine = weight.new_zeros((2, *shape))
     if wants_affine:  # the whole of it at the first sample where they are to be summed later
         affine.view(2, -1)[:, :c] = torch.stack([grad_weight, grad_bias])
-    grads = (g.contiguous() for g in (grad_add, grad_scale, grad_shift) if g is not None)
+    grads = [g.contiguous() for g in (grad_add, grad_scale, grad_shift) if g is not None]
+    grads += [grad_second.to(x.dtype).contiguous(memory_format=layout)] if width else []
+    grads += [grad_x.sum((2, 3))] if wants_sums else []
     return [grad_x.to(x.dtype).contiguous(memory_format=layout), affine, *grads]
 
 
 def _fake_fwd(x, weight, bias, add, scale, shift, sample, seed, step, num_groups, *_):
-    return dense_like(x), *_statistics(x, num_groups)
+    return dense_like(x), *statistics(x, num_groups)
 
 
-def _fake_joined_fwd(x, *arguments):
+def _fake_merged_fwd(x, *arguments):
+    (n, c, *size), (num_groups, *_, second) = x.shape, arguments[8:14]
+    y, merged = (empty(x, (n, c + _width(second), *size), layout_of(x)) for _ in range(2))
+    return y, merged, *statistics(x, num_groups)
+
+
+def _fake_bwd(
+    grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
+    layer, threshold, wants_affine, grad_twin=None, width=0, sum_scale=1.0, wants_sums=False,
+):  # fmt: skip
     n, c, *size = x.shape
-    num_groups, *_, second = arguments[8:]
-    y, joined = (empty(x, (n, c + second.shape[1], *size), layout_of(x)) for _ in range(2))
-    return y, joined, *_statistics(x, num_groups)
-
-
-def _fake_bwd(grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, *_):
     sums = torch.empty((2, *weight.shape), dtype=torch.float32, device=x.device)
-    modulations = [v for v in (add, scale, shift) if v is not None]
-    return [dense_like(x), sums, *(v.new_empty(v.shape) for v in modulations)]
+    grads = [v.new_empty(v.shape) for v in (add, scale, shift) if v is not None]
+    first, *second = (empty(x, (n, k, *size), layout_of(x)) for k in (c - width, width) if k)
+    return [first, sums, *grads, *second, *([sums.new_empty((n, c - width))] if wants_sums else [])]
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.num_groups, _, ctx.silu, ctx.layer, ctx.threshold = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(*tensors, mean, rstd)
+    x, *tensors = inputs[:9]
+    ctx.num_groups, _, ctx.silu, ctx.layer, ctx.threshold, *merged = inputs[9:]
+    *_, mean, rstd = output
+    ctx.sum_scale, ctx.width, ctx.biases = 1.0, 0, None
+    if merged:
+        x, (second, _, ctx.sum_scale, *biases) = output[1], merged
+        ctx.biases = [b if b is None else (b.ndim, b.dtype) for b in biases]
+        ctx.width = _width(second)
+    ctx.save_for_backward(x, *tensors, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
 
 
-def _grads(bwd, ctx, grad_y, grad_past):
-    """The gradients of the operator's inputs; what reached x past it is added to grad_x."""
+def _grads(bwd, ctx, grad_y, *grads_past):
+    """The gradients of the operator's inputs; what reached x past it, by two ways at most, is added to
+    grad_x."""
     x, weight, bias, add, scale, shift, sample, seed, step, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    if grad_y is None:
-        return grad_past, *[None] * 13
+    wants_sums = ctx.biases is not None and any(needs[17:19])
+    past, twin = ([g for g in grads_past if g is not None] + [None, None])[:2]
+    if grad_y is None and twin is None and ctx.biases is None:
+        return past, *[None] * 13
     grad_x, affine, *rest = bwd(
-        grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step,
-        ctx.num_groups, ctx.silu, ctx.layer, ctx.threshold, needs[1] or needs[2],
+        torch.zeros_like(x) if grad_y is None else grad_y, past, x, mean, rstd, weight, bias, add, scale,
+        shift, sample, seed, step, ctx.num_groups, ctx.silu, ctx.layer, ctx.threshold, needs[1] or needs[2],
+        twin, ctx.width, ctx.sum_scale, wants_sums,
     )  # fmt: skip
     found = iter(rest)
     modulations = [None if v is None else next(found) for v in (add, scale, shift)]
-    grads = [grad_x, *affine.unbind(), *modulations]
-    return *(g if need else None for g, need in zip(grads, needs[:6], strict=True)), *[None] * 8
+    grads = [grad_x, *affine.unbind(), *modulations, *[None] * 8]
+    if ctx.biases is not None:
+        grads += [next(found) if ctx.width else None, grad_x, None]
+        sums = next(found, None)
+        grads += [
+            None if of is None or sums is None else (sums if of[0] == 2 else sums.sum(0)).to(of[1])
+            for of in ctx.biases
+        ]
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=False))
 
 
-def _backward(ctx, grad_y, *_):
-    return _grads(torch.ops.tcm_fast.group_norm_silu_bwd, ctx, grad_y, None)
-
-
-def _save_joined(ctx, inputs, output):
-    y, joined, mean, rstd = output
-    *inputs, second = inputs
-    ctx.channels = inputs[0].shape[1], second.shape[1]
-    _save(ctx, (joined, *inputs[1:]), (y, mean, rstd))
-
-
-def _backward_joined(ctx, grad_y, grad_joined, *_):
-    grad_x, *grads = _grads(torch.ops.tcm_fast.group_norm_silu_bwd, ctx, grad_y, grad_joined)
-    first, second = (None, None) if grad_x is None else grad_x.split(ctx.channels, 1)
-    return first, *grads, second
+def _backward(ctx, grad_y, *grads):
+    return _grads(torch.ops.tcm_fast.group_norm_silu_bwd, ctx, grad_y, *grads[:-2])
 
 
 _OPTIONAL = "Tensor? add, Tensor? scale, Tensor? shift, Tensor? sample, Tensor? seed, Tensor? step"
@@ -876,61 +842,67 @@ _fwd = register(
     "float eps, bool silu, int layer, int threshold) -> (Tensor, Tensor, Tensor)",
     _fwd, _fwd_by_reference, _fake_fwd, save=_save, backward=_backward,
 )  # fmt: skip
-register(
-    f"group_norm_silu_joined_fwd(Tensor x, Tensor weight, Tensor bias, {_OPTIONAL}, int num_groups, "
-    "float eps, bool silu, int layer, int threshold, Tensor second) -> (Tensor, Tensor, Tensor, Tensor)",
-    _joined_fwd, _joined_fwd_by_reference, _fake_joined_fwd, save=_save_joined, backward=_backward_joined,
+_merged_fwd = register(
+    f"group_norm_silu_merged_fwd(Tensor x, Tensor weight, Tensor bias, {_OPTIONAL}, int num_groups, "
+    "float eps, bool silu, int layer, int threshold, Tensor? second, Tensor? skip, float sum_scale, "
+    "Tensor? x_bias, Tensor? skip_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch_fwd, _merged_fwd_by_reference, _fake_merged_fwd, save=_save, backward=_backward,
 )  # fmt: skip
 _bwd = or_reference(_bwd, _bwd_by_reference)
 
 
 def _bwd_anywhere(*args):
-    return (_bwd_cpu if _on_cpu(args[2], *args[5:10]) else _bwd)(*args)
+    kernels = _kernels(args[2], *args[5:10])
+    return (_bwd if kernels is None else kernels[1])(*args)
 
 
 register(
     "group_norm_silu_bwd(Tensor grad_y, Tensor? grad_past, Tensor x, Tensor mean, Tensor rstd, "
     f"Tensor weight, Tensor bias, {_OPTIONAL}, int num_groups, bool silu, int layer, int threshold, "
-    "bool wants_affine) -> Tensor[]",
+    "bool wants_affine, Tensor? grad_twin=None, int width=0, float sum_scale=1.0, bool wants_sums=False) "
+    "-> Tensor[]",
     _bwd_anywhere, _bwd_by_reference, _fake_bwd,
 )  # fmt: skip
 
 
-class _WithX(torch.autograd.Function):
-    """The operator beside its input, so that the input's other gradient comes here too. (An operator
-    of torch.library must not return what it was given.)"""
+# How the kernels are called: as operators of torch.library, or without the dispatcher.
+_BY_OPERATOR, _BY_TRITON, _ON_CPU = range(3)
+
+
+def _launchers(way):
+    """Forward, backward, and forward with a sum or a join."""
+    if way == _ON_CPU:
+        return fwd_cpu, bwd_cpu, None
+    if way == _BY_TRITON:
+        return _fwd, _bwd, _merged_fwd
+    ops = torch.ops.tcm_fast
+    return ops.group_norm_silu_fwd, ops.group_norm_silu_bwd, ops.group_norm_silu_merged_fwd
+
+
+class _Apply(torch.autograd.Function):
+    """An operator beside what it normalised, `copies` times, so that other gradients of that come here too.
+    (An operator of torch.library must not return what it was given.)"""
 
     @staticmethod
-    def forward(x, *args):
-        y, mean, rstd = torch.ops.tcm_fast.group_norm_silu_fwd(x, *args)
-        return y, x.view_as(x), mean, rstd
+    def forward(*args):
+        *inputs, copies, way = args
+        fwd, _, merged_fwd = _launchers(way)
+        if len(inputs) == 14:
+            x, (y, mean, rstd) = inputs[0], fwd(*inputs)
+        else:
+            y, x, mean, rstd = merged_fwd(*inputs)
+        return y, *(x.view_as(x) for _ in range(copies)), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        y, _, mean, rstd = output
-        _save(ctx, inputs, (y, mean, rstd))
+        *inputs, _, ctx.way = inputs
+        _save(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx, grad_y, grad_past, *_):
-        return _grads(torch.ops.tcm_fast.group_norm_silu_bwd, ctx, grad_y, grad_past)
-
-
-class _Direct(torch.autograd.Function):
-    """The same without the dispatcher; the last arguments say whether x is returned too and which
-    launchers serve."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        *inputs, with_x, (fwd, ctx.bwd) = args
-        y, mean, rstd = fwd(*inputs)
-        _save(ctx, inputs, (y, mean, rstd))
-        return (y, inputs[0].view_as(inputs[0])) if with_x else y
-
-    @staticmethod
-    def backward(ctx, grad_y, grad_past=None):
+    def backward(ctx, grad_y, *grads):
         # With create_graph the operator stands in the graph, to refuse the second derivative.
-        bwd = torch.ops.tcm_fast.group_norm_silu_bwd if torch.is_grad_enabled() else ctx.bwd
-        return *_grads(bwd, ctx, grad_y, grad_past), None, None
+        _, bwd, _ = _launchers(_BY_OPERATOR if torch.is_grad_enabled() else ctx.way)
+        return *_grads(bwd, ctx, grad_y, *grads[:-2]), None, None
 
 
 # -- public function ------------------------------------------------------------------------------
@@ -938,8 +910,8 @@ class _Direct(torch.autograd.Function):
 
 def _kernels(x, *operands):
     """What launches the forward and the backward pass on these tensors; None where the reference runs."""
-    on_cpu = _on_cpu(x, *operands)
-    is_wide = x.dtype == torch.float64 or operands[0].dtype == torch.float64
+    by_extension = on_cpu(x, *operands)
+    is_wide = torch.float64 in (x.dtype, operands[0].dtype)
     try:
         if (
             not is_wide
@@ -948,9 +920,9 @@ def _kernels(x, *operands):
         ):
             return _fwd, _bwd
     except ValueError:  # TCM_FAST_BACKEND=kernel
-        if not on_cpu:
+        if not by_extension:
             raise
-    return (_fwd_cpu, _bwd_cpu) if on_cpu else None
+    return (fwd_cpu, bwd_cpu) if by_extension else None
 
 
 def group_norm_silu(
@@ -967,6 +939,11 @@ def group_norm_silu(
     dropout_p: float = 0.0,
     dropout_key: PhiloxKey | None = None,
     with_x: bool = False,
+    twice: bool = False,
+    skip: torch.Tensor | None = None,
+    sum_scale: float = 1.0,
+    x_bias: torch.Tensor | None = None,
+    skip_bias: torch.Tensor | None = None,
     second: torch.Tensor | None = None,
 ) -> Any:
     """dropout(silu((1 + scale) · GN(x + add) + shift)).
@@ -983,20 +960,28 @@ def group_norm_silu(
         dropout_key: keys the mask; required where dropout_p > 0.
         with_x: return x as well, for the branch that goes past the normalisation: the gradient that
             reaches x there is added in the backward kernel, which saves the pass that would add it.
+        twice: return x two times, for two such branches: both gradients are added in the backward kernel.
+        skip, sum_scale, x_bias, skip_bias: arguments of `residual`, whose sum with x, of the same bits, takes
+            x's place: the kernel carries it out on its way, which saves the pass that would, and one that
+            would scale the gradient and sum the biases'.
         second: activations [N,C2,H,W] in x's dtype to be joined to x along the channels; C is that of both
-            then. With with_x the kernel joins them on its way, which saves the pass that would.
+            then. The kernel joins them on its way.
 
     Returns:
         [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64). With
-        with_x the pair of it and x, joined to `second`.
+        with_x or twice a tuple of it and x, once or two times: the sum, joined to `second`.
 
     Raises:
-        TypeError: x is not floating, affine parameters have half precision.
+        TypeError: x is not floating, affine parameters have half precision, skip is of another dtype.
         ValueError: shapes or devices that do not fit, a dropout_p out of range or without a key, a
             sample of 2**31 elements or more.
     """
     check_image("group_norm_silu", x)
     n, c, height, width = x.shape
+    if skip is not None:
+        check_sum("group_norm_silu", x, skip, x_bias=x_bias, skip_bias=skip_bias)
+    elif x_bias is not None or skip_bias is not None or sum_scale != 1:
+        raise ValueError("group_norm_silu: x_bias, skip_bias, sum_scale are of a sum, got no skip")
     if second is not None:
         is_like = second.ndim == 4 and (n, height, width) == (second.shape[0], *second.shape[2:])
         if not is_like or (second.dtype, second.device) != (x.dtype, x.device):
@@ -1025,45 +1010,39 @@ def group_norm_silu(
         if operand is not None and operand.device != x.device:
             raise ValueError(f"group_norm_silu: {name} must be on {x.device}, got {operand.device}")
     check_dropout("group_norm_silu", dropout_p, dropout_key)
+    copies = 2 if twice else int(with_x)
     kernels = _kernels(x, *operands.values())
-    if second is not None:
-        joins = with_x and kernels is not None and kernels[0] is _fwd
-        if not joins or x.numel() == 0 or second.numel() == 0:
-            joined = torch.cat([x, second], 1)
-            x, second = joined.contiguous(memory_format=layout_of(x)), None
-            kernels = _kernels(x, *operands.values())
-    if kernels is not None:
-        if c * height * width >= 2**31:
-            raise ValueError(
-                "group_norm_silu: a sample must have fewer than 2**31 elements, "
-                f"got {c * height * width}"
-            )
-        key = key_arguments("group_norm_silu", dropout_p, dropout_key, n, x.device)
-        *random, layer, threshold = key
-        (x,) = laid_out(layout_of(x), x)
-        inputs = (
-            x,
-            weight,
-            bias,
-            add,
-            scale,
-            shift,
-            *random,
-            num_groups,
-            eps,
-            silu,
-            layer,
-            threshold,
-        )
+    merges = second is not None or skip is not None
+    is_empty = x.numel() == 0 or (second is not None and second.numel() == 0)
+    if merges and (kernels is None or kernels[0] is not _fwd or is_empty):
+        merges = False
+        if skip is not None:
+            x = residual(x, skip, sum_scale, x_bias, skip_bias)
         if second is not None:
-            return torch.ops.tcm_fast.group_norm_silu_joined_fwd(*inputs, second)[:2]
-        if calls_directly(x):
-            return _Direct.apply(*inputs, with_x, kernels)
-        if with_x:
-            return _WithX.apply(*inputs)[:2]
-        return torch.ops.tcm_fast.group_norm_silu_fwd(*inputs)[0]
-    return group_norm_silu_reference(
-        x, num_groups, weight, bias, eps,
-        silu=silu, add=add, scale=scale, shift=shift, dropout_p=dropout_p, dropout_key=dropout_key,
-        with_x=with_x,
+            x = torch.cat([x, second], 1).contiguous(memory_format=layout_of(x))
+        kernels = _kernels(x, *operands.values())
+    if kernels is None:
+        y = group_norm_silu_reference(
+            x, num_groups, weight, bias, eps,
+            silu=silu, add=add, scale=scale, shift=shift, dropout_p=dropout_p, dropout_key=dropout_key,
+        )  # fmt: skip
+        return (y, *[x] * copies) if copies else y
+    if c * height * width >= 2**31:
+        raise ValueError(
+            "group_norm_silu: a sample must have fewer than 2**31 elements, "
+            f"got {c * height * width}"
+        )
+    *random, layer, threshold = key_arguments(
+        "group_norm_silu", dropout_p, dropout_key, n, x.device
+    )
+    (x,) = laid_out(layout_of(x), x)
+    inputs: tuple[Any, ...] = (
+        x, weight, bias, add, scale, shift, *random, num_groups, eps, silu, layer, threshold,
     )  # fmt: skip
+    # The extension's kernel takes in one gradient that goes past it.
+    inside = copies if kernels[0] is _fwd else min(copies, 1)
+    if merges:
+        inputs, inside = (*inputs, second, skip, sum_scale, x_bias, skip_bias), max(copies, 1)
+    way = _BY_TRITON if kernels[0] is _fwd else _ON_CPU
+    y, *past = _Apply.apply(*inputs, inside, way if calls_directly(x) else _BY_OPERATOR)[:-2]
+    return (y, *past, *[x] * (copies - inside)) if copies else y

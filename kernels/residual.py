@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import Any
 
 import torch
 
@@ -29,14 +28,13 @@ from tcm_fast.kernels._triton import Variant, launch, runs_triton, tl, triton
 # -- reference ------------------------------------------------------------------------------------
 
 
-def residual_reference(x, skip, scale, bias=None, skip_bias=None, *, twice=False):
+def residual_reference(x, skip, scale, bias=None, skip_bias=None):
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.to(wide) + skip.to(wide)
     for b in (bias, skip_bias):
         if b is not None:
             out = out + b.to(wide)[..., None, None]
-    out = out.mul_(scale).to(x.dtype) if scale != 1 else out.to(x.dtype)
-    return (out, out) if twice else out
+    return out.mul_(scale).to(x.dtype) if scale != 1 else out.to(x.dtype)
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -66,13 +64,13 @@ def _residual_fwd_kernel(
 
 @triton.jit
 def _residual_bwd_kernel(
-    grad_out, grad_twin, grad_x, grad_bias, pixels, scale,
+    grad_out, grad_x, grad_bias, pixels, scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
     PIECE: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr, WRITES: tl.constexpr,
-    GRAD_ROW: tl.constexpr, TWIN_ROW: tl.constexpr,
+    GRAD_ROW: tl.constexpr,
 ):  # fmt: skip
     """GRAD_ROW: elements from a pixel of grad_out to the next in channels_last, more than CHANNELS where
-    grad_out is a slice of channels. TWIN_ROW: of grad_twin, which is added to it; 0 without one."""
+    grad_out is a slice of channels."""
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     sums = tl.zeros([PIXELS, WIDTH], tl.float32)
     for i in tl.range(PIECE):
@@ -82,11 +80,7 @@ def _residual_bwd_kernel(
         source = at
         if GRAD_ROW != CHANNELS:
             source = address(p, c, GRAD_ROW, HW, CHANNELS_LAST)
-        grad = tl.load(grad_out + source, mask=inside, other=0).to(tl.float32)
-        if TWIN_ROW:
-            source = address(p, c, TWIN_ROW, HW, CHANNELS_LAST)
-            grad += tl.load(grad_twin + source, mask=inside, other=0).to(tl.float32)
-        grad *= scale
+        grad = tl.load(grad_out + source, mask=inside, other=0).to(tl.float32) * scale
         if WRITES:
             tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
         sums += grad
@@ -148,25 +142,22 @@ def _row(x):
     return row if fits and row >= c and (c == 1 or x.stride(1) == 1) else 0
 
 
-def _rows(x, layout):
-    """x as the backward kernel reads it, and its pixels' distance in elements."""
+def strided(x, layout):
+    """x as a backward kernel reads it, and its pixels' distance in elements in channels_last."""
     row = _row(x) if layout == torch.channels_last else 0
     return (x, row) if row else (x.contiguous(memory_format=layout), x.shape[1])
 
 
-def _launch_bwd(grad_out, scale, wants_bias, writes, by_sample, grad_twin=None):
+def _launch_bwd(grad_out, scale, wants_bias, writes, by_sample):
     """The gradients of x, grad_out itself unless one is written, and of the bias, in fp32: [C], or [N,C]
     before the samples are summed."""
     layout = layout_of(grad_out)
     if writes:
-        grad_out, row = _rows(grad_out, layout)
+        grad_out, row = strided(grad_out, layout)
         grad_x = empty(grad_out, grad_out.shape, layout)
     else:
         grad_x = grad_out = grad_out.contiguous(memory_format=layout)
         row = grad_out.shape[1]
-    twin_row = 0
-    if grad_twin is not None:
-        grad_twin, twin_row = _rows(grad_twin, layout)
     is_last = layout == torch.channels_last
     if by_sample and wants_bias and grad_out.numel() > 0:
         constants, grid = _constants_by_sample(grad_out.shape, is_last)
@@ -176,16 +167,16 @@ def _launch_bwd(grad_out, scale, wants_bias, writes, by_sample, grad_twin=None):
     rows = grid[0] if wants_bias else 0
     sums = torch.empty((rows, c), dtype=torch.float32, device=grad_out.device)
     launch(
-        _residual_bwd_kernel, grid, grad_out, *given(grad_out, grad_twin), grad_x, sums, n * h * w, scale,
-        **constants, WRITES=writes, GRAD_ROW=row, TWIN_ROW=twin_row,
+        _residual_bwd_kernel, grid, grad_out, grad_x, sums, n * h * w, scale, **constants, WRITES=writes,
+        GRAD_ROW=row,
     )  # fmt: skip
     if by_sample:
         return grad_x, sums if wants_bias else sums.new_zeros((n, c))
     return grad_x, sums.sum(0)
 
 
-def _bwd(grad_out, scale, wants_bias, by_sample=False, grad_twin=None):
-    return _launch_bwd(grad_out, scale, wants_bias, True, by_sample, grad_twin)
+def _bwd(grad_out, scale, wants_bias, by_sample=False):
+    return _launch_bwd(grad_out, scale, wants_bias, True, by_sample)
 
 
 def _bias_bwd(grad_out, by_sample=False):
@@ -194,10 +185,9 @@ def _bias_bwd(grad_out, by_sample=False):
     return _launch_bwd(grad_out, 1.0, True, False, by_sample)[1]
 
 
-# Resolution, width, factor; width of the concatenation whose gradient comes in, alone or as the second one.
+# Resolution, width, factor; width of the concatenation whose gradient comes in.
 _SITES = (
-    (32, 256, 0.7071, 0, 0), (64, 192, 1.0, 0, 0), (8, 768, 1.0, 0, 0), (32, 256, 0.7071, 512, 0),
-    (64, 192, 1.0, 384, 0), (32, 256, 0.7071, 0, 512), (64, 192, 1.0, 0, 384),
+    (32, 256, 0.7071, 0), (64, 192, 1.0, 0), (8, 768, 1.0, 0), (32, 256, 0.7071, 512), (64, 192, 1.0, 384),
 )  # fmt: skip
 
 
@@ -206,15 +196,13 @@ def specialisations(capability: int) -> list[Variant]:
     biases whose gradients stay by sample."""
     variants = []
     scalars = {"pixels": "i32", "scale": "fp32"}
-    for (size, c, scale, row, twin), dtype, has_bias in product(
-        _SITES, DTYPES.values(), (True, False)
-    ):
-        if not has_bias and row + twin > 0:
+    for (size, c, scale, row), dtype, has_bias in product(_SITES, DTYPES.values(), (True, False)):
+        if not has_bias and row > 0:
             continue
         shape = 64, c, size, size
-        of = f" of {row}" if row else f" and of {twin}" if twin else ""
+        of = f" of {row}" if row else ""
         site = f"{size}x{size}x{c}{of}{' bias' if has_bias else ''} {dtype}"
-        if not row + twin:
+        if not row:
             constants, grid = _constants(shape, True, has_bias)
             pointers = dict.fromkeys(("x", "skip", "bias", "skip_bias", "out"), dtype)
             more = {"HAS_SKIP_BIAS": has_bias and size > 8}
@@ -227,9 +215,8 @@ def specialisations(capability: int) -> list[Variant]:
         constants, grid = _constants(shape, True, has_bias)
         if has_bias:
             constants, grid = _constants_by_sample(shape, True)
-        pointers = dict.fromkeys(("grad_out", "grad_twin", "grad_x"), dtype) | {"grad_bias": "fp32"}
-        writes = scale != 1 or row + twin > 0
-        more = {"WRITES": writes, "GRAD_ROW": row or c, "TWIN_ROW": twin}
+        pointers = dict.fromkeys(("grad_out", "grad_x"), dtype) | {"grad_bias": "fp32"}
+        more = {"WRITES": scale != 1 or row > 0, "GRAD_ROW": row or c}
         variants += forms(
             site, scalars, constants, (_residual_bwd_kernel, pointers, more),
             programs=math.prod(grid), aligned=("pixels",),
@@ -246,9 +233,8 @@ def _fwd_by_reference(x, skip, scale, bias, skip_bias):
     )
 
 
-def _bwd_by_reference(grad_out, scale, wants_bias, by_sample=False, grad_twin=None):
-    grad = grad_out.to(torch.float32)
-    grad = (grad if grad_twin is None else grad + grad_twin) * scale
+def _bwd_by_reference(grad_out, scale, wants_bias, by_sample=False):
+    grad = grad_out.to(torch.float32) * scale
     grad_bias = grad.sum((2, 3) if by_sample else (0, 2, 3))
     grad_x = grad.to(grad_out.dtype).contiguous(memory_format=layout_of(grad_out))
     return grad_x, grad_bias
@@ -268,13 +254,13 @@ def _is_dense(x):
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _backward(ctx, grad_out, grad_twin=None):
+def _backward(ctx, grad_out):
     wanted = ctx.needs_input_grad[3:]
     wants_bias = any(wanted)
     grad_x, grad_bias = grad_out, None
-    if ctx.scale != 1 or grad_twin is not None or not _is_dense(grad_out):
+    if ctx.scale != 1 or not _is_dense(grad_out):
         grad_x, grad_bias = torch.ops.tcm_fast.residual_bwd(
-            grad_out, ctx.scale, wants_bias, ctx.by_sample, grad_twin
+            grad_out, ctx.scale, wants_bias, ctx.by_sample
         )
     elif wants_bias:
         grad_bias = torch.ops.tcm_fast.residual_bias_bwd(grad_out, ctx.by_sample)
@@ -313,8 +299,7 @@ _fwd = register(
     _fwd, _fwd_by_reference, lambda x, *_: dense_like(x), save=_save, backward=_backward,
 )  # fmt: skip
 _bwd = register(
-    "residual_bwd(Tensor grad_out, float scale, bool wants_bias, bool by_sample=False, "
-    "Tensor? grad_twin=None) -> (Tensor, Tensor)",
+    "residual_bwd(Tensor grad_out, float scale, bool wants_bias, bool by_sample=False) -> (Tensor, Tensor)",
     _bwd, _bwd_by_reference, lambda grad, _, __, *more: (dense_like(grad), _fake_bias(grad, *more[:1])),
 )  # fmt: skip
 _bias_bwd = register(
@@ -323,27 +308,33 @@ _bias_bwd = register(
 )  # fmt: skip
 
 
-class _Twice(torch.autograd.Function):
-    """The operator's result two times, whose gradients meet in its backward kernel. (An operator of
-    torch.library must not return one tensor twice.)"""
-
-    @staticmethod
-    def forward(*args):
-        out = torch.ops.tcm_fast.residual_fwd(*args)
-        return out, out.view_as(out)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _save(ctx, inputs, output)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        found = [grad for grad in grads if grad is not None]
-        return _backward(ctx, *found) if found else (None,) * 5
-
-
 # -- public function ------------------------------------------------------------------------------
+
+
+def check_sum(
+    operation: str, x: torch.Tensor, skip: torch.Tensor, **biases: torch.Tensor | None
+) -> None:
+    """Refuses arguments of `residual` that do not fit, in `operation`'s name."""
+    if not x.is_floating_point() or x.dtype != skip.dtype:
+        raise TypeError(
+            f"{operation}: x and skip must be of one floating dtype, got {x.dtype} and {skip.dtype}"
+        )
+    if x.ndim != 4:
+        raise ValueError(f"{operation}: x must be [N,C,H,W], got {list(x.shape)}")
+    if x.shape != skip.shape or x.device != skip.device:
+        raise ValueError(
+            f"{operation}: skip must be {list(x.shape)} on {x.device} like x, got {list(skip.shape)} on "
+            f"{skip.device}"
+        )
+    n, c = x.shape[:2]
+    found = {name: b for name, b in biases.items() if b is not None}
+    dims = [b.ndim for b in found.values()]
+    for name, b in found.items():
+        if not fits_channels(b, n, c) or b.ndim != dims[0] or b.device != x.device:
+            raise ValueError(
+                f"{operation}: {name} must be [{c}] on {x.device}, or all biases expanded to [{n},{c}], got "
+                f"{list(b.shape)} on {b.device}"
+            )
 
 
 def residual(
@@ -352,9 +343,7 @@ def residual(
     scale: float = 1.0,
     bias: torch.Tensor | None = None,
     skip_bias: torch.Tensor | None = None,
-    *,
-    twice: bool = False,
-) -> Any:
+) -> torch.Tensor:
     """(x + bias + skip + skip_bias) · scale.
 
     Args:
@@ -363,42 +352,17 @@ def residual(
         bias, skip_bias: that the convolutions before x and skip have left out, [C], any floating dtype.
             Expanded to [N,C], both, their gradients are not summed over the samples: `networks.by_sample`
             sums those of all layers at once.
-        twice: return the sum two times, for two who read it: their gradients are added in the backward
-            kernel, which saves the pass that would add them.
 
     Returns:
         [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64). The
-        gradients of x and skip are one tensor, those of the biases equal. With `twice` a pair of it.
+        gradients of x and skip are one tensor, those of the biases equal.
 
     Raises:
         TypeError: not floating, or dtypes that differ. ValueError: shapes or devices that do not fit.
     """
-    if not x.is_floating_point() or x.dtype != skip.dtype:
-        raise TypeError(
-            f"residual: x and skip must be of one floating dtype, got {x.dtype} and {skip.dtype}"
-        )
-    if x.ndim != 4:
-        raise ValueError(f"residual: x must be [N,C,H,W], got {list(x.shape)}")
-    if x.shape != skip.shape or x.device != skip.device:
-        raise ValueError(
-            f"residual: skip must be {list(x.shape)} on {x.device} like x, got {list(skip.shape)} on "
-            f"{skip.device}"
-        )
-    n, c = x.shape[:2]
-    given_biases = [b for b in (bias, skip_bias) if b is not None]
-    for name, b in (("bias", bias), ("skip_bias", skip_bias)):
-        if b is not None and (
-            not fits_channels(b, n, c) or b.ndim != given_biases[0].ndim or b.device != x.device
-        ):
-            raise ValueError(
-                f"residual: {name} must be [{c}] on {x.device}, or all biases expanded to [{n},{c}], got "
-                f"{list(b.shape)} on {b.device}"
-            )
+    check_sum("residual", x, skip, bias=bias, skip_bias=skip_bias)
     is_served = x.dtype != torch.float64 and x.shape[1] > 0
     if is_served and runs_triton("residual", x.device.type):
-        if twice:
-            return _Twice.apply(x, skip, scale, bias, skip_bias)
         return torch.ops.tcm_fast.residual_fwd(x, skip, scale, bias, skip_bias)
     out = residual_reference(x, skip, scale, bias, skip_bias)
-    out = _DenseGradient.apply(out) if scale == 1 and out.requires_grad else out
-    return (out, out) if twice else out
+    return _DenseGradient.apply(out) if scale == 1 and out.requires_grad else out

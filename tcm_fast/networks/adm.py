@@ -12,6 +12,7 @@ from tcm_fast.networks.layers import (
     Conv2d,
     GroupNorm,
     Linear,
+    PendingSum,
     PositionalEmbedding,
     UNetBlock,
     without_autocast,
@@ -101,7 +102,7 @@ class DhariwalUNet(EDMUNet):
     def own_arguments(cls, weights: Weights, widths: list[int], stem: int) -> dict[str, Any]:
         return {"name": "adm", **cls.edm_arguments(weights, widths, 0)}
 
-    def output(self, x: torch.Tensor) -> torch.Tensor:
+    def output(self, x: torch.Tensor | PendingSum) -> torch.Tensor:
         return self.out_conv(self.out_norm(x))
 
     def embed(

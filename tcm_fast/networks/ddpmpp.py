@@ -16,6 +16,7 @@ from tcm_fast.networks.layers import (
     FourierEmbedding,
     GroupNorm,
     Linear,
+    PendingSum,
     PositionalEmbedding,
     UNetBlock,
     without_autocast,
@@ -146,7 +147,7 @@ class SongUNet(EDMUNet):
             "resample_filter": filter_taps(weights, filters[0]) if filters else [1, 1],
         }
 
-    def output(self, x: torch.Tensor) -> torch.Tensor:
+    def output(self, x: torch.Tensor | PendingSum) -> torch.Tensor:
         *_, norm, conv = self.dec.values()
         return conv(norm(x))
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +184,25 @@ def resample_2x(x: torch.Tensor, kernel: torch.Tensor, *, up: bool, is_box: bool
     return convolve(x, weight, stride=2, padding=filter_padding(kernel), groups=x.shape[1])
 
 
+class PendingSum(NamedTuple):
+    """A residual sum that whoever normalises it carries out: arguments of `group_norm_silu`."""
+
+    x: torch.Tensor
+    skip: torch.Tensor
+    sum_scale: float
+    x_bias: torch.Tensor | None
+    skip_bias: torch.Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+
+def carried_out(x: torch.Tensor | PendingSum) -> torch.Tensor:
+    """The sum; a tensor as it is."""
+    return residual(*x) if isinstance(x, PendingSum) else x
+
+
 class GroupNorm(nn.Module):
     """Group normalisation over min(32, C/4) groups, with what `group_norm_silu` fuses into it."""
 
@@ -198,14 +217,20 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
-    def fused(self, **options) -> Callable[[torch.Tensor], Any]:
+    def fused(self, **options) -> Callable[[torch.Tensor | PendingSum], Any]:
         """`forward` with these options, and with the parameters that stand here now: those of a
         `functional_call` are gone when it is computed again."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)  # of a network cast as a whole
         weight, bias = self.weight.to(wide), self.bias.to(wide)
-        return lambda x: group_norm_silu(x, self.num_groups, weight, bias, self.eps, **options)
+        options |= dict(num_groups=self.num_groups, weight=weight, bias=bias, eps=self.eps)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def run(x: torch.Tensor | PendingSum) -> Any:
+            given = x._asdict() if isinstance(x, PendingSum) else {"x": x}
+            return group_norm_silu(**given, **options)
+
+        return run
+
+    def forward(self, x: torch.Tensor | PendingSum) -> torch.Tensor:
         return self.fused()(x)
 
 
@@ -267,8 +292,9 @@ class UNetBlock(Block):
 
     forward(x [N,C,H,W], emb [N,emb_channels], dropout_key) -> [N,out_channels,H',W'] with H' = 2H
     (`up`), H/2 (`down`) or H; a network that has the block's `modulations` already hands them on in emb's
-    place. `second` is joined to x along the channels. With `twice` the result comes two times, as `residual`
-    gives it. `layer` is the number that keys the block's dropout.
+    place. x may be the pending sum of the block before, and with `pends` the result is such a one where its
+    sum is a kernel. `second` is joined to x along the channels. With `returns_x` the result comes with x, for
+    another reader. `layer` is the number that keys the block's dropout.
 
     Args:
         adaptive_scale: the embedding scales and shifts after the second normalisation (ADM) instead of
@@ -325,42 +351,46 @@ class UNetBlock(Block):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | PendingSum,
         emb: torch.Tensor | Modulation,
         dropout_key: PhiloxKey | None = None,
         *,
         second: torch.Tensor | None = None,
-        twice: bool = False,
+        returns_x: bool = False,
+        pends: bool = False,
     ) -> Any:
-        if second is not None and self.recompute_norms:  # which keeps one tensor, not three
-            x, second = torch.cat([x, second], 1), None
-        # Where x also goes past a normalisation, its two gradients meet in that one's kernel.
+        if self.recompute_norms:  # which keeps what is normalised, and not its parts
+            x = carried_out(x)
+            x, second = x if second is None else torch.cat([x, second], 1), None
+        # Where x also goes past a normalisation, its gradients meet in that one's kernel.
         run = partial(after_norm, recompute=self.recompute_norms)
-        norm0 = self.norm0.fused(with_x=True, second=second)
-        h, x = run(norm0, self.conv0, x, with_bias=False)
-        # Where a sum is a kernel, the biases of the layers before go in there; elsewhere the convolutions
-        # add them for nothing.
-        is_kernel = runs_triton("residual", x.device.type)
-        skip, skip_bias = x, None
+        norm0 = self.norm0.fused(with_x=True, twice=returns_x, second=second)
+        h, skip, *past = run(norm0, self.conv0, x, with_bias=False)
+        # Where a sum is a kernel, the biases of the layers before go in there, and it waits for the
+        # normalisation after it; elsewhere the convolutions add them for nothing, and nothing is gained.
+        is_kernel = runs_triton("residual", h.device.type)
+        skip_bias = None
         if isinstance(self.skip, Conv2d):
-            skip = self.skip(x, with_bias=not is_kernel)
+            skip = self.skip(skip, with_bias=not is_kernel)
             skip_bias = self.skip.bias if is_kernel else None
         elif self.skip is not None:
-            skip = self.skip(x)
+            skip = self.skip(skip)
         fused = emb if isinstance(emb, dict) else modulations([self], emb)[0]
         p = self.dropout if self.training else 0.0
         key = dropout_key.at_layer(self.layer) if p > 0 and dropout_key is not None else None
         norm1 = self.norm1.fused(**fused, dropout_p=p, dropout_key=key)
         h = run(norm1, self.conv1, h, with_bias=not is_kernel)
-        end = partial(residual, twice=twice)  # the block's last sum
-        add = residual if self.attention else end
-        x = add(h, skip, self.skip_scale, self.conv1.bias if is_kernel else None, skip_bias)
+        bias = self.conv1.bias if is_kernel else None
+        end = PendingSum(h, skip, self.skip_scale, bias, skip_bias)
         if self.attention:
-            qkv, x = run(self.norm2.fused(silu=False, with_x=True), self.qkv, x)
+            between = end if is_kernel and not self.recompute_norms else carried_out(end)
+            qkv, skip = run(self.norm2.fused(silu=False, with_x=True), self.qkv, between)
             attended = qkv_attention(qkv, num_heads=self.num_heads)
             h = self.proj(attended, with_bias=not is_kernel)
-            x = end(h, x, self.skip_scale, self.proj.bias if is_kernel else None)
-        return x
+            bias = self.proj.bias if is_kernel else None
+            end = PendingSum(h, skip, self.skip_scale, bias, None)
+        out = end if pends and is_kernel else carried_out(end)
+        return (out, *past) if returns_x else out
 
 
 def modulations(blocks: Sequence[UNetBlock], emb: torch.Tensor) -> list[Modulation]:

@@ -3,7 +3,8 @@
 Two amounts, which may be mixed: a block that recomputes its *norms* keeps what enters each normalisation
 and not what leaves it, so that only normalisations and activations run twice, while the convolutions and
 the attention do not; one that is recomputed *whole* keeps what enters the block, and costs one more
-forward pass. Neither changes a number: dropout is keyed, not drawn, so both passes drop the same.
+forward pass. Neither changes a number: dropout is keyed, not drawn, so both passes drop the same. (But for
+rounding, on a GPU: what enters a normalisation, a residual sum, is made by a kernel of its own then.)
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def run_block(block: Any, inputs: Sequence[torch.Tensor], *args: Any, **options: Any) -> Any:
+def run_block(block: Any, inputs: Sequence[Any], *args: Any, **options: Any) -> Any:
     """block(*inputs, *args, **options), recomputed where the block says so. The second pass uses the weights
     that stand in the block now: those of a `functional_call` are gone by then."""
     weights = _weights(block) if block.recompute_whole else {}
@@ -68,7 +69,7 @@ def after_norm(
     norm: Callable[..., Any], conv: nn.Module, *args: Any, recompute: bool, **options: Any
 ) -> Any:
     """conv(norm(*args), **options), with the convolution's input computed again if `recompute`. A norm
-    that returns a pair hands its second half on."""
+    that returns a tuple hands on what follows its first element."""
     weights = _weights(conv) if recompute else {}
 
     def run(*inputs: Any) -> Any:

@@ -14,7 +14,15 @@ from torch import nn
 
 from tcm_fast.config import require
 from tcm_fast.kernels.dropout import PhiloxKey, dropout_mask
-from tcm_fast.networks.layers import Conv2d, GroupNorm, UNetBlock, fresh_key, modulations
+from tcm_fast.networks.layers import (
+    Conv2d,
+    GroupNorm,
+    PendingSum,
+    UNetBlock,
+    carried_out,
+    fresh_key,
+    modulations,
+)
 from tcm_fast.networks.raw_network import Block, RawNetwork
 from tcm_fast.networks.recognition import STEM, Weights, encoder_levels, multiples
 from tcm_fast.networks.recompute import run_block
@@ -267,24 +275,30 @@ class EDMUNet(UNet):
         emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key).to(x.dtype)
         blocks = [block for block in self.blocks() if isinstance(block, UNetBlock)]
         given = iter(modulations(blocks, emb))
-        skips: list[torch.Tensor] = []
+        x_or_sum: torch.Tensor | PendingSum = x
         aux = x
+        skips: list[torch.Tensor] = []  # what each block took in, up to the decoder's first one
+
+        def run(block: UNetBlock, **options: Any) -> Any:
+            # A block that is recomputed keeps what it is given: a sum, not its terms.
+            given_x = carried_out(x_or_sum) if block.recompute_whole else x_or_sum
+            return run_block(block, [given_x], next(given), dropout_key, pends=True, **options)
+
         for block in self.enc.values():
             if isinstance(block, UNetBlock):
-                x, skip = run_block(block, [x], next(given), dropout_key, twice=True)
+                x_or_sum, skip = run(block, returns_x=True)
+                skips.append(skip)
             elif block.fused:  # NCSN++'s residual encoder
-                x = aux = (x + block(aux)) * math.sqrt(0.5)
-                skips[-1] = x
-                continue
+                x_or_sum = aux = (carried_out(x_or_sum) + block(aux)) * math.sqrt(0.5)
             else:
-                x = skip = block(x).contiguous(memory_format=self.memory_format)
-            skips.append(skip)
-        for block in self.dec.values():
-            if isinstance(block, UNetBlock):
-                merges = block.in_channels != x.shape[1]
-                second = skips.pop() if merges else None
-                x = run_block(block, [x], next(given), dropout_key, second=second)
-        return self.output(x)
+                x_or_sum = block(x).contiguous(memory_format=self.memory_format)
+        first, *others = (block for block in self.dec.values() if isinstance(block, UNetBlock))
+        x_or_sum, skip = run(first, returns_x=True)
+        skips.append(skip)
+        for block in others:
+            merges = block.in_channels != x_or_sum.shape[1]
+            x_or_sum = run(block, second=skips.pop() if merges else None)
+        return self.output(x_or_sum)
 
     def by_sample_names(self) -> list[str]:
         """Of the normalisations, and of the convolutions whose biases the residual sums add."""
@@ -312,7 +326,7 @@ class EDMUNet(UNet):
         """The embedding [N,emb_channels] of noise level, class and augmentation."""
         raise NotImplementedError
 
-    def output(self, x: torch.Tensor) -> torch.Tensor:
+    def output(self, x: torch.Tensor | PendingSum) -> torch.Tensor:
         """The last normalisation and convolution."""
         raise NotImplementedError
 

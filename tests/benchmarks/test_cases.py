@@ -116,6 +116,8 @@ def test_the_rule_for_operations_without_a_formula_agrees(case, monkeypatch):
     """Each argument and result once."""
     if case.site["y"] is not None and case.site["y"].dtype != torch.uint8:
         pytest.skip("the operator writes out images that plain PyTorch passes on")
+    if case.site["skip"] is not None and not case.site["with_x"]:
+        pytest.skip("the operator keeps a sum that plain PyTorch does not return")
     exact = work(case, "forward").bytes
     monkeypatch.delitem(FORMULAS, case.operation)
     assert work(case, "forward").bytes == pytest.approx(exact, rel=0.05)

@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 
 from tcm_fast.kernels import _backend, _triton
 from tcm_fast.kernels._common import sigmoid
+from tcm_fast.kernels._group_norm_silu_cpu import fwd_cpu
+from tcm_fast.kernels._group_norm_silu_plan import plan_slabs
 from tcm_fast.kernels.dropout import PhiloxKey, dropout_mask
 from tcm_fast.kernels.group_norm_silu import (
-    _fwd_cpu,
     _group_norm_silu_bwd_kernel,
     _group_norm_silu_fwd_kernel,
     _kernels,
-    _plan,
     group_norm_silu,
     group_norm_silu_reference,
     specialisations,
 )
+from tcm_fast.kernels.residual import residual
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # Relative to the largest element of the result: a few rounding steps of the output's dtype.
@@ -245,7 +246,7 @@ def extension(monkeypatch):
 
 def by_extension(x, *operands):
     kernels = _kernels(x, *operands)
-    return kernels is not None and kernels[0] is _fwd_cpu
+    return kernels is not None and kernels[0] is fwd_cpu
 
 
 # n, c, height, width, groups: the digits' and CIFAR-10's, more than one run of pixels, runs that begin
@@ -526,6 +527,256 @@ def test_kernel_joins_two(site, dtype, layout, triton_device, check_against_orac
         check_against_oracle(*found, name, terms=0.0 if name in names[:3] else over_pixels)
 
 
+# n, channels, of `second`, height, width, groups; factor, biases, whether the sum goes past twice.
+SUM_SITES = [
+    (2, 24, 0, 5, 3, 4, 0.7, 2, True),
+    (1, 13, 7, 3, 5, 5, 1.0, 2, False),  # a group of both
+    (2, 1, 0, 5, 1, 1, 0.7, 1, True),
+    (1, 48, 0, 8, 8, 4, 0.7, 0, False),
+    (1, 256, 128, 4, 4, 32, 0.7, 2, True),
+    pytest.param((1, 128, 0, 8, 8, 32, 0.7, 1, True), marks=pytest.mark.slow_emulated),
+    pytest.param(
+        (1, 40, 0, 25, 31, 1, 0.7, 1, True), marks=pytest.mark.slow_emulated
+    ),  # read twice
+    pytest.param((1, 24, 16, 28, 25, 1, 1.0, 2, False), marks=pytest.mark.slow_emulated),
+    pytest.param((1, 384, 0, 8, 8, 32, 1.0, 2, True), marks=pytest.mark.slow),
+    pytest.param((1, 256, 256, 16, 16, 32, 0.7, 2, False), marks=pytest.mark.slow),
+]
+
+
+class Summed:
+    """A residual sum, joined to another tensor, on its way into a normalisation."""
+
+    def __init__(self, site, dtype, layout, device, mean=0.0):
+        self.n, first, second, height, width, self.groups, self.factor, count, self.twice = site
+        x, affine, modulation = case(self.n, first + second, height, width, torch.float64, layout)
+        parts = [x[:, :first] + mean, x[:, :first].flip(0, 3) / 2, x[:, first:]]
+        parts = [v.to(dtype).contiguous(memory_format=layout) for v in parts[: 2 + (second > 0)]]
+        biases = [affine[i][:first].float() for i in range(count)]
+        self.names = ["x", "skip", "second"][: len(parts)]
+        self.names += [*["x_bias", "skip_bias"][:count], "weight", "bias"]
+        self.names += [name for name in modulation if count == 1 or name == "add"]
+        leaves = [*parts, *biases, *(v.float() for v in affine)]
+        leaves += [modulation[name].to(dtype) for name in self.names if name in modulation]
+        self.leaves = [v.to(device) for v in leaves]
+        self.maps = 2 if self.twice else 1
+        generator = torch.Generator().manual_seed(1)
+        self.upstream = [
+            torch.randn(x.shape, generator=generator).to(device, dtype)
+            for _ in range(1 + self.maps)
+        ]
+        self.key = key_on(device, self.n)
+
+    def results(self, dtype=None, *, by_sample=False, apart=False, without=()):
+        """Outputs and gradients by name; `apart`: `residual` first, then the normalisation."""
+        leaves = [
+            v.detach()
+            .to(torch.promote_types(dtype, v.dtype) if dtype else v.dtype)
+            .requires_grad_()
+            for v in self.leaves
+        ]
+        given = dict(zip(self.names, leaves, strict=True))
+        if by_sample:
+            rows = ("x_bias", "skip_bias", "weight", "bias")
+            given |= {k: v.expand(self.n, -1) for k, v in given.items() if k in rows}
+        given["sum_scale"] = self.factor
+        if apart:
+            terms = [given.pop(k, None) for k in ("skip", "sum_scale", "x_bias", "skip_bias")]
+            given["x"] = residual(given["x"], *terms)
+        drop = dict(dropout_p=0.3, dropout_key=self.key) if self.factor == 1 else {}
+        outputs = group_norm_silu(
+            num_groups=self.groups, eps=1e-6, with_x=True, twice=self.twice, **given, **drop
+        )
+        used = [
+            (out, g.to(out.dtype))
+            for i, (out, g) in enumerate(zip(outputs, self.upstream, strict=True))
+            if i not in without
+        ]
+        outs, upstream = zip(*used, strict=True)
+        grads = torch.autograd.grad(outs, leaves, upstream, allow_unused=True)
+        found = {"y": outputs[0], "sum": outputs[1]}
+        return found | {f"grad_{k}": v for k, v in zip(self.names, grads, strict=True)}
+
+
+def is_interpreted():
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    return isinstance(_group_norm_silu_fwd_kernel, interpreter.InterpretedFunction)
+
+
+def over_pixels(name, upstream):
+    is_map = name in ("y", "sum", "grad_x", "grad_skip", "grad_second")
+    return 0.0 if is_map else sum(g.double().abs() for g in upstream).sum((2, 3)).max().item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", EACH_DTYPE, ids=str)
+@pytest.mark.parametrize("site", SUM_SITES, ids=str)
+def test_kernel_sums(site, dtype, layout, triton_device, check_against_oracle, monkeypatch):
+    """Under random gradients of the normalised sum and of the sum itself."""
+    monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
+    summed = Summed(site, dtype, layout, triton_device)
+    before = _triton.LAUNCHES["_residual_fwd_kernel"]
+    ours, again = summed.results(), summed.results()
+    assert _triton.LAUNCHES["_residual_fwd_kernel"] == before
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+    assert ours["sum"].is_contiguous(memory_format=layout)
+    assert ours["grad_x"].is_contiguous(memory_format=layout)
+    apart = summed.results(apart=True)
+    assert torch.equal(ours["sum"], apart["sum"])
+    if is_interpreted():  # a compiler may contract the sum with what follows
+        assert torch.equal(ours["y"], apart["y"])
+    rows = summed.results(by_sample=True)
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    plain, oracle = summed.results(), summed.results(torch.float64)
+    for name in ours:
+        terms = over_pixels(name, summed.upstream)
+        for found in (ours, rows):
+            check_against_oracle(found[name], plain[name], oracle[name], name, terms=terms)
+
+
+@pytest.mark.parametrize(("channels", "pixels"), [(40, 25 * 31), (40, 28 * 25)])
+def test_some_sums_are_read_twice(channels, pixels):
+    for itemsize in (2, 4):
+        for is_last in (False, True):
+            for backward in (False, True):
+                plan = plan_slabs(channels, pixels, 1, itemsize, 8, is_last, backward)
+                assert not plan.holds
+
+
+@pytest.mark.parametrize("size", [8, 48])
+def test_kernel_sums_to_a_large_mean(size, triton_device):
+    # Against the normalisation alone, which is held to float64 beside a large mean: 1e3 times the spread.
+    site = (1, 16, 0, size, size, 2, 0.7, 2, False)  # 48 x 48 x 16 is read twice
+    summed = Summed(site, torch.float32, LAYOUTS[1], triton_device, mean=3000.0)
+    ours, apart = summed.results(), summed.results(apart=True)
+    for name in ("y", "sum", "grad_x", "grad_weight"):
+        if is_interpreted():
+            assert torch.equal(ours[name], apart[name]), name
+        torch.testing.assert_close(ours[name], apart[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("without", [(0,), (1,), (2,), (1, 2), (0, 1)], ids=str)
+def test_gradients_of_a_sum_may_be_absent(
+    without, triton_device, check_against_oracle, monkeypatch
+):
+    summed = Summed(SUM_SITES[0], torch.float32, LAYOUTS[1], triton_device)
+    ours = summed.results(without=without)
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    plain, oracle = (summed.results(dtype, without=without) for dtype in (None, torch.float64))
+    for name in ours:
+        if oracle[name] is None:
+            assert ours[name] is None or not ours[name].any()
+        else:
+            terms = over_pixels(name, summed.upstream)
+            check_against_oracle(ours[name], plain[name], oracle[name], name, terms=terms)
+
+
+def test_kernel_sums_write_every_element(triton_device, monkeypatch):
+    def poisoned(make):
+        return lambda *args, **options: make(*args, **options).fill_(math.nan)
+
+    summed = Summed(SUM_SITES[1], torch.float32, LAYOUTS[1], triton_device)
+    first = summed.results()
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    second = summed.results()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_second_gradient_may_be_a_slice_of_channels(layout, triton_device):
+    x, (weight, bias), _ = on(triton_device, 2, 24, 4, 3, torch.float32, layout)
+    wide = torch.randn(2, 40, 4, 3, device=triton_device).contiguous(memory_format=layout)
+    twins, found = (wide[:, 8:32], wide[:, 8:32].contiguous(memory_format=layout)), []
+    for twin in twins:
+        leaf = x.clone().requires_grad_()
+        outputs = group_norm_silu(leaf, 3, weight, bias, twice=True)
+        found += torch.autograd.grad(outputs, leaf, [torch.ones_like(x), x, twin])
+    leaf = x.clone().requires_grad_()
+    outputs = group_norm_silu(leaf, 3, weight, bias, with_x=True)
+    found += torch.autograd.grad(outputs, leaf, [torch.ones_like(x), x + twins[1]])
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
+def test_sums_of_any_kind_and_refusals(triton_device):
+    x, (weight, bias), _ = on(triton_device, 2, 12, 3, 4, torch.float32, LAYOUTS[1])
+    skip, b = x.flip(0), torch.randn(12, device=triton_device, requires_grad=True)
+    expected = group_norm_silu(residual(x, skip, 0.7, b), 3, weight, bias)
+    options = dict(sum_scale=0.7, x_bias=b)
+    for others in (skip, skip.contiguous(), skip.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert torch.equal(group_norm_silu(x, 3, weight, bias, skip=others, **options), expected)
+    other_bias = torch.zeros_like(b)  # of which one alone wants a gradient
+    options |= dict(skip=skip, skip_bias=other_bias)
+    y = group_norm_silu(x, 3, weight, bias, **options)
+    (grad,) = torch.autograd.grad(y.square().sum(), b)
+    (plain,) = torch.autograd.grad(expected.square().sum(), b)
+    torch.testing.assert_close(grad, plain, rtol=1e-4, atol=1e-4)
+    for rows in (x[:0], x[:0].contiguous()):
+        y, past, twin = group_norm_silu(rows, 3, weight, bias, skip=rows, x_bias=b, twice=True)
+        assert y.shape == past.shape == twin.shape == (0, 12, 3, 4)
+        assert not torch.autograd.grad(y.sum(), b)[0].any()
+    wide = group_norm_silu(x.double(), 3, weight, bias, **(options | {"skip": skip.double()}))
+    torch.testing.assert_close(wide.float(), expected, rtol=1e-4, atol=1e-5)
+    x.requires_grad_()
+    for second in (None, skip[:, :6]):
+        affine = [v.repeat(2)[: 12 if second is None else 18] for v in (weight, bias)]
+        arguments = x, *affine, *[None] * 6, 3, 1e-6, True, 0, 0, second, skip, 0.7, b, None
+        torch.library.opcheck(torch.ops.tcm_fast.group_norm_silu_merged_fwd.default, arguments)
+    for change, message in (
+        ({"skip": skip[:1]}, r"group_norm_silu: skip must be \[2, 12, 3, 4\] on cpu like x"),
+        ({"x_bias": b[:3]}, r"group_norm_silu: x_bias must be \[12\] on cpu, or all"),
+        (
+            {"skip_bias": b.expand(2, -1)},
+            r"group_norm_silu: skip_bias must be \[12\] on cpu, or all",
+        ),
+        ({"skip": None}, r"x_bias, skip_bias, sum_scale are of a sum, got no skip"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            group_norm_silu(x, 3, weight, bias, **(options | change))
+    with pytest.raises(
+        TypeError, match=r"one floating dtype, got torch\.float32 and torch\.float64"
+    ):
+        group_norm_silu(x, 3, weight, bias, skip=skip.double())
+
+
+def test_sums_compile_to_one_graph_under_autocast(triton_device):
+    x, (weight, bias), _ = on(triton_device, 2, 12, 3, 5, torch.bfloat16, LAYOUTS[1])
+    x.requires_grad_()
+
+    def block(x):
+        options = dict(skip=x.flip(0), sum_scale=0.7, x_bias=bias, second=x[:, :6])
+        affine = (torch.cat([v, v[:6]]) for v in (weight, bias))
+        y, past, twin = group_norm_silu(x, 3, *affine, twice=True, **options)
+        return y + past * twin
+
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        with torch.autocast(triton_device, dtype=torch.bfloat16):
+            y = function(x)
+        results.append((y, *torch.autograd.grad(y.sum(), x)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_sums_on_a_cpu(layout):
+    x, (weight, bias), _ = case(2, 12, 4, 3, layout=layout)
+    skip = x.flip(0)
+    x.requires_grad_()
+    expected = residual(x, skip, 0.7, bias)
+    y, *past = group_norm_silu(
+        x, 3, weight, bias, skip=skip, sum_scale=0.7, x_bias=bias, twice=True
+    )
+    assert all(torch.equal(v, expected) for v in past)
+    assert torch.equal(y, group_norm_silu(expected, 3, weight, bias))
+    grads = [
+        torch.autograd.grad(outputs, x, [g * skip for g in (1, 2, 3)], retain_graph=True)[0]
+        for outputs in ([y, *past], [y, expected, expected])
+    ]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_joining_on_a_cpu(n, layout):
@@ -548,8 +799,8 @@ def test_joining_without_a_kernel_and_refusals(triton_device):
     assert y.shape == joined.shape == (0, 12, 3, 3)
     y, joined = group_norm_silu(x, 3, weight, bias, second=x[:, :0], with_x=True)
     assert torch.equal(y, expected)
-    arguments = a, weight, bias, *[None] * 6, 3, 1e-6, True, 0, 0, b
-    torch.library.opcheck(torch.ops.tcm_fast.group_norm_silu_joined_fwd.default, arguments)
+    arguments = a, weight, bias, *[None] * 6, 3, 1e-6, True, 0, 0, b, None, 1.0, None, None
+    torch.library.opcheck(torch.ops.tcm_fast.group_norm_silu_merged_fwd.default, arguments)
     for wrong in (b[:1], b[:, :, :2], b.double(), b.to("meta"), b[0]):
         with pytest.raises(ValueError, match=r"second must be \[2,C2,3,3\] of torch\.float32 on"):
             group_norm_silu(a, 3, weight, bias, second=wrong)
@@ -636,8 +887,8 @@ def test_kernel_reads_a_big_image_twice(
 ):
     # 65 x 65 pixels: the last tile of the loop is not full.
     is_last = layout == torch.channels_last
-    assert not _plan(24, 4225, 2, dtype.itemsize, 8, is_last, False).holds
-    assert not _plan(24, 4225, 2, dtype.itemsize, 8, is_last, True).holds
+    assert not plan_slabs(24, 4225, 2, dtype.itemsize, 8, is_last, False).holds
+    assert not plan_slabs(24, 4225, 2, dtype.itemsize, 8, is_last, True).holds
     x, affine, modulation = on(triton_device, 1, 24, 65, 65, dtype, layout)
     options = dict(dropout_p=0.3, dropout_key=key_on(triton_device, 1))
     compare(x, 2, affine, modulation, check_against_oracle, monkeypatch, **options)
@@ -874,7 +1125,7 @@ def traffic(monkeypatch):
     """Elements that interpreted kernels load and store. To be asked for before triton_device, which fails
     where nothing was launched."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    if not isinstance(_group_norm_silu_fwd_kernel, interpreter.InterpretedFunction):
+    if not is_interpreted():
         pytest.skip("counted in the interpreter")
     interpreter_builder = interpreter.interpreter_builder
 
@@ -923,6 +1174,27 @@ def test_traffic_of_slabs_that_are_held(c, size, dtype, traffic, triton_device):
     assert sum(traffic.values()) < (3 + few) * elements
 
 
+@pytest.mark.parametrize(("second", "twice"), [(0, True), (128, False)])
+def test_traffic_of_sums(second, twice, traffic, triton_device):
+    site = (1, 128, second, 16, 16, 32, 0.7, 2, twice)
+    summed = Summed(site, torch.bfloat16, LAYOUTS[1], triton_device)
+    one, both = 128 * 16**2, (128 + second) * 16**2
+    before = torch.autograd.grad
+    count = {}
+
+    def grad(*args, **options):
+        count["forward"] = sum(traffic.values())
+        return before(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", grad)
+        summed.results()
+    few = 0.1 * both
+    # h, skip and `second` in, the sum (joined) and y out; four or five in and out backward.
+    assert count["forward"] < one + both + 2 * both + few
+    assert sum(traffic.values()) - count["forward"] < (5 if twice else 4) * both + few
+
+
 def test_traffic_of_slabs_that_are_not(traffic, triton_device):
     x, (weight, bias), _ = on(triton_device, 1, 48, 64, 64, torch.bfloat16, LAYOUTS[1])
     x.requires_grad_()
@@ -947,7 +1219,7 @@ def test_plans_hold_what_they_say():
             for itemsize in (2, 4):
                 for is_last in (False, True):
                     for backward in (False, True):
-                        plan = _plan(c, pixels, groups, itemsize, 8, is_last, backward)
+                        plan = plan_slabs(c, pixels, groups, itemsize, 8, is_last, backward)
                         assert 1 <= plan.groups <= groups
                         assert plan.groups * (c // groups) <= plan.slab
                         for power in (plan.slab, plan.pixels, plan.warps):
@@ -1012,7 +1284,7 @@ def test_nothing_spills_at_sites_of_ddpmpp():
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)
-    assert len(rows) == 36
+    assert len(rows) == 48
     for row in rows:
         assert "error" not in row, row
         assert row["spill_bytes"] == 0, row

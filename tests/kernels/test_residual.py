@@ -57,46 +57,6 @@ def test_kernels_that_leave_the_biases_gradients_by_sample(
     compare(*pair(scale, by_sample=True), case(shape, biases), [shape], dtype, layout)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", [CL, NCHW], ids=str)
-@pytest.mark.parametrize("scale", [1.0, math.sqrt(0.5)])
-@pytest.mark.parametrize("without", [(), (0,), (1,)], ids=str)
-@pytest.mark.parametrize("shape", [(3, 7, 5, 3), (1, 256, 8, 8)], ids=str)
-def test_kernels_whose_sum_is_read_twice(compare, dtype, layout, scale, without, shape):
-    def ours(x, skip, *biases):
-        biases = (b.expand(x.shape[0], -1) for b in biases)
-        return residual(x, skip, scale, *biases, twice=True)
-
-    def plain(x, skip, *biases):
-        out = residual_reference(x, skip, scale, *biases)
-        return out, out * 1.0
-
-    compare(ours, plain, case(shape, 2), [shape, shape], dtype, layout, without=without)
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.7])
-@pytest.mark.parametrize("place", ["first", "second", "both"])
-def test_two_gradients_of_which_one_is_a_slice_of_channels(
-    triton_device, check_against_oracle, scale, place
-):
-    generator = torch.Generator().manual_seed(2)
-    wide = torch.randn(2, 2, 40, 4, 3, generator=generator).to(triton_device)
-    slices = [v.contiguous(memory_format=CL)[:, 8:32] for v in wide]
-    dense = [v.contiguous(memory_format=CL) for v in slices]
-    given = [
-        part if place in (name, "both") else whole
-        for name, part, whole in zip(("first", "second"), slices, dense, strict=True)
-    ]
-    for by_sample in (False, True):
-        bwd = torch.ops.tcm_fast.residual_bwd
-        found = bwd(given[0], scale, True, by_sample, given[1])
-        expected = bwd(dense[0], scale, True, by_sample, dense[1])
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        assert found[0].is_contiguous(memory_format=CL)
-        exact = (dense[0].double() + dense[1].double()) * scale
-        check_against_oracle(found[0], (dense[0] + dense[1]) * scale, exact, "grad")
-
-
 def test_gradients_by_sample(triton_device):
     x, skip, *biases = (v.float().to(triton_device) for v in case(biases=2))
     upstream = torch.randn_like(x)

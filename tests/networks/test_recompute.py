@@ -112,8 +112,12 @@ def test_the_kernels_numbers_stay_too(way, triton_device):
         block.zero_grad()
         y = run_block(block, [x.clone().requires_grad_()], emb, key)
         y.square().sum().backward()
-        return [y.detach(), *(p.grad for p in block.parameters())]
+        return {"y": y.detach()} | {name: p.grad for name, p in block.named_parameters()}
 
     plain = grads()
     set_recompute(wrapper, **way)
-    assert all(torch.equal(a, b) for a, b in zip(plain, grads(), strict=True))
+    for name, found in grads().items():
+        if name == "conv1.bias" and "norms" in way:  # summed by the sum's kernel, not the norm's
+            torch.testing.assert_close(found, plain[name])
+        else:
+            assert torch.equal(found, plain[name]), name

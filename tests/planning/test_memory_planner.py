@@ -140,7 +140,7 @@ def test_a_faster_card_and_less_precision_are_faster():
     seconds = [plan_run(config, shape, CARDS[n]).seconds for n in ("rtx3060", "rtx3090", "rtx4090")]
     assert seconds == sorted(seconds, reverse=True)
     half = plan_run(replace(config, precision="bf16"), shape, CARDS["rtx4090"])
-    assert half.seconds < 0.7 * seconds[-1]
+    assert half.seconds < 0.75 * seconds[-1]
 
 
 def test_the_schedules_start_is_cheaper_than_its_end():

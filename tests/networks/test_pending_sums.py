@@ -1,0 +1,97 @@
+"""Residual sums of EDM's networks that wait for the normalisation after them."""
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from tcm_fast import build_network
+from tcm_fast.kernels import _triton
+from tcm_fast.kernels.dropout import PhiloxKey
+from tcm_fast.networks.layers import PendingSum
+
+SHAPE = dict(img_resolution=4, img_channels=3, model_channels=8, channel_mult=(1, 2), num_blocks=1)
+
+
+def network(name, device, attn_resolutions=(2,), **options):
+    torch.manual_seed(0)
+    if name == "adm":  # whose heads have 64 channels
+        attn_resolutions, options = (), dict(model_channels=64, channel_mult=(1,))
+    net = build_network(
+        name, **SHAPE | options, attn_resolutions=attn_resolutions, dropout=0.2
+    ).train()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return net.to(device, memory_format=torch.channels_last)
+
+
+def step(net, device):
+    """Output, and gradients of all parameters by name."""
+    net.zero_grad()
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)).to(device)
+    key = PhiloxKey(seed=3, step=5, sample=torch.arange(2, device=device))
+    y = net(x, torch.tensor([0.5, 20.0], device=device), dropout_key=key)
+    y.square().mean().backward()
+    return {"output": y.detach()} | {name: p.grad for name, p in net.named_parameters()}
+
+
+def close(found, expected):
+    for name, tensor in expected.items():
+        atol = 1e-4 * tensor.abs().max().item()
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("name", ["ddpmpp", "ncsnpp", pytest.param("adm", marks=pytest.mark.slow)])
+def test_numbers_are_the_references(name, triton_device, monkeypatch):
+    monkeypatch.delenv("TCM_FAST_BACKEND")  # the attention of these widths is a library's
+    net = network(name, triton_device)
+    before = _triton.LAUNCHES.copy()
+    ours = step(net, triton_device)
+    launched = _triton.LAUNCHES - before
+    norms = sum(2 + b.attention for b in net.model.blocks()) + 1
+    assert launched["_group_norm_silu_fwd_kernel"] == norms
+    # NCSN++ adds its encoder's residual to a sum that so is nobody's to normalise.
+    apart = 1 if name == "ncsnpp" else 0
+    assert launched["_residual_fwd_kernel"] == launched["_residual_bwd_kernel"] == apart
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    close(ours, step(net, triton_device))
+
+
+def test_recomputed_they_are_the_same(triton_device, monkeypatch):
+    """There sums are carried out before: what is kept is one tensor."""
+    monkeypatch.delenv("TCM_FAST_BACKEND")
+    net = network("ddpmpp", triton_device, attn_resolutions=(), channel_mult=(1,))
+    plain = step(net, triton_device)
+    for i, block in enumerate(net.model.blocks()):
+        block.recompute_whole, block.recompute_norms = i % 2 == 0, i % 2 == 1
+    before = _triton.LAUNCHES["_residual_fwd_kernel"]
+    close(step(net, triton_device), plain)
+    assert _triton.LAUNCHES["_residual_fwd_kernel"] > before
+
+
+def test_who_asks_for_no_pending_sum_gets_none(triton_device, monkeypatch):
+    monkeypatch.delenv("TCM_FAST_BACKEND")
+    block = network("ddpmpp", triton_device).model.dec["2x2_in0"].eval()
+    x = torch.randn(2, 16, 2, 2, device=triton_device).to(memory_format=torch.channels_last)
+    emb = torch.randn(2, 32, device=triton_device)
+    whole = block(x, emb)
+    pending, past = block(x, emb, pends=True, returns_x=True)
+    assert isinstance(pending, PendingSum)
+    assert pending.shape == whole.shape
+    assert torch.equal(past, x)
+    assert torch.equal(block.norm0(pending), block.norm0(whole))
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    assert isinstance(block(x, emb, pends=True), torch.Tensor)
+
+
+@pytest.mark.slow
+def test_compiled_and_with_other_weights(triton_device, monkeypatch):
+    monkeypatch.delenv("TCM_FAST_BACKEND")
+    net = network("ddpmpp", triton_device, attn_resolutions=(), channel_mult=(1,)).eval()
+    x, t = torch.randn(2, 3, 4, 4, device=triton_device), torch.ones(2, device=triton_device)
+    weights = {name: 0.9 * p.detach() for name, p in net.named_parameters()}
+    found = functional_call(net, weights, (x, t))
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")(x, t)
+    torch.testing.assert_close(compiled, net(x, t))
+    net.load_state_dict(net.state_dict() | weights)
+    torch.testing.assert_close(net(x, t), found)
