@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tcm_fast.benchmarks.recipe_study import ARMS, RESULT, SETTINGS, TABLES, Arm, Table, folder_of
+from tcm_fast.benchmarks.recipe_arms import ARMS, SETTINGS, TABLES, Arm, Table
+from tcm_fast.benchmarks.recipe_study import RESULT, folder_of
 from tcm_fast.benchmarks.report import with_table
 from tcm_fast.checkpoint.format import load_network
 from tcm_fast.evaluation.metrics import FRECHET, KERNEL

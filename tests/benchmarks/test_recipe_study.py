@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tcm_fast.benchmarks import recipe_report, recipe_study
-from tcm_fast.benchmarks.recipe_study import ARMS, SETTINGS, Arm, Table, folder_of, study
+from tcm_fast.benchmarks.recipe_arms import ARMS, SETTINGS, STAGE, Arm, Table
+from tcm_fast.benchmarks.recipe_study import folder_of, study
 from tcm_fast.evaluation.metrics import FRECHET, KERNEL
 from tcm_fast.training.trainer import Trainer
 
@@ -76,7 +77,7 @@ def test_changes_are_fields_and_seeds_add():
     table = Table()
     config = table.config(table.find("digits", "t0.5-scale1"), 2)
     assert (config.tcm.t_prime, config.tcm.t_mean, config.tcm.t_std) == (0.5, np.log(0.5), 1.0)
-    assert (config.seed, config.phases, config.tcm.images) == (2, ("tcm",), recipe_study.STAGE)
+    assert (config.seed, config.phases, config.tcm.images) == (2, ("tcm",), STAGE)
     assert table.config(table.find("digits", "continued"), 2).seed == 1002
     arm = table.find("cifar16", "cmt-tcm-32-manifold")
     config = table.config(arm, 0, features="features.safetensors")
