@@ -1,7 +1,7 @@
 """Does truncated training pay? python -m tcm_fast.benchmarks.recipe_study --data CIFAR10
 
-Small networks are trained by the arms of a table (`recipe_arms.BLOCKS`), three seeds each: pre-training, stage
-1, stage 1 continued, stage 2 with several t' and widths of its law, mid-training and the other add-ons, each
+Small networks are trained by the arms of a table (`recipe_arms.BLOCKS`), three seeds each: pre-training,
+stage 1, stage 1 continued, stage 2 with several t' and widths of its law, mid-training and the other add-ons, each
 from the network of another arm. Samples after one and two steps are compared with held-out images: kernel and
 Fréchet distances of several sets of samples. CIFAR10 is a folder with train and test in it; without it the
 digits alone are studied.
