@@ -1,10 +1,10 @@
 """Does truncated training pay? python -m tcm_fast.benchmarks.recipe_study --data CIFAR10
 
 Small networks are trained by the arms of a table (`recipe_arms.BLOCKS`), three seeds each: pre-training,
-stage 1, stage 1 continued, stage 2 with several t' and widths of its law, mid-training and the other add-ons, each
-from the network of another arm. Samples after one and two steps are compared with held-out images: kernel and
-Fréchet distances of several sets of samples. CIFAR10 is a folder with train and test in it; without it the
-digits alone are studied.
+stage 1, stage 1 continued, stage 2 with several t' and widths of its law, mid-training and other add-ons,
+each from the network of another arm. Samples after one and two steps are compared with held-out images:
+kernel and Fréchet distances of several sets of samples. CIFAR10 is a folder with train and test in it;
+without it the digits alone are studied.
 
 An arm is done when its folder (under --runs) has a result.json; the command takes up what is missing, and
 with --budget stops in time. Results go to a JSON file, from which --report writes the page anew.
