@@ -163,7 +163,7 @@ def block(record: dict[str, Any], out: Path, page: Path) -> str:
             shown = [arm for arm in done if arm.name in beside] + arms
             lines += [head, ""] if head else []
             lines += [*table(results, setting, shown), ""]
-            lines += ["" if key else of_samples(results, setting, arms), ""]
+            lines += [] if key else [of_samples(results, setting, arms), ""]
             if of_pairs := compared(results, setting, arms):
                 lines += [*of_pairs, ""]
             if not key and (drawn := record["pictures"].get(setting)):
