@@ -206,6 +206,13 @@ def results(table: Table, runs: Path, seeds: int) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
+def dropped(out: Path, rows: list[dict[str, Any]]) -> int:
+    """How many results a file has that are not among these."""
+    kept = {(row["setting"], row["arm"], row["seed"]) for row in rows}
+    there = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
+    return sum((row["setting"], row["arm"], row["seed"]) not in kept for row in there)
+
+
 def real_distances(table: Table, runs: Path) -> dict[str, dict[str, float]]:
     """By setting: distances of training images to the held-out ones."""
     paths = {name: runs / name / REAL for name in table.settings}
@@ -231,17 +238,27 @@ def main() -> None:
     page = args.page or (runs if args.quick else Path("docs")) / "study.md"
     if args.seeds < 1:
         parser.error(f"--seeds: must be at least 1, got {args.seeds}")
+    if args.budget is not None and args.budget < 0:
+        parser.error(f"--budget: must not be negative, got {args.budget:g}")
+    for half in ("train", "test") if args.data else ():
+        if not (args.data / half).exists():
+            parser.error(f"--data: must have train and test in it, got {args.data} without {half}")
     if not args.report:
         torch.set_num_threads(1)
         table = Table().shortened() if args.quick else Table()
         study(table, runs, args.data, seeds=args.seeds, budget=args.budget)
+        rows = results(table, runs, args.seeds)
+        if lost := dropped(out, rows):
+            parser.error(
+                f"--runs: {runs} lacks {lost} results that {out} has; give their --runs, or another --out"
+            )
         pictures = {name: recipe_report.picture(table, runs, name, out) for name in table.settings}
         write_record(
             out,
             "arms of recipe_study: distances of sets of samples to held-out images",
             f"one thread of {environment('cpu')['name']}",
             real=real_distances(table, runs),
-            rows=results(table, runs, args.seeds),
+            rows=rows,
             pictures={name: labels for name, labels in pictures.items() if labels},
         )
     recipe_report.renew(out, page)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from tcm_fast.kernels._backend import backend
 
@@ -62,13 +63,20 @@ def assuming_kernels(assumed: bool = True) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result
 def runs_triton(name: str, device_type: str) -> bool:
-    """Whether operation `name` runs its Triton kernel on tensors of this device type.
+    """Whether operation `name` runs its Triton kernel on tensors of this device type: not in forward-mode
+    differentiation, where a kernel would lose the tangents.
 
     Raises:
         ValueError: TCM_FAST_BACKEND=kernel, and no Triton kernel can run.
     """
     choice = backend()
     if choice == "reference" or (name in _uncompiled and choice != "kernel"):
+        return False
+    if forward_ad._current_level >= 0:
+        if choice == "kernel":
+            raise ValueError(
+                f"{name}: TCM_FAST_BACKEND=kernel has no forward-mode derivatives, set another backend"
+            )
         return False
     if device_type == "meta":
         return _assumed
@@ -84,12 +92,14 @@ def runs_triton(name: str, device_type: str) -> bool:
 
 
 def calls_directly(x: torch.Tensor) -> bool:
-    """Whether an operation may call its launcher as a plain function: nothing compiles, transforms or
-    watches operators. The dispatcher takes longer over an operator in Python than the launch itself."""
+    """Whether an operation may call its launcher as a plain function: nothing compiles, transforms,
+    differentiates forward or watches operators. The dispatcher takes longer over an operator in Python
+    than the launch itself."""
     return not (
         torch.compiler.is_compiling()
         or type(x) not in (torch.Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     )
 

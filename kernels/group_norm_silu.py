@@ -980,6 +980,8 @@ def group_norm_silu(
     n, c, height, width = x.shape
     if skip is not None:
         check_sum("group_norm_silu", x, skip, x_bias=x_bias, skip_bias=skip_bias)
+        if not isinstance(sum_scale, (int, float)):
+            raise TypeError(f"group_norm_silu: sum_scale must be a number, got {sum_scale!r}")
     elif x_bias is not None or skip_bias is not None or sum_scale != 1:
         raise ValueError("group_norm_silu: x_bias, skip_bias, sum_scale are of a sum, got no skip")
     if second is not None:
@@ -995,7 +997,7 @@ def group_norm_silu(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if not fits_channels(parameter, n, c) or parameter.ndim != weight.ndim:
             raise ValueError(
-                f"group_norm_silu: {name} must be [{c}], or both expanded to [{n},{c}], got "
+                f"group_norm_silu: {name} must be [{c}], or both expanded (stride 0) to [{n},{c}], got "
                 f"{list(parameter.shape)}"
             )
         if parameter.dtype not in (torch.float32, torch.float64):

@@ -289,6 +289,8 @@ def mp_sum(
         )
     if not 0 <= t <= 1:
         raise ValueError(f"mp_sum: t must be in [0, 1], got {t}")
+    if not isinstance(factors, (tuple, list)) or len(factors) != 2:
+        raise ValueError(f"mp_sum: factors must be two numbers, of a and of b, got {factors}")
     if clip is not None and not clip > 0:
         raise ValueError(f"mp_sum: clip must be positive, got {clip}")
     if a.dtype != torch.float64 and runs_triton("mp_sum", a.device.type):

@@ -332,8 +332,8 @@ def check_sum(
     for name, b in found.items():
         if not fits_channels(b, n, c) or b.ndim != dims[0] or b.device != x.device:
             raise ValueError(
-                f"{operation}: {name} must be [{c}] on {x.device}, or all biases expanded to [{n},{c}], got "
-                f"{list(b.shape)} on {b.device}"
+                f"{operation}: {name} must be [{c}] on {x.device}, or all biases expanded (stride 0) to "
+                f"[{n},{c}], got {list(b.shape)} on {b.device}"
             )
 
 

@@ -113,7 +113,7 @@ def run_eval(args: Eval) -> int:
         )
     if args.seeds < 1:
         raise ValueError(f"seeds: must be at least 1, got {args.seeds}")
-    if args.denoising and args.precision is not None:
+    if args.denoising and args.precision not in (None, "fp32"):
         raise ValueError(f"precision: --denoising denoises in fp32, got {args.precision}")
     workers = join(args.device)
     net, images, space = load_for_evaluation(args, "eval", workers.device)

@@ -83,11 +83,14 @@ def _is_worth_it(x: torch.Tensor) -> bool:
 
 def by_sample(model: RawNetwork, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """The `by_sample_names` of a raw network for a training pass over x [N,C,H,W]: by name their parameters,
-    in fp32 also where others compute in 16 bits, expanded to [N, ...]. Empty where nothing is gained."""
+    expanded to [N, ...], in fp32 also where others compute, or the network is, in 16 bits. Empty where
+    nothing is gained."""
     if not _is_worth_it(x):
         return {}
     parameters, names = dict(model.named_parameters()), model.by_sample_names()
-    if not any(parameters[name].requires_grad for name in names):
+    chosen = [parameters[name] for name in names]
+    if not any(p.requires_grad for p in chosen):
         return {}
-    expanded = _Expand.apply(x.shape[0], *(parameters[name] for name in names))
+    wide = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in chosen]
+    expanded = _Expand.apply(x.shape[0], *wide)
     return dict(zip(names, expanded, strict=True))

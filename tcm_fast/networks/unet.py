@@ -312,7 +312,7 @@ class EDMUNet(UNet):
                 names += [
                     f"{path}.{name}.bias"
                     for name, layer in layers.items()
-                    if isinstance(layer, Conv2d)
+                    if isinstance(layer, Conv2d) and layer.bias is not None
                 ]
         return names
 

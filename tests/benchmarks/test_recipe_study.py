@@ -235,6 +235,22 @@ def test_the_site_has_the_page_of_the_results():
     assert sum(picture.stat().st_size for picture in pictures) < 300_000
 
 
+def test_results_are_not_dropped(tmp_path, monkeypatch, capsys):
+    """Runs elsewhere do not empty a file of results; a folder without images is refused at once."""
+    out = tmp_path / "study.json"
+    out.write_text(json.dumps(record()))
+    command = ["recipe_study", "--runs", str(tmp_path / "runs"), "--out", str(out), "--budget", "0"]
+    for more, message in (
+        ([], "lacks 15 results"), (["--data", str(tmp_path)], "must have train and test"),
+        (["--budget", "-1"], "must not be negative"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        with pytest.raises(SystemExit):
+            recipe_study.main()
+        assert message in capsys.readouterr().err
+    assert json.loads(out.read_text()) == record()
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")

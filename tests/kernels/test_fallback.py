@@ -312,3 +312,34 @@ def test_an_operation_returns_to_its_kernels_only_where_they_are_demanded(broken
     assert run(1) == 0
     monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
     assert run(1) == 2
+
+
+@pytest.mark.parametrize("name", ["residual", "mp_sum", "pixel_norm_mp_silu", "group_norm_silu"])
+def test_forward_mode_runs_the_reference(name, monkeypatch):
+    """A kernel would hand on values without their tangents."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    operation = getattr(importlib.import_module(f"tcm_fast.kernels.{name}"), name)
+    x, v = torch.randn(2, 2, 8, 3, 3, device=DEVICE)
+    rest = {
+        "residual": (v,), "mp_sum": (v,), "pixel_norm_mp_silu": (),
+        "group_norm_silu": (2, torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)),
+    }[name]  # fmt: skip
+
+    def first(x):
+        out = operation(x, *rest)
+        return out[0] if isinstance(out, tuple) else out
+
+    def along():
+        with torch.autograd.forward_ad.dual_level():
+            dual = first(torch.autograd.forward_ad.make_dual(x, v))
+            tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+        return torch.func.jvp(first, (x,), (v,))[1], tangent
+
+    found = along()
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    for ours, expected in zip(found, along(), strict=True):
+        assert torch.equal(ours, expected)
+        assert expected.any()
+    monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
+    with pytest.raises(ValueError, match="no forward-mode derivatives"):
+        along()

@@ -136,5 +136,7 @@ def test_refuses():
         mp_sum(a, b[:1])
     with pytest.raises(ValueError, match=r"mp_sum: t must be in \[0, 1\], got 1.5"):
         mp_sum(a, b, 1.5)
+    with pytest.raises(ValueError, match=r"mp_sum: factors must be two numbers, .* got \(1.0,\)"):
+        mp_sum(a, b, factors=(1.0,))
     with pytest.raises(ValueError, match=r"mp_sum: clip must be positive, got 0"):
         mp_sum(a, b, clip=0)

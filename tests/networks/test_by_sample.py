@@ -139,3 +139,25 @@ def test_all_modulations_are_each_blocks(monkeypatch):
         monkeypatch.undo()
         for name in ours:
             torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["ddpmpp", "ncsnpp", "adm"])
+def test_a_network_that_is_bf16_as_a_whole(family, as_on_a_gpu, monkeypatch):
+    net = network(family).eval().to(torch.bfloat16)
+    ours = gradients(net, dtype=torch.bfloat16)
+    assert {grad.dtype for grad in ours.values()} == {torch.bfloat16}
+    monkeypatch.setattr(module, "runs_triton", lambda *_: False)
+    plain = gradients(net, dtype=torch.bfloat16)
+    large = [
+        name for name in plain if plain[name].norm() > 0.01 * max(p.norm() for p in plain.values())
+    ]
+    near({name: ours[name] for name in large}, {name: plain[name] for name in large}, 0.1)
+
+
+def test_convolutions_without_a_bias(as_on_a_gpu, monkeypatch):
+    net = network("ddpmpp").eval()
+    for block in net.model.blocks():
+        block.conv1.bias = None
+    ours = gradients(net)
+    monkeypatch.setattr(module, "runs_triton", lambda *_: False)
+    near(ours, gradients(net), 1e-4)
