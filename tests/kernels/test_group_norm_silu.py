@@ -194,8 +194,14 @@ def test_compiles_to_one_graph():
         ({"num_groups": 0}, "num_groups must divide C=12, got 0"),
         ({"weight": torch.ones(11)}, r"weight must be \[12\], or both .* got \[11\]"),
         ({"bias": torch.ones(12, 1)}, r"bias must be \[12\], or both .* got \[12, 1\]"),
-        ({"bias": torch.ones(12).expand(3, 12)}, r"or both expanded to \[3,12\], got \[3, 12\]"),
-        ({"weight": torch.ones(3, 12)}, r"weight must be \[12\], or both expanded to \[3,12\]"),
+        (
+            {"bias": torch.ones(12).expand(3, 12)},
+            r"or both expanded \(stride 0\) to \[3,12\], got \[3, 12\]",
+        ),
+        (
+            {"weight": torch.ones(3, 12)},
+            r"weight must be \[12\], or both expanded \(stride 0\) to \[3,12\]",
+        ),
         ({"add": torch.ones(3, 12, 1, 1)}, r"add must be \[3,12\]"),
         ({"scale": torch.ones(12)}, r"scale must be \[3,12\], got \[12\]"),
         ({"x": torch.ones(3, 12)}, r"x must be \[N,C,H,W\], got \[3, 12\]"),

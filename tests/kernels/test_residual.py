@@ -137,9 +137,13 @@ def test_refuses():
         residual(x, skip, 1.0, bias[:3])
     with pytest.raises(ValueError, match=r"residual: skip_bias must be \[24\] on cpu, or all"):
         residual(x, skip, 1.0, bias, bias[:4])
-    with pytest.raises(ValueError, match=r"or all biases expanded \(stride 0\) to \[2,24\], got \[2, 24\]"):
+    with pytest.raises(
+        ValueError, match=r"or all biases expanded \(stride 0\) to \[2,24\], got \[2, 24\]"
+    ):
         residual(x, skip, 1.0, bias, bias.expand(2, -1))
-    with pytest.raises(ValueError, match=r"or all biases expanded \(stride 0\) to \[2,24\], got \[2, 24\]"):
+    with pytest.raises(
+        ValueError, match=r"or all biases expanded \(stride 0\) to \[2,24\], got \[2, 24\]"
+    ):
         residual(x, skip, 1.0, bias.repeat(2, 1))  # may differ between the samples
     with pytest.raises(ValueError, match=r"x must be \[N,C,H,W\], got \[24\]"):
         residual(bias, bias)
