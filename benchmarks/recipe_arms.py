@@ -9,17 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from tcm_fast.config import Config, load_preset, phase_name
+from tcm_fast.config import PHASES, Config, load_preset, phase_name
 from tcm_fast.evaluation.metrics import FRECHET, KERNEL
 from tcm_fast.objectives import OBJECTIVES, is_consistency
 from tcm_fast.objectives.noise_levels import IMAGE
 
-OWN = (
-    "stop_after",
-    "data.source",
-    "ect.features",
-    "tcm.features",
-)  # where a run may differ from the table
+FEATURES = tuple(f"{phase}.features" for phase in PHASES)
+OWN = ("stop_after", "data.source", *FEATURES)  # where a run may differ from the table
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,11 @@ class Arm:
     def __post_init__(self) -> None:
         for phase in self.images:
             phase_name(phase)
+
+    @property
+    def feature_fields(self) -> tuple[str, ...]:
+        """Those of `changes` that name the file for the manifold distance."""
+        return tuple(name for name in self.changes if name in FEATURES)
 
 
 BASE: dict[str, Any] = {
@@ -237,9 +238,7 @@ class Table:
         A seed of `changes` is added: stage 1 continued must not see the same noise again."""
         values = {**BASE, **self.settings[arm.setting].changes, **arm.changes}
         if features:
-            values |= {
-                name: features for name in values if name.endswith(".features") and name in OWN
-            }
+            values |= dict.fromkeys(arm.feature_fields, features)
         values |= {f"{phase}.images": images for phase, images in arm.images.items()}
         values |= {"seed": seed + values.get("seed", 0), "phases": tuple(arm.images)}
         return with_changes(load_preset("digits"), values | {"data.source": source})

@@ -123,8 +123,7 @@ def run_arm(
         Interrupted: that time was too short.
     """
     folder = folder_of(runs, arm, seed)
-    is_manifold = "manifold" in arm.changes.values()
-    features = judge.feature_file if is_manifold else ""
+    features = judge.feature_file if arm.feature_fields else ""
     config = table.config(arm, seed, judge.train_source, features)
     before = table.before(arm)
     init = folder_of(runs, before, seed) if before else None

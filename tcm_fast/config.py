@@ -174,7 +174,37 @@ class EdmConfig(PhaseConfig):
 
 
 @dataclass(frozen=True)
-class ConsistencyConfig(PhaseConfig):
+class DistanceConfig(PhaseConfig):
+    """What the phases share whose distance can be the manifold feature distance."""
+
+    distance: str = "huber"
+    """Of D(x_t,t) to its target, by its name."""
+    features: str = ""
+    """File of the feature network for the manifold distance, from `tcm-fast features train`."""
+    huber_c: float = 1e-8
+    """Constant of the pseudo-Huber distance."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__.removesuffix("Config").lower()
+        has_rule = type(self).huber_c == 0  # which 0 stands for
+        require(
+            self.huber_c > 0 or (has_rule and self.huber_c == 0),
+            f"{name}.huber_c: must be positive, got {self.huber_c}",
+        )
+        require(
+            self.distance != "manifold" or bool(self.features),
+            f"{name}.features: the manifold distance needs a file of tcm-fast features train, got none",
+        )
+        require(
+            self.distance == "manifold" or not self.features,
+            f"{name}.features: only the manifold distance has a feature network, got {self.features} "
+            f"for distance {self.distance}",
+        )
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig(DistanceConfig):
     """What the consistency phases share: which pairs of noise levels, which distance."""
 
     t_mean: float = -1.1
@@ -183,10 +213,6 @@ class ConsistencyConfig(PhaseConfig):
     """Standard deviation of ln t."""
     distance: Distance = "huber"
     """Of D(x_t,t) to its target: pseudo-Huber of the pixels, or the manifold feature distance (AYT)."""
-    features: str = ""
-    """File of the feature network for the manifold distance, from `tcm-fast features train`."""
-    huber_c: float = 1e-8
-    """Constant of the pseudo-Huber distance."""
     weighting: Weighting = "inv_dt"
     """w(t, r) of the loss: 1/dt with dt = t - r, 1/c_out(t)^2, 1/c_out(t), 1/sqrt(dt), or 1."""
 
@@ -194,20 +220,6 @@ class ConsistencyConfig(PhaseConfig):
         super().__post_init__()
         name = type(self).__name__.removesuffix("Config").lower()
         require(self.t_std > 0, f"{name}.t_std: must be positive, got {self.t_std}")
-        has_rule = type(self).huber_c == 0  # which 0 stands for
-        require(
-            self.huber_c > 0 or (has_rule and self.huber_c == 0),
-            f"{name}.huber_c: must be positive, got {self.huber_c}",
-        )
-        require(
-            self.distance == "huber" or bool(self.features),
-            f"{name}.features: the manifold distance needs a file of tcm-fast features train, got none",
-        )
-        require(
-            self.distance == "manifold" or not self.features,
-            f"{name}.features: only the manifold distance has a feature network, got {self.features} "
-            f"for distance {self.distance}",
-        )
 
 
 @dataclass(frozen=True)
@@ -329,7 +341,7 @@ class CdConfig(RatioConfig):
 
 
 @dataclass(frozen=True)
-class CmtConfig(PhaseConfig):
+class CmtConfig(DistanceConfig):
     """Mid-training, between edm and ect: the end of the pre-trained network's ODE from every point of it (Hu
     et al., ICLR 2026)."""
 
@@ -339,10 +351,9 @@ class CmtConfig(PhaseConfig):
     points: int | None = None
     """Samples of a batch that share a trajectory, each with a point of its own (the greatest common divisor
     of this and batch_size); None is all points, which costs least."""
-    distance: Literal["pixel", "huber"] = "pixel"
-    """Between the network's image and the trajectory's end: squared error, or pseudo-Huber."""
-    huber_c: float = 1e-8
-    """Constant of the pseudo-Huber distance."""
+    distance: Literal["pixel", "huber", "manifold"] = "pixel"
+    """Between the network's image and the trajectory's end: squared error, pseudo-Huber, or the manifold
+    feature distance (AYT)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -351,7 +362,6 @@ class CmtConfig(PhaseConfig):
             self.points is None or 1 <= self.points <= self.steps,
             f"cmt.points: must lie in [1, steps = {self.steps}], got {self.points}",
         )
-        require(self.huber_c > 0, f"cmt.huber_c: must be positive, got {self.huber_c}")
 
     @property
     def sharing(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tcm_fast.checkpoint.format import load_network
 from tcm_fast.checkpoint.hub import FILES, as_one_sentence, check_name, package
-from tcm_fast.config import PHASES, Config, ConsistencyConfig, load_config, save_config
+from tcm_fast.config import PHASES, Config, DistanceConfig, load_config, save_config
 from tcm_fast.networks import Precond
 
 
@@ -161,7 +161,7 @@ def _without_paths(config: Config) -> Config:
     phases: dict[str, Any] = {
         name: replace(phase, features=re.split(r"[/\\]", phase.features)[-1])
         for name in PHASES
-        if isinstance(phase := config.phase(name), ConsistencyConfig)
+        if isinstance(phase := config.phase(name), DistanceConfig)
     }
     return replace(
         config,

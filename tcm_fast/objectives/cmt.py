@@ -16,12 +16,12 @@ from tcm_fast.kernels.consistency_loss import consistency_loss
 from tcm_fast.kernels.noise_pair import NOISE_LAYER, network_input
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.kernels.precondition import denoise
-from tcm_fast.objectives.base import Objective
 from tcm_fast.objectives.batch import Batch
+from tcm_fast.objectives.manifold import DistanceObjective, manifold_loss
 from tcm_fast.objectives.noise_levels import IMAGE, TimePlan, karras_grid
 
 
-class Cmt(Objective[CmtConfig]):
+class Cmt(DistanceObjective[CmtConfig]):
     """d(D(x_t,t), x_0): the student at a point x_t of a trajectory of the teacher, in eval mode, against the
     trajectory's end x_0. Trajectories start at T eps, T = 80, and end at 0.002.
 
@@ -137,4 +137,15 @@ def huber(
     )  # fmt: skip
 
 
-DISTANCES: dict[str, Distance] = {"pixel": pixel, "huber": huber}
+def manifold(
+    cmt: Cmt, output: torch.Tensor, x: torch.Tensor, end: torch.Tensor, batch: Batch
+) -> torch.Tensor:
+    """w √(Σ_l ‖φ_l(D(x_t,t)) - φ_l(x_0)‖²), with the gradient of `manifold_loss`."""
+    assert cmt._features is not None
+    return manifold_loss(
+        output, x, batch.t, end, x, batch.r, features=cmt._features[0],
+        weighting=batch.weighting, sigma_data=cmt.student.sigma_data, is_clean=batch.is_clean,
+    )  # fmt: skip
+
+
+DISTANCES: dict[str, Distance] = {"pixel": pixel, "huber": huber, "manifold": manifold}

@@ -12,15 +12,8 @@ import torch
 from tcm_fast.config import ConsistencyConfig, RatioConfig
 from tcm_fast.kernels.consistency_loss import WEIGHTINGS, consistency_loss
 from tcm_fast.kernels.noise_pair import NoisePair, noise_pair
-from tcm_fast.networks import Precond
-from tcm_fast.objectives.base import Objective
 from tcm_fast.objectives.batch import Batch
-from tcm_fast.objectives.manifold import (
-    FeatureNetwork,
-    check_features,
-    manifold_loss,
-    read_features,
-)
+from tcm_fast.objectives.manifold import DistanceObjective, manifold_loss
 from tcm_fast.objectives.noise_levels import IMAGE, TimePlan, inner_level, ratio
 
 MAX_RATE = 2e-3  # of a recipe that is shortened
@@ -35,38 +28,14 @@ def euler_step(x_t: torch.Tensor, denoised: torch.Tensor, batch: Batch) -> torch
     return x_t + slope.reshape(-1, 1, 1, 1) * (x_t - denoised)
 
 
-class Consistency(Objective[P]):
+class Consistency(DistanceObjective[P]):
     """w(t,r) d(D(x_t,t), sg D(x_r,r)) with the pseudo-Huber distance d (or the manifold feature distance),
     each target by the one network that it needs."""
-
-    def __init__(
-        self, config: P, student: Precond, frozen: Precond | None = None, **options: Any
-    ) -> None:
-        super().__init__(config, student, frozen, **options)
-        self._features: tuple[FeatureNetwork, dict[str, Any]] | None = None
-        if config.features:
-            device = next(student.parameters()).device
-            self._features = read_features(config.features, f"{self.name}.features", device)
-
-    @classmethod
-    def check(cls, config: P, student: Precond) -> None:
-        if config.features:
-            check_features(
-                config.features, f"{cls.name}.features", resolution=student.img_resolution,
-                channels=student.img_channels,
-            )  # fmt: skip
 
     @property
     def c(self) -> float:
         """Constant of the pseudo-Huber distance."""
         return self.config.huber_c
-
-    def held(self) -> list[torch.Tensor]:
-        own = [] if self._features is None else self._features[0].parameters()
-        return [*super().held(), *own]
-
-    def reads(self) -> dict[str, str]:
-        return {} if self._features is None else {"features": self._features[1]["sha256"]}
 
     @classmethod
     def weighting(cls, plan: TimePlan, config: P, sigma_data: float) -> np.ndarray:

@@ -1,5 +1,5 @@
 """The manifold feature distance (AYT: Kim, Cha, Ye, "Align Your Tangent", 2025, arXiv 2510.00658): what the
-consistency phases take for the pixels' distance with `distance = "manifold"`.
+consistency phases and `cmt` take for the pixels' distance with `distance = "manifold"`.
 
 A small network that was trained to tell how strongly an image was turned, shifted, blurred and so on
 (`tcm-fast features train`) has features that change along with the images, and little with what leads off
@@ -11,15 +11,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tcm_fast.config import DistanceConfig
 from tcm_fast.kernels.precondition import denoise
+from tcm_fast.networks import Precond
+from tcm_fast.objectives.base import Objective
 from tcm_fast.runtime.arithmetic import tf32
 from tcm_fast.runtime.atomic import FORMAT, Tensors, check_fit, read_tensors, reason
+
+D = TypeVar("D", bound=DistanceConfig)
 
 SMALLEST = 4  # pixels of the smallest features, and of the smallest images
 
@@ -216,3 +221,35 @@ def feature_distance(
     length = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True)
     least = torch.finfo(gradient.dtype).tiny
     return torch.linalg.vector_norm(norms, dim=0), gradient / length.clamp_min(least)
+
+
+# ---- the phases that can take it ----------------------------------------------------------------
+
+
+class DistanceObjective(Objective[D]):
+    """A phase whose configuration may name a feature network: it is checked, read once, kept out of the
+    module tree, counted as held memory, and a resumed run has to read the same."""
+
+    def __init__(
+        self, config: D, student: Precond, frozen: Precond | None = None, **options: Any
+    ) -> None:
+        super().__init__(config, student, frozen, **options)
+        self._features: tuple[FeatureNetwork, dict[str, Any]] | None = None
+        if config.features:
+            device = next(student.parameters()).device
+            self._features = read_features(config.features, f"{self.name}.features", device)
+
+    @classmethod
+    def check(cls, config: D, student: Precond) -> None:
+        if config.features:
+            check_features(
+                config.features, f"{cls.name}.features", resolution=student.img_resolution,
+                channels=student.img_channels,
+            )  # fmt: skip
+
+    def held(self) -> list[torch.Tensor]:
+        own = [] if self._features is None else self._features[0].parameters()
+        return [*super().held(), *own]
+
+    def reads(self) -> dict[str, str]:
+        return {} if self._features is None else {"features": self._features[1]["sha256"]}

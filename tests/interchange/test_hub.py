@@ -18,7 +18,15 @@ from tcm_fast.checkpoint import hub as downloads
 from tcm_fast.checkpoint.format import save_network
 from tcm_fast.cli.eval import run_config
 from tcm_fast.cli.main import main
-from tcm_fast.config import Config, DataConfig, EctConfig, EvalConfig, load_config, save_config
+from tcm_fast.config import (
+    CmtConfig,
+    Config,
+    DataConfig,
+    EctConfig,
+    EvalConfig,
+    load_config,
+    save_config,
+)
 from tcm_fast.interchange import hub
 from tcm_fast.sampling.image_io import save_grid
 
@@ -145,7 +153,8 @@ def run(tmp_path):
         EvalConfig(features="inception:/home/me/w.pth"),
     )
     ect = EctConfig(distance="manifold", features="/home/me/f.safetensors")
-    save_config(Config(data=data, eval=judged, ect=ect, seed=11), folder / "config.json")
+    cmt = CmtConfig(distance="manifold", features="/home/me/g.safetensors")
+    save_config(Config(data=data, eval=judged, ect=ect, cmt=cmt, seed=11), folder / "config.json")
     save_grid(np.zeros((4, 8, 8, 1), np.uint8), folder / "grids/tcm-000000064.png", 2)
     events = [
         {"event": "eval", "phase": "ect", "images": 64, "frechet": {"1": 9.0}},

@@ -2,11 +2,13 @@
 
 import dataclasses
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from test_manifold import feature_network, naive_features, write
 from tiny_runs import (
     PHASE,
     assert_equal,
@@ -21,8 +23,9 @@ from tiny_runs import (
 )
 
 from tcm_fast.checkpoint.format import load_checkpoint, load_network
+from tcm_fast.checkpoint.run_folder import newest_checkpoint, read_state
 from tcm_fast.cli.main import main
-from tcm_fast.config import CmtConfig, Config, from_dict, load_preset
+from tcm_fast.config import CmtConfig, Config, from_dict, load_config, load_preset, save_config
 from tcm_fast.kernels.noise_pair import NOISE_LAYER
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import build_network
@@ -58,6 +61,18 @@ def problem(dropout=0.0, dtype=torch.float32, **fields):
     config = CmtConfig(**{"batch_size": SIZE, "steps": 8} | fields)
     objective = Cmt(config, network(1, dropout).train(), network(2, dropout), dtype=dtype)
     return config, planned(config), objective
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """Files of feature networks of images of 8x8 pixels, by their channels."""
+    folder = tmp_path_factory.mktemp("features")
+    return {n: write(folder / f"{n}.safetensors", feature_network(n)) for n in (1, 2)}
+
+
+def of_distance(name, features, channels=2):
+    """Fields of a configuration."""
+    return {"distance": name, "features": features[channels] if name == "manifold" else ""}
 
 
 def batches(plan, parts=1):
@@ -168,6 +183,17 @@ def test_trajectories_follow_the_flow_to_second_order():
 # ---- the loss -----------------------------------------------------------------------------------
 
 
+def naive_manifold(image, end):
+    """The root of the sum of squares, with the gradient of that sum scaled to norm 1."""
+    net = feature_network()
+    at = image.detach().requires_grad_()
+    pairs = zip(naive_features(net, at[None]), naive_features(net, end[None]), strict=True)
+    square = sum((a - b).square().sum() for a, b in pairs)
+    (g,) = torch.autograd.grad(square, at)
+    along = (image * g / g.square().sum().sqrt()).sum()
+    return square.detach().sqrt() + along - along.detach()
+
+
 def naive_loss(config, plan, objective):
     """One sample at a time in float64, by the source's formulas in lambda = -ln t."""
     student = objective.student
@@ -198,8 +224,10 @@ def naive_loss(config, plan, objective):
                 x = levels[n] / levels[n - 1] * x - (math.exp(-h) - 1) * d
                 states.append(x)
         number = int(np.abs(levels - plan.t[i]).argmin())
-        error = denoised(student, states[number], levels[number], label) - states[-1]
-        square = error.square().sum()
+        image = denoised(student, states[number], levels[number], label)
+        square = (image - states[-1]).square().sum()
+        if config.distance == "manifold":
+            square = naive_manifold(image, states[-1])
         if config.distance == "huber":
             square = torch.sqrt(square + config.huber_c**2) - config.huber_c
         total = total + square / SIZE
@@ -208,8 +236,9 @@ def naive_loss(config, plan, objective):
 
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("points", [None, 2])
-def test_a_step_is_the_formula(distance, points):
-    config, plan, objective = problem(distance=distance, points=points, huber_c=0.06)
+def test_a_step_is_the_formula(distance, points, features):
+    fields = of_distance(distance, features)
+    config, plan, objective = problem(points=points, huber_c=0.06, **fields)
     loss, grad = step(objective, plan)
     expected, student = naive_loss(config, plan, objective)
     expected_grad = torch.autograd.grad(expected, list(student.parameters()), allow_unused=True)
@@ -227,6 +256,17 @@ def test_a_step_does_not_depend_on_how_it_is_cut(points, parts):
     cut_loss, cut_grad = step(objective, plan, parts)
     assert cut_loss == pytest.approx(loss, rel=1e-5)
     assert cosine(grad, cut_grad) > 1 - 1e-5
+
+
+def test_nor_does_one_with_the_manifold_distance(features):
+    _, plan, objective = problem(dropout=0.3, **of_distance("manifold", features))
+    loss, grad = step(objective, plan)
+    assert torch.equal(step(objective, plan)[1], grad)
+    for parts in (2, 16):
+        cut_loss, cut_grad = step(objective, plan, parts)
+        assert cut_loss == pytest.approx(loss, rel=1e-5)
+        assert cosine(grad, cut_grad) > 1 - 1e-5
+    assert {name.split(".")[0] for name, _ in objective.named_parameters()} == {"student"}
 
 
 @pytest.mark.parametrize(
@@ -264,10 +304,11 @@ def test_any_cut_solves_the_same_trajectories(size, points):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_sixteen_bits_are_near(dtype, distance):
+def test_sixteen_bits_are_near(dtype, distance, features):
     """Trajectories and loss stay in fp32."""
-    _, plan, objective = problem(distance=distance)
-    _, _, low = problem(distance=distance, dtype=dtype)
+    fields = of_distance(distance, features)
+    _, plan, objective = problem(**fields)
+    _, _, low = problem(dtype=dtype, **fields)
     (batch,) = batches(plan)
     assert {x.dtype for x in low.points(batch)} == {torch.float32}
     (loss, grad), (low_loss, low_grad) = step(objective, plan), step(low, plan)
@@ -302,6 +343,23 @@ def test_planning_counts_the_solver():
     assert work("cmt", points=4).flops == pytest.approx(7 * one, rel=0.02)
     assert work("cmt").frozen > 0
     assert mean_work(base, "cmt") == 1.0
+
+
+def test_planning_counts_the_feature_network(features):
+    """Its memory, two passes and a gradient with respect to the image."""
+    base, net = load_preset("digits"), feature_network(1)
+
+    def planned(distance):
+        fields = of_distance(distance, features, channels=1)
+        cmt = dataclasses.replace(base.cmt, batch_size=64, **fields)
+        return dry_step(dataclasses.replace(base, cmt=cmt), "cmt", ImageShape(8, 1), on_gpu=True)
+
+    found, without = planned("manifold"), planned("huber")
+    assert found.frozen - without.frozen == 4 * sum(p.numel() for p in net.parameters())
+    products = sum(
+        conv.weight.numel() * (64, 16)[k] for k, block in enumerate(net.blocks) for conv in block
+    )
+    assert found.flops - without.flops == 3 * 2 * products * found.rows
 
 
 @pytest.mark.parametrize(
@@ -364,6 +422,44 @@ def test_a_resumed_run_repeats_an_unbroken_one(images, run, tmp_path):
     )
 
 
+def test_a_run_is_resumed_with_its_features_alone(images, run, features, tmp_path):
+    edm, out = run / "checkpoints" / "edm-000000096", tmp_path / "cut"
+    own = PHASE | {"steps": 4} | of_distance("manifold", features, channels=1)
+    config = config_of(images, phases=["cmt"], cmt=own, micro_batches=2)
+    train(config, tmp_path / "whole", init=edm)
+    train(dataclasses.replace(config, max_steps=3), out, init=edm)
+    assert read_state(newest_checkpoint(out))["reads"].keys() == {"features"}
+    other = write(tmp_path / "other.safetensors", feature_network(1, seed=1))
+    for fields in ({"features": other}, {"distance": "pixel", "features": ""}):
+        changed = dataclasses.replace(config, cmt=dataclasses.replace(config.cmt, **fields))
+        with pytest.raises(ValueError, match=r"resume: cmt.features must stay the file of SHA-256"):
+            train(changed, out, resume=True)
+    train(config, out, resume=True)
+    assert_same_run(tmp_path / "whole", out, ("model", "ema-0", "teacher", "optimizer"))
+
+
+def test_a_run_without_features_is_not_resumed_with_some(images, run, features, tmp_path):
+    config = config_of(images, phases=["cmt"], max_steps=3)
+    train(config, tmp_path / "run", init=run / "checkpoints" / "edm-000000096")
+    own = dataclasses.replace(config.cmt, **of_distance("manifold", features, channels=1))
+    with pytest.raises(
+        ValueError, match=r"resume: cmt.features must stay the file of SHA-256 None"
+    ):
+        train(dataclasses.replace(config, cmt=own), tmp_path / "run", resume=True)
+
+
+def test_the_manifold_distance_falls_on_the_digits(features, tmp_path):
+    phase = {"batch_size": 64, "dropout": 0.0, "lr": 2e-3, "images": 64 * 30}
+    own = phase | {"steps": 4} | of_distance("manifold", features, channels=1)
+    config = tiny(
+        "digits:train", phases=["edm", "cmt"], edm=phase, cmt=own, grid_every=1000, save_every=1000
+    )
+    train(config, tmp_path / "run")
+    lines = [e for e in events(tmp_path / "run") if e["event"] == "train"]
+    losses = [e["loss"] for e in lines if e["phase"] == "cmt"]
+    assert max(losses[-3:]) < min(losses[:3])
+
+
 def test_it_says_what_it_solves(images, run, tmp_path, capsys):
     edm = run / "checkpoints" / "edm-000000096"
     train(config_of(images, phases=["cmt"], max_steps=1), tmp_path / "run", init=edm)
@@ -394,9 +490,11 @@ def test_classes_of_a_trajectory_are_those_of_its_first_sample(images, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(images, run, tmp_path):
+@pytest.mark.parametrize("distance", ["pixel", "manifold"])
+def test_two_processes_train_as_one(distance, images, run, features, tmp_path):
     edm = run / "checkpoints" / "edm-000000096"
-    config = config_of(images, phases=["cmt"], cmt=PHASE | {"steps": 4, "lr": 1e-4}, device="cpu")
+    own = PHASE | {"steps": 4, "lr": 1e-4} | of_distance(distance, features, channels=1)
+    config = config_of(images, phases=["cmt"], cmt=own, device="cpu")
     train(config, tmp_path / "one", init=edm)
     run_ranks(2, dataclasses.replace(config, micro_batches=2), tmp_path / "two", edm)
     for file in ("model", "ema-0"):
@@ -414,12 +512,38 @@ def test_two_processes_train_as_one(images, run, tmp_path):
         ({"points": 0}, r"cmt.points: must lie in \[1, steps = 16\], got 0"),
         ({"points": 9, "steps": 8}, r"cmt.points: must lie in \[1, steps = 8\], got 9"),
         ({"huber_c": -1.0}, r"cmt.huber_c: must be positive, got -1"),
-        ({"distance": "lpips"}, r"cmt.distance: must be .*pixel.*huber.* got 'lpips'"),
+        ({"distance": "lpips"}, r"cmt.distance: must be .*pixel, huber, manifold, got 'lpips'"),
+        ({"distance": "manifold"}, r"cmt.features: the manifold distance needs a file of"),
+        ({"features": "f"}, r"cmt.features: only the manifold .* got f for distance pixel"),
     ],
 )
 def test_bad_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         from_dict(Config, {"cmt": fields})
+
+
+def test_feature_files_that_are_refused(images, features, tmp_path):
+    """In the words of the consistency phases, before anything is written."""
+    large = write(tmp_path / "large.safetensors", feature_network(1, resolution=16))
+    for file, message in (
+        (tmp_path / "none.safetensors", "no such file"),
+        (features[2], r".* must be of images of channels 1, got 2"),
+        (large, r".* must be of images of resolution 8, got 16"),
+    ):
+        own = PHASE | {"distance": "manifold", "features": str(file)}
+        with pytest.raises((ValueError, FileNotFoundError), match=f"^cmt.features: {message}"):
+            train(config_of(images, cmt=own), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_configurations_of_earlier_versions_are_read(tmp_path):
+    """Which had no `features` here."""
+    path = tmp_path / "config.json"
+    save_config(from_dict(Config, {"cmt": {"distance": "huber"}}), path)
+    values = json.loads(path.read_text())
+    del values["cmt"]["features"]
+    path.write_text(json.dumps(values))
+    assert load_config(path).cmt == CmtConfig(distance="huber")
 
 
 def test_it_needs_a_pre_trained_network(images, run, tmp_path):
