@@ -45,6 +45,8 @@ class DhariwalUNet(EDMUNet):
         ValueError: a resolution that cannot be halved often enough, widths that cannot be built.
     """
 
+    last_bias = "out_conv.bias"
+
     def __init__(
         self,
         img_resolution: int,

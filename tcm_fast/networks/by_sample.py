@@ -81,13 +81,15 @@ def _is_worth_it(x: torch.Tensor) -> bool:
     )
 
 
-def by_sample(model: RawNetwork, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The `by_sample_names` of a raw network for a training pass over x [N,C,H,W]: by name their parameters,
-    expanded to [N, ...], in fp32 also where others compute, or the network is, in 16 bits. Empty where
-    nothing is gained."""
+def by_sample(
+    model: RawNetwork, x: torch.Tensor, also: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
+    """The `by_sample_names` of a raw network, and `also` others, for a training pass over x [N,C,H,W]: by
+    name their parameters, expanded to [N, ...], in fp32 also where others compute, or the network is, in 16
+    bits. Empty where nothing is gained."""
     if not _is_worth_it(x):
         return {}
-    parameters, names = dict(model.named_parameters()), model.by_sample_names()
+    parameters, names = dict(model.named_parameters()), [*model.by_sample_names(), *also]
     chosen = [parameters[name] for name in names]
     if not any(p.requires_grad for p in chosen):
         return {}

@@ -126,6 +126,7 @@ class SongUNet(EDMUNet):
         name = f"{img_resolution}x{img_resolution}_aux"
         self.dec[f"{name}_norm"] = GroupNorm(width, eps=1e-6)
         self.dec[f"{name}_conv"] = Conv2d(width, out_channels, 3, gain=1e-5)
+        self.last_bias = f"dec.{name}_conv.bias"
 
     @classmethod
     def owns(cls, names: Collection[str]) -> bool:

@@ -125,6 +125,15 @@ class Conv2d(nn.Conv2d):
             x = self._resample(x)
         return self._convolve(x, bias)
 
+    def over_ones(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's result for x with a channel of ones behind it, whose weight in the middle of the kernel
+        is the bias: no pass adds it, and its gradient is one of the weights'."""
+        assert self.bias is not None
+        edge = self.kernel_size[0] // 2
+        bias = F.pad(self.bias[:, None, None, None], (0, 0, edge, edge, edge, edge))
+        weight = torch.cat([self.weight.permute(0, 2, 3, 1), bias], 3).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, padding=edge)
+
     def _convolve(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.parts is not None:
             return conv_bf16x3(x, self.weight, bias, parts=self.parts)

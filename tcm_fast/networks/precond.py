@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from tcm_fast.kernels._triton import runs_triton
 from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.precondition import denoise, preconditioning
 from tcm_fast.networks.by_sample import by_sample
@@ -89,15 +90,50 @@ class Precond(nn.Module):
         augment_labels: torch.Tensor | None = None,
         dropout_key: PhiloxKey | None = None,
         weights: dict[str, torch.Tensor] | None = None,
+        with_ones: bool = False,
     ) -> torch.Tensor:
         """The network's own output F(x_in, ln(t)/4), x_in = c_in(t) x, in the dtype that its
-        convolutions compute in; otherwise as `forward`. x_in may have the `constant_channels` of `model`
-        already.
+        convolutions compute in; otherwise as `forward`. `with_ones`: x_in has a channel of ones behind it,
+        for a `model` that takes one (`takes_ones`).
 
         `weights` replace parameters and buffers of `model` by name (`precision.cast_weights`); x_in then
         has the dtype to compute in."""
-        ones = x_in.ndim == 4 and x_in.shape[1] == self.img_channels + self.model.constant_channels
-        self._check(x_in[:, : self.img_channels] if ones else x_in, t, labels)
+        output, _ = self._raw(
+            x_in, t, labels, without="", augment_labels=augment_labels, dropout_key=dropout_key,
+            weights=weights, with_ones=with_ones,
+        )  # fmt: skip
+        return output
+
+    def raw_and_bias(
+        self,
+        x_in: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`raw` without the last convolution's bias, and the bias, fp32 [N,C], for whoever reads F next
+        (`consistency_loss`): on a GPU a convolution adds it in a pass of its own. Elsewhere, and where there
+        is none, `raw` and None."""
+        name = self.model.last_bias
+        if not name or not runs_triton("consistency_loss", x_in.device.type):
+            return self.raw(x_in, t, labels, **options), None
+        return self._raw(x_in, t, labels, without=name, **options)
+
+    def _raw(
+        self,
+        x_in: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None,
+        *,
+        without: str,
+        augment_labels: torch.Tensor | None = None,
+        dropout_key: PhiloxKey | None = None,
+        weights: dict[str, torch.Tensor] | None = None,
+        with_ones: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """F, and the bias of that name, which F is then `without`."""
+        assert not with_ones or self.model.takes_ones
+        self._check(x_in, t, labels, channels=self.img_channels + with_ones)
         x_in = x_in if weights is not None else x_in.to(self._weights_dtype)
         c_noise = t.to(torch.promote_types(x_in.dtype, torch.float32)).log() / 4
         inputs: tuple[Any, ...] = (x_in, c_noise, labels)
@@ -105,10 +141,18 @@ class Precond(nn.Module):
         if augment_labels is not None:
             self._check_augmentation(augment_labels, x_in.shape[0])
             options["augment_labels"] = augment_labels
-        weights = (weights or {}) | by_sample(self.model, x_in)
-        if not weights:
-            return self.model(*inputs, **options)
-        return functional_call(self.model, weights, inputs, options)
+        names = [without] if without else []
+        expanded = by_sample(self.model, x_in, names)
+        given: dict[str, torch.Tensor | None] = {**(weights or {}), **expanded}
+        bias = None
+        for name in names:
+            own = self.model.get_parameter(name)
+            wide = own.to(torch.promote_types(own.dtype, torch.float32))
+            bias = expanded.get(name, wide.expand(x_in.shape[0], -1))
+            given[name] = None
+        if not given:
+            return self.model(*inputs, **options), None
+        return functional_call(self.model, given, inputs, options), bias  # type: ignore[arg-type]
 
     def log_variance(self, t: torch.Tensor) -> torch.Tensor | None:
         """The learned log-variance u(t) of the denoising error at t [N]: [N], or None."""
@@ -136,8 +180,15 @@ class Precond(nn.Module):
         convolutions = (p for p in self.model.parameters() if p.ndim == 4)
         return next(convolutions, next(self.model.parameters())).dtype
 
-    def _check(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> None:
-        size = [self.img_channels, self.img_resolution, self.img_resolution]
+    def _check(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None,
+        *,
+        channels: int | None = None,
+    ) -> None:
+        size = [channels or self.img_channels, self.img_resolution, self.img_resolution]
         if x.ndim != 4 or list(x.shape[1:]) != size:
             raise ValueError(
                 f"x: must be [N,{','.join(map(str, size))}] for this network, got {list(x.shape)}"

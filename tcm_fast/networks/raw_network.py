@@ -36,9 +36,17 @@ class RawNetwork(nn.Module):
     """
 
     constant_channels = 0
-    """Channels of ones that the first convolution takes behind the image's; x may have them already."""
+    """Channels of ones behind the image's, for which the first convolution has weights."""
+    last_bias = ""
+    """Name of the last convolution's bias, which `Precond.raw_and_bias` leaves out; empty for none."""
     fp32_modules: tuple[str, ...] = ()
     """Children that compute in fp32 where the others do in 16 bits: the embeddings."""
+
+    @property
+    def takes_ones(self) -> bool:
+        """Whether x may have a channel of ones behind the image's: in the place of a bias, or times the
+        first convolution's bias."""
+        return self.constant_channels == 1
 
     @classmethod
     def recognise(cls, weights: Weights) -> dict[str, Any] | None:

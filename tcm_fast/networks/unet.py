@@ -258,6 +258,12 @@ class EDMUNet(UNet):
     map_augment: nn.Linear | None
 
     @property
+    def takes_ones(self) -> bool:
+        """Not NCSN++, whose residual encoder reads the image once more."""
+        layers = [layer for layer in self.enc.values() if isinstance(layer, Conv2d)]
+        return len(layers) == 1 and layers[0].bias is not None
+
+    @property
     def augmentation(self) -> nn.Linear | None:
         return self.map_augment
 
@@ -269,8 +275,9 @@ class EDMUNet(UNet):
         augment_labels: torch.Tensor | None = None,
         dropout_key: PhiloxKey | None = None,
     ) -> torch.Tensor:
-        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the weights' dtype, noise_labels [N]
-        (c_noise), class_labels one-hot [N,label_dim] and augment_labels [N,augment_dim]."""
+        """F [N,out_channels,H,W] for x [N,in_channels,H,W] in the weights' dtype (or with a channel of ones
+        behind it: `takes_ones`), noise_labels [N] (c_noise), class_labels one-hot [N,label_dim] and
+        augment_labels [N,augment_dim]."""
         dropout_key = self.key_for(x, dropout_key)
         emb = self.embed(noise_labels, class_labels, augment_labels, dropout_key).to(x.dtype)
         blocks = [block for block in self.blocks() if isinstance(block, UNetBlock)]
@@ -285,13 +292,16 @@ class EDMUNet(UNet):
             return run_block(block, [given_x], next(given), dropout_key, pends=True, **options)
 
         for block in self.enc.values():
+            assert isinstance(block, UNetBlock | Conv2d)
             if isinstance(block, UNetBlock):
                 x_or_sum, skip = run(block, returns_x=True)
                 skips.append(skip)
             elif block.fused:  # NCSN++'s residual encoder
                 x_or_sum = aux = (carried_out(x_or_sum) + block(aux)) * math.sqrt(0.5)
             else:
-                x_or_sum = block(x).contiguous(memory_format=self.memory_format)
+                has_ones = x.shape[1] > block.in_channels
+                first_out = block.over_ones(x) if has_ones else block(x)
+                x_or_sum = first_out.contiguous(memory_format=self.memory_format)
         first, *others = (block for block in self.dec.values() if isinstance(block, UNetBlock))
         x_or_sum, skip = run(first, returns_x=True)
         skips.append(skip)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tcm_fast.config import PhaseConfig
+from tcm_fast.kernels._triton import runs_triton
 from tcm_fast.networks.precision import cast_weights, in_precision, is_derived
 from tcm_fast.networks.precond import Precond
 from tcm_fast.objectives.batch import Batch
@@ -258,9 +259,15 @@ class Objective(nn.Module, Generic[C]):
 
     @property
     def append_ones(self) -> bool:
-        """Whether images get the channel of ones that all of the phase's networks take, with the noise."""
-        networks = (self.student, self.frozen)
-        return all(net is None or net.model.constant_channels == 1 for net in networks)
+        """Whether images get a channel of ones with the noise: where all of the phase's networks have weights
+        for it, or take it for a bias that would be added in a pass of its own."""
+        models = [net.model for net in (self.student, self.frozen) if net is not None]
+        if all(model.constant_channels == 1 for model in models):
+            return True
+        # `conv_bf16x3` adds a bias with its product, and so does a CPU's convolution.
+        device = next(self.student.parameters()).device
+        adds_apart = not self.split and runs_triton("noise_pair", device.type)
+        return adds_apart and all(model.takes_ones for model in models)
 
     def _raw(
         self,
@@ -273,8 +280,19 @@ class Objective(nn.Module, Generic[C]):
         augment_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Raw output of a network on some rows, with the rows' labels and dropout masks."""
+        inputs, options = self._of_rows(x, batch, t, rows, weights)
+        return net.raw(*inputs, augment_labels=augment_labels, **options)
+
+    def _of_rows(
+        self,
+        x: torch.Tensor,
+        batch: Batch,
+        t: torch.Tensor,
+        rows: slice,
+        weights: dict[str, torch.Tensor] | None,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a network takes in on some rows: arguments of `Precond.raw`."""
         labels = None if batch.labels is None else batch.labels[rows]
-        return net.raw(
-            x[rows], t[rows], labels, augment_labels=augment_labels,
-            dropout_key=batch.key.select(rows), weights=weights,
-        )  # fmt: skip
+        options = {"dropout_key": batch.key.select(rows), "weights": weights}
+        options["with_ones"] = x.shape[1] == self.student.img_channels + 1
+        return (x[rows], t[rows], labels), options

@@ -28,7 +28,8 @@ class Cd(RatioConsistency[CdConfig]):
         self, pair: NoisePair, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x_r = self._euler_step(pair.x_t, pair.input_t, batch)
-        return x_r, network_input(x_r, batch.r, self.student.sigma_data, self.dtype), x_r
+        sd, ones = self.student.sigma_data, self.append_ones
+        return x_r, network_input(x_r, batch.r, sd, self.dtype, ones), x_r
 
     @torch.no_grad()
     def _euler_step(self, x_t: torch.Tensor, input_t: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from tcm_fast.config import ConsistencyConfig, RatioConfig
 from tcm_fast.kernels.consistency_loss import WEIGHTINGS, consistency_loss
 from tcm_fast.kernels.noise_pair import NoisePair, noise_pair
+from tcm_fast.networks.precond import Precond
 from tcm_fast.objectives.batch import Batch
 from tcm_fast.objectives.manifold import DistanceObjective, manifold_loss
 from tcm_fast.objectives.noise_levels import IMAGE, TimePlan, inner_level, ratio
@@ -61,9 +62,12 @@ class Consistency(DistanceObjective[P]):
         )  # fmt: skip
         x_r, input_r, clean = self.inner_images(pair, batch)
         weights = self._weights()
-        output = self._raw(self.student, pair.input_t, batch, batch.t, slice(None), weights)
+        every = slice(None)
+        output, bias = self._raw_and_bias(
+            self.student, pair.input_t, batch, batch.t, every, weights
+        )
         with torch.no_grad():
-            target = self._targets(input_r, clean, batch, weights)
+            target, target_bias = self._targets(input_r, clean, batch, weights)
         is_clean = batch.is_clean if batch.has_clean else None
         if self._features is not None:
             return manifold_loss(
@@ -72,8 +76,16 @@ class Consistency(DistanceObjective[P]):
             )  # fmt: skip
         return consistency_loss(
             output, pair.x_t, batch.t, target, x_r, batch.r, delta=batch.delta, c=self.c,
-            weighting=batch.weighting, sigma_data=sd, is_clean=is_clean,
+            weighting=batch.weighting, sigma_data=sd, is_clean=is_clean, bias=bias,
+            target_bias=target_bias,
         )  # fmt: skip
+
+    def _raw_and_bias(self, net: Precond, *given: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Raw output on some rows, and the last convolution's bias where the loss is to add it."""
+        if self._features is not None:
+            return self._raw(net, *given), None
+        inputs, options = self._of_rows(*given)
+        return net.raw_and_bias(*inputs, **options)
 
     def inner_images(
         self, pair: NoisePair, batch: Batch
@@ -89,26 +101,40 @@ class Consistency(DistanceObjective[P]):
         clean: torch.Tensor,
         batch: Batch,
         weights: dict[str, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """Raw outputs at (x_r, r), each by the one network that it needs; images where it needs none."""
-        found, n = [], len(input_r)
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Raw outputs at (x_r, r), each by the one network that it needs; images where it needs none. And
+        the biases [n,C] that the outputs come without, or None."""
+        found: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        n = len(input_r)
         if batch.student_rows:
             detached = None if weights is None else {k: v.detach() for k, v in weights.items()}
             rows = slice(0, batch.student_rows)
-            found.append(self._raw(self.student, input_r, batch, batch.r, rows, detached))
+            found.append(self._raw_and_bias(self.student, input_r, batch, batch.r, rows, detached))
         if batch.has_clean:
-            found.append(clean)
+            found.append((clean, None))
         if batch.stage1_rows:
             assert self.frozen is not None
             rows = slice(n - batch.stage1_rows, n)
-            found.append(self._raw(self.frozen, input_r, batch, batch.r, rows, None))
-        target = found[0] if len(found) == 1 else torch.cat(found)
-        in_order = len(target) == n and not batch.has_clean
-        if in_order:
-            return target
-        if target.is_contiguous(memory_format=torch.channels_last):  # and stays so
-            return target.movedim(1, 3).index_select(0, batch.position).movedim(3, 1)
-        return target.index_select(0, batch.position)
+            found.append(self._raw_and_bias(self.frozen, input_r, batch, batch.r, rows, None))
+        target = _in_order([output for output, _ in found], batch)
+        if all(bias is None for _, bias in found):
+            return target, None
+        biases = [
+            input_r.new_zeros(output.shape[:2], dtype=torch.float32) if bias is None else bias
+            for output, bias in found
+        ]
+        return target, _in_order(biases, batch)
+
+
+def _in_order(found: list[torch.Tensor], batch: Batch) -> torch.Tensor:
+    """The rows of the batch [n, ...] out of those of its networks and images."""
+    rows = found[0] if len(found) == 1 else torch.cat(found)
+    in_order = len(rows) == len(batch.t) and not batch.has_clean
+    if in_order:
+        return rows
+    if rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last):  # and stays so
+        return rows.movedim(1, 3).index_select(0, batch.position).movedim(3, 1)
+    return rows.index_select(0, batch.position)
 
 
 class RatioConsistency(Consistency[R]):

@@ -42,4 +42,5 @@ class PosteriorTarget(RatioConsistency[T]):
             pair.x_t, batch.t, batch.images, batch.bank, classes, batch.bank_classes
         )
         x_r = euler_step(pair.x_t, mean, batch)
-        return x_r, network_input(x_r, batch.r, self.student.sigma_data, self.dtype), x_r
+        sd, ones = self.student.sigma_data, self.append_ones
+        return x_r, network_input(x_r, batch.r, sd, self.dtype, ones), x_r

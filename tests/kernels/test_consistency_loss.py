@@ -94,6 +94,34 @@ def test_the_target_has_no_gradient():
     assert values["target_output"].grad is None
 
 
+def with_biases(values, seed=3):
+    """With biases [N,C] as they come: a parameter expanded, and one row for each target."""
+    g = torch.Generator().manual_seed(seed)
+    n, c = values["output"].shape[:2]
+    bias = torch.randn(c, generator=g).expand(n, c).to(values["x_t"])
+    target_bias = torch.randn(n, c, generator=g).to(values["x_t"])
+    return values | {"bias": bias, "target_bias": target_bias}
+
+
+@pytest.mark.parametrize("channels", [3, 17])
+def test_biases_are_added_to_the_outputs(channels):
+    values = with_biases(inputs(shape=(channels, 5, 7)))
+    flags = torch.tensor([True, False, True, False, False])
+    options = dict(c=0.06, weighting="inv_dt", is_clean=flags)
+    added = {k: v for k, v in values.items() if "bias" not in k}
+    added["output"] = values["output"] + values["bias"][:, :, None, None]
+    by_row = torch.where(flags[:, None], 0, values["target_bias"])
+    added["target_output"] = values["target_output"] + by_row[:, :, None, None]
+    loss = consistency_loss(**values, **options)
+    torch.testing.assert_close(loss, naive(**added, **options))
+    for name in ("bias", "target_bias"):
+        alone = {k: v for k, v in values.items() if k != name}
+        none = values | {name: torch.zeros_like(values[name])}
+        assert torch.equal(
+            consistency_loss(**alone, **options), consistency_loss(**none, **options)
+        )
+
+
 def test_weights_may_be_a_tensor():
     values = inputs()
     one = consistency_loss(**values, c=0.06, weighting="one")
@@ -123,6 +151,8 @@ def test_an_empty_batch_works():
         (dict(weighting="inv"), "weighting must be one of .* or a tensor, got 'inv'"),
         (dict(weighting=torch.ones(4)), r"weighting must be \[5\], got \[4\]"),
         (dict(r=torch.ones(4)), r"r must be \[5\], got \[4\]"),
+        (dict(bias=torch.ones(3)), r"bias must be \[5, 3\], got \[3\]"),
+        (dict(target_bias=torch.ones(5, 1)), r"target_bias must be \[5, 3\], got \[5, 1\]"),
         (dict(x_r=torch.ones(5, 3, 8, 7)), r"x_r must be \[5, 3, 8, 8\], got \[5, 3, 8, 7\]"),
     ],
 )
@@ -137,17 +167,19 @@ def test_bad_arguments_are_named(change, message):
 def on(device, values, dtype=None):
     """Arguments on a device, the network's outputs in `dtype`, the images in fp32."""
     moved = {k: v.to(device) for k, v in values.items()}
-    for name in ("x_t", "x_r", "target_output"):
-        moved[name] = moved[name].to(torch.float32)
+    for name in ("x_t", "x_r", "target_output", "bias", "target_bias"):
+        if name in moved:
+            moved[name] = moved[name].to(torch.float32)
     if dtype is not None:
         moved["output"] = moved["output"].to(dtype)
     return moved
 
 
 def loss_and_grad(values, upstream, **options):
-    output = values["output"].detach().requires_grad_()
-    loss = consistency_loss(**values | {"output": output}, **options)
-    return loss.detach(), torch.autograd.grad(loss, output, upstream.to(loss))[0]
+    """The loss, and its gradients at the output and, where there is one, its bias."""
+    given = {k: values[k].detach().requires_grad_() for k in ("output", "bias") if k in values}
+    loss = consistency_loss(**values | given, **options)
+    return loss.detach(), *torch.autograd.grad(loss, list(given.values()), upstream.to(loss))
 
 
 def compare_with_oracle(monkeypatch, check, values, device, **options):
@@ -158,7 +190,8 @@ def compare_with_oracle(monkeypatch, check, values, device, **options):
     plain = loss_and_grad(values, upstream, **options)
     wide = {k: v.double() if v.is_floating_point() else v for k, v in values.items()}
     oracle = loss_and_grad(wide, upstream, **options)
-    for what, ours, theirs, exact in zip(("loss", "grad"), kernel, plain, oracle, strict=True):
+    names = ("loss", "grad", "bias's grad")[: len(oracle)]
+    for what, ours, theirs, exact in zip(names, kernel, plain, oracle, strict=True):
         check(ours, theirs, exact, what)
 
 
@@ -173,6 +206,21 @@ def test_kernel_matches_the_oracle(
     compare_with_oracle(
         monkeypatch, check_against_oracle, values | {"is_clean": flags}, triton_device,
         c=c, weighting=weighting,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (3, 32, 32), (4, 16, 24), (17, 3, 5)])
+def test_kernel_adds_biases(
+    layout, dtype, shape, triton_device, check_against_oracle, monkeypatch, seed
+):
+    values = on(triton_device, with_biases(inputs(shape=shape)), dtype)
+    values |= {k: v.contiguous(memory_format=layout) for k, v in values.items() if v.ndim == 4}
+    flags = torch.tensor([False, True, False, False, True], device=triton_device)
+    compare_with_oracle(
+        monkeypatch, check_against_oracle, values | {"is_clean": flags}, triton_device,
+        c=0.06, weighting="inv_dt",
     )  # fmt: skip
 
 
@@ -204,7 +252,7 @@ def test_kernel_reads_channels_last_and_any_strides(triton_device, monkeypatch, 
 
 
 def test_kernel_writes_every_element_and_repeats_its_bits(triton_device, monkeypatch, seed):
-    values = on(triton_device, inputs(n=2, shape=(3, 37, 41)), torch.float16)
+    values = on(triton_device, with_biases(inputs(n=2, shape=(3, 37, 41))), torch.float16)
     upstream = torch.randn(2, device=triton_device)
     first = loss_and_grad(values, upstream, c=1e-8, weighting="inv_dt")
     empty, empty_like = torch.empty, torch.empty_like
@@ -218,8 +266,10 @@ def test_kernel_writes_every_element_and_repeats_its_bits(triton_device, monkeyp
 def test_kernel_does_not_read_the_noisy_image_of_a_clean_row(triton_device):
     values = on(triton_device, inputs())
     flags = torch.tensor([True] * 5, device=triton_device)
+    values = with_biases(values)
     expected = consistency_loss(**values, c=0.06, weighting="one", is_clean=flags)
     values["x_r"].fill_(math.nan)
+    values["target_bias"].fill_(math.nan)
     loss = consistency_loss(**values, c=0.06, weighting="one", is_clean=flags)
     assert torch.equal(loss, expected)
 
@@ -252,11 +302,13 @@ def test_operators_are_well_formed(triton_device):
     levels = [values[k].to(torch.float32) for k in ("t", "r", "delta")]
     t, r, delta = levels
     output = values["output"].requires_grad_()
-    arguments = (
-        output, values["x_t"], t, values["target_output"], values["x_r"], r, 1 / delta, None, 0.06,
-        0.5,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.tcm_fast.consistency_loss_fwd.default, arguments)
+    biased = on(triton_device, with_biases(values))
+    for biases in ((None, None), (biased["bias"].clone().requires_grad_(), biased["target_bias"])):
+        arguments = (
+            output, values["x_t"], t, values["target_output"], values["x_r"], r, 1 / delta, None,
+            *biases, 0.06, 0.5,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.tcm_fast.consistency_loss_fwd.default, arguments)
 
 
 def test_a_gradient_that_is_not_computed_is_refused():

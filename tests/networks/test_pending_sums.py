@@ -1,4 +1,5 @@
-"""Residual sums of EDM's networks that wait for the normalisation after them."""
+"""What EDM's networks leave to others on a GPU: residual sums to the normalisation after them, the first
+convolution's bias to its weights, the last one's to the loss."""
 
 import pytest
 import torch
@@ -95,3 +96,55 @@ def test_compiled_and_with_other_weights(triton_device, monkeypatch):
     torch.testing.assert_close(compiled, net(x, t))
     net.load_state_dict(net.state_dict() | weights)
     torch.testing.assert_close(net(x, t), found)
+
+
+# ---- the first and the last convolution's biases -------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ddpmpp", "adm"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_channel_of_ones_brings_the_first_bias(name, layout):
+    """In float64: the result, and all gradients."""
+    net = network(name, "cpu").double().to(memory_format=layout).eval()
+    x, t = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.tensor([0.5, 20.0]).double()
+    x = x.contiguous(memory_format=layout)
+    upstream = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    expected = net.raw(x, t)
+    grads = torch.autograd.grad(expected, list(net.parameters()), upstream)
+    ones = torch.ones(2, 1, 4, 4, dtype=torch.float64)
+    found = net.raw(torch.cat([x, ones], 1), t, with_ones=True)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(
+        torch.autograd.grad(found, list(net.parameters()), upstream), grads, strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_who_takes_a_channel_of_ones():
+    takes = {name: network(name, "cpu").model.takes_ones for name in ("ddpmpp", "ncsnpp", "adm")}
+    assert takes == {"ddpmpp": True, "ncsnpp": False, "adm": True}
+    net = network("ddpmpp", "cpu")
+    with pytest.raises(ValueError, match=r"x: must be \[N,3,4,4\] .* got \[1, 4, 4, 4\]"):
+        net.raw(torch.zeros(1, 4, 4, 4), torch.ones(1))
+
+
+@pytest.mark.parametrize("name", ["ddpmpp", "adm"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_last_bias_comes_apart(name, training, triton_device, monkeypatch):
+    monkeypatch.delenv("TCM_FAST_BACKEND")
+    net = network(name, triton_device, attn_resolutions=(), channel_mult=(1,)).eval()
+    x, t = torch.randn(2, 3, 4, 4, device=triton_device), torch.ones(2, device=triton_device)
+    bias = net.model.get_parameter(net.model.last_bias)
+    with torch.set_grad_enabled(training):
+        whole = net.raw(x, t)
+        output, apart = net.raw_and_bias(x, t)
+    assert apart.shape == (2, 3)
+    assert torch.equal(apart, bias.expand(2, 3))
+    torch.testing.assert_close(output + apart[:, :, None, None], whole)
+    if training:
+        (grad,) = torch.autograd.grad(apart, bias, torch.ones_like(apart))
+        assert torch.equal(grad, torch.full_like(bias, 2))
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    output, apart = net.raw_and_bias(x, t)
+    assert apart is None
+    assert torch.equal(output, net.raw(x, t))

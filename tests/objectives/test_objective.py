@@ -14,14 +14,16 @@ from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import NOISE_LAYER
 from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.networks import build_network
+from tcm_fast.networks.layers import Conv2d
 from tcm_fast.networks.precision import make_copies
 from tcm_fast.networks.precond import Precond
 from tcm_fast.networks.raw_network import RawNetwork
 from tcm_fast.objectives import OBJECTIVES
+from tcm_fast.objectives.base import Objective
 from tcm_fast.objectives.batch import make_batch, row_multiple_for
 from tcm_fast.objectives.ect import Ect
 from tcm_fast.objectives.edm import Edm
-from tcm_fast.objectives.noise_levels import IMAGE, STAGE1
+from tcm_fast.objectives.noise_levels import IMAGE, STAGE1, STUDENT
 from tcm_fast.objectives.tcm import Tcm
 
 SIZE, SEED, STEP = 16, 5, 7
@@ -339,6 +341,66 @@ def test_a_step_launches_at_most_ten_times_outside_the_networks(iteration, trito
     # (product, sum). The trainer adds the step's means to those of others: one more.
     networks = 3 * 3 + 2
     assert len(counted.names) - networks + 1 <= 10, " ".join(counted.names)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "dtype"),
+    [
+        ("ect", "image", torch.float32),
+        pytest.param("ect", "image", torch.float16, marks=pytest.mark.slow),
+        pytest.param("tcm", "image", torch.float32, marks=pytest.mark.slow),
+        ("tcm", "posterior", torch.bfloat16),
+    ],
+)
+def test_biases_that_a_gpu_adds_elsewhere(name, target, dtype, triton_device, monkeypatch):
+    """The first convolution's times a channel of ones and the last one's in the loss, of targets of all
+    kinds: loss and gradients are those with convolutions that add their own."""
+    monkeypatch.delenv("TCM_FAST_BACKEND")
+    shape = dict(img_resolution=4, img_channels=2, model_channels=8, channel_mult=[1], num_blocks=1)
+    nets = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        net = build_network("ddpmpp", **shape, attn_resolutions=[], dropout=0.0)
+        for parameter in net.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        nets.append(net.to(triton_device, memory_format=torch.channels_last).train())
+    fields = {"target": target, "bank_size": 4} if target == "posterior" else {}
+    # Far from 0, where a difference of nearly equal numbers would show rounding.
+    config = CONFIGS[name](batch_size=8, huber_c=0.06, **fields)
+    objective = OBJECTIVES[name](config, *nets[: 1 + (name == "tcm")], dtype=dtype)
+    kinds = {STUDENT, IMAGE} | ({STAGE1} if name == "tcm" else set())
+    plans = (
+        OBJECTIVES[name].plan(config, seed=SEED, images_seen=seen, iteration=0, iterations=1)
+        for seen in range(100)
+    )
+    plan = next(plan for plan in plans if set(plan.source) == kinds)
+    images = torch.randint(0, 256, (12, 2, 4, 4), dtype=torch.uint8, device=triton_device)
+    (part,) = plan.parts(1)
+    bank = (images[8:], None) if fields else None
+    batch = make_batch(
+        plan, part, images[part], None, seed=SEED, step=STEP, row_multiple=2, bank=bank
+    )
+
+    def step():
+        objective.zero_grad()
+        objective.forget_weights()
+        loss, _ = objective(batch)
+        loss.backward()
+        return loss.item(), {n: p.grad for n, p in objective.student.named_parameters()}
+
+    over_ones, passes = Conv2d.over_ones, []
+    monkeypatch.setattr(Conv2d, "over_ones", lambda *a: passes.append(1) or over_ones(*a))
+    loss, grads = step()
+    assert len(passes) == len(kinds)  # of the student twice, of the stage-1 network
+    monkeypatch.setattr(Objective, "append_ones", False)
+    monkeypatch.setattr(Precond, "raw_and_bias", lambda self, *a, **k: (self.raw(*a, **k), None))
+    expected, expected_grads = step()
+    rounding = 1e-4 if dtype == torch.float32 else 0.05
+    assert loss == pytest.approx(expected, rel=rounding)
+    for n, grad in expected_grads.items():
+        torch.testing.assert_close(
+            grads[n], grad, rtol=0, atol=rounding * grad.abs().max().item(), msg=n
+        )
 
 
 def flops(objective, plan, images, row_multiple):
