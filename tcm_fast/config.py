@@ -374,8 +374,8 @@ class EvalConfig:
     """How samples are evaluated during training."""
 
     features: str = ""
-    """Feature space of the distances: digits, random, efficientnet (the [features] extra), inception:WEIGHTS
-    or a TorchScript file; empty for none."""
+    """Feature space of the distances: digits, random, efficientnet (the [features] extra), inception:WEIGHTS,
+    dinov2:WEIGHTS or a TorchScript file; empty for none."""
     num: int = 0
     """Samples to compare; 0 takes as many as there are reference images."""
 

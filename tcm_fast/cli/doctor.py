@@ -25,6 +25,7 @@ DEPENDENCIES = {
     "gradio": "demo, optional: the [demo] extra",
     "matplotlib": "plots, optional: the [plot] extra",
     "torch-fidelity": "Inception features, optional: the [eval] extra",
+    "timm": "DINOv2 features, optional: the [eval] extra",
 }
 
 

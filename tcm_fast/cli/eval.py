@@ -41,8 +41,8 @@ class Eval:
     data: str | None = None
     """Images to compare with; by default those of the run."""
     features: str | None = None
-    """Feature space: digits, random, efficientnet, inception:WEIGHTS or a TorchScript file; by default that
-    of the run, or random."""
+    """Feature space: digits, random, efficientnet, inception:WEIGHTS, dinov2:WEIGHTS or a TorchScript file;
+    by default that of the run, or random."""
     steps: tuple[int, ...] = (1, 2)
     num: int = 0
     """Samples of a set; 0 takes as many as there are images to compare with. More are compared with all."""

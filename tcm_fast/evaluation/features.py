@@ -140,7 +140,7 @@ def feature_space_from_file(
     if not path.is_file():
         raise FileNotFoundError(
             f"features: {path} does not exist, expected digits, random, efficientnet, "
-            "inception:WEIGHTS or a TorchScript file"
+            "inception:WEIGHTS, dinov2:WEIGHTS or a TorchScript file"
         )
     try:
         with warnings.catch_warnings():
@@ -181,10 +181,10 @@ def fidelity_feature_space(
     name: str, weights: str | Path, *, device: str | torch.device = "cpu"
 ) -> FeatureSpace:
     """Features of torch-fidelity (`pretrained.FIDELITY`): Inception's 2,048 of published Fréchet distances,
-    CLIP's, VGG16's; with its precision and recall.
+    CLIP's, VGG16's, DINOv2's; with its precision and recall.
 
     Args:
-        name: inception, clip or vgg16.
+        name: inception, clip, vgg16 or dinov2.
         weights: their file, as `pretrained.fidelity` says.
 
     Raises:

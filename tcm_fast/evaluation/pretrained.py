@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,17 +70,28 @@ FIDELITY = {
     "inception": ("inceptionv3", "InceptionV3", "inception-v3-compat", "2048"),
     "clip": ("clip", "CLIP", "clip-vit-b-32", "clip"),
     "vgg16": ("vgg16", "VGG16", "vgg16", "fc2_relu"),
+    "dinov2": ("dinov2", "DinoV2", "dinov2-vit-b-14", "dinov2"),
 }
-"""By our name: torch-fidelity's module and class, its name for the extractor and the features. Which CLIP it
-is, the weights say."""
+"""By our name: torch-fidelity's module and class, its name for the extractor and the features. Which CLIP or
+DINOv2 it is, the weights say."""
+
+USUAL_FILES = {
+    "inception": " (torch-fidelity's are weights-inception-2015-12-05-6726825d.pth)",
+    "dinov2": " (those published are dinov2_vitb14_pretrain.pth and the like)",
+}
+FIDELITY_BATCH = 64  # images in its layers at once: torch-fidelity's own
+
+DINOV2_SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
+"""timm's name for a published DINOv2 by its width."""
 
 
-def _part_of_fidelity(module: str, needed_by: str) -> Any:
+def _part_of(package: str, needed_by: str) -> Any:
     try:
-        return importlib.import_module(f"torch_fidelity.{module}")
+        return importlib.import_module(package)
     except ImportError:
+        name = package.split(".")[0].replace("_", "-")
         raise ValueError(
-            f"features: {needed_by} needs torch-fidelity, install it with pip install 'tcm-fast[eval]'"
+            f"features: {needed_by} needs {name}, install it with pip install 'tcm-fast[eval]'"
         ) from None
     except RuntimeError as error:  # so torchvision ends where it was built for another torch
         raise ValueError(
@@ -92,42 +104,89 @@ def fidelity(name: str, weights: str | Path, device: str | torch.device = "cpu")
 
     Args:
         name: of `FIDELITY`.
-        weights: inception: torch-fidelity's, vgg16: torchvision's, as `.pth` (read without unpickling
-            objects) or safetensors; clip: OpenAI's TorchScript file.
+        weights: inception: torch-fidelity's, vgg16: torchvision's, dinov2: those published of any size
+            without registers, as `.pth` (read without unpickling objects) or safetensors; clip: OpenAI's
+            TorchScript file.
 
     Raises:
         FileNotFoundError: there are no weights.
-        ValueError: the file holds other weights, or torch-fidelity is not installed.
+        ValueError: the file holds other weights, or a package is not installed.
     """
     weights = Path(weights)
     module, kind, extractor, layer = FIDELITY[name]
     if not weights.is_file():
-        usual = "weights-inception-2015-12-05-6726825d.pth"
-        hint = f" (torch-fidelity's are {usual})" if name == "inception" else ""
         raise FileNotFoundError(
-            f"features: the weights of {name} are missing, got {name}:{weights}{hint}"
+            f"features: the weights of {name} are missing, got {name}:{weights}"
+            f"{USUAL_FILES.get(name, '')}"
         )
-    make = getattr(
-        _part_of_fidelity(f"feature_extractor_{module}", name), f"FeatureExtractor{kind}"
-    )
+    part = _part_of(f"torch_fidelity.feature_extractor_{module}", name)
+    make = getattr(part, f"FeatureExtractor{kind}")
+    timm = _part_of("timm", name) if name == "dinov2" else None
     try:
-        source = str(weights) if name == "clip" else _checked_weights(weights)
-        network = make(extractor, [layer], feature_extractor_weights_path=source).to(device)
+        if timm is not None:
+            network = _dinov2(make, extractor, layer, timm.create_model, _read(weights))
+        else:
+            source = str(weights) if name == "clip" else _as_file(_read(weights))
+            network = make(extractor, [layer], feature_extractor_weights_path=source)
+        network.to(device)
     except Exception as error:  # the unpickler and load_state_dict raise nearly anything
         raise ValueError(
             f"features: {weights} must hold the weights of {name}, got others"
         ) from error
-    return lambda images: network(images)[0]
+    return lambda images: torch.cat([network(part)[0] for part in images.split(FIDELITY_BATCH)])
 
 
-def _checked_weights(path: Path) -> io.BytesIO:
-    """torch-fidelity unpickles what it is given: it is given what torch's weights-only loader takes."""
-    is_safe = path.suffix == ".safetensors"
-    state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
-    checked = io.BytesIO()
-    torch.save(state, checked)
-    checked.seek(0)
-    return checked
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _as_file(state: dict[str, torch.Tensor]) -> io.BytesIO:
+    """torch-fidelity unpickles what it is given: it is given what torch's weights-only loader took."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+def _dinov2(
+    kind: Any, extractor: str, layer: str, create_model: Any, state: dict[str, torch.Tensor]
+) -> Any:
+    """torch-fidelity's extractor with timm's network in it. Its constructor would fetch code and weights;
+    only its base class's is called.
+
+    Args:
+        kind: torch-fidelity's class.
+        extractor, layer: as of `FIDELITY`.
+        create_model: timm's function.
+        state: the weights by the published names or by timm's.
+    """
+    name = f"vit_{DINOV2_SIZES[state['cls_token'].shape[-1]]}_patch14_dinov2"
+    with torch.device("meta"):  # the weights are the file's: none are drawn
+        network = create_model(name, pretrained=False, img_size=kind.INPUT_IMAGE_SIZE)
+    state = {
+        key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): value.float()
+        for key, value in state.items()
+        if key != "mask_token"  # only for its training
+    }
+    state["pos_embed"] = _resampled(state["pos_embed"], network.patch_embed.grid_size[0])
+    network.load_state_dict(state, assign=True)
+    made = kind.__new__(kind)
+    super(kind, made).__init__(extractor, [layer])
+    made.model, made.feature_extractor_internal_dtype = network, torch.float32
+    return made.eval()
+
+
+def _resampled(positions: torch.Tensor, side: int) -> torch.Tensor:
+    """Position embeddings [1,1+M²,D], the class token's first, for side² patches instead of M², as the
+    published network does it: bicubic without antialiasing, at a scale of (side + 0.1) / M."""
+    before = math.isqrt(positions.shape[1] - 1)
+    if before == side:
+        return positions
+    grid = positions[:, 1:].mT.unflatten(2, (before, before))
+    grid = F.interpolate(grid, scale_factor=(side + 0.1) / before, mode="bicubic")
+    return torch.cat([positions[:, :1], grid.flatten(2).mT], 1)
 
 
 def precision_and_recall(samples: np.ndarray, real: np.ndarray) -> tuple[float, float]:
@@ -144,7 +203,7 @@ def precision_and_recall(samples: np.ndarray, real: np.ndarray) -> tuple[float, 
         raise ValueError(
             f"precision_and_recall: needs more than 3 of each, got {len(samples)} and {len(real)}"
         )
-    measure = _part_of_fidelity("metric_prc", "precision").calculate_precision_recall_part
+    measure = _part_of("torch_fidelity.metric_prc", "precision").calculate_precision_recall_part
     a, b = (torch.from_numpy(np.asarray(x)).float() for x in (samples, real))
     return measure(a, b, neighborhood=3)
 

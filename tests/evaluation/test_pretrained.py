@@ -1,5 +1,6 @@
 """EfficientNet's features against known degradations of photographs, and its packages' absence."""
 
+import functools
 import io
 import json
 import sys
@@ -167,6 +168,132 @@ def test_other_extractors_by_path(tmp_path, monkeypatch):
         features.feature_space(f"vgg16:{tmp_path / 'clip.pt'}")
 
 
+def keys_cubic(x, a=-0.75):
+    """Weights of bicubic interpolation at distance x (Keys 1981), with torch's constant."""
+    x = np.abs(x)
+    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+def resampled(positions, side):
+    """Published position embeddings [1,1+M²,D] for side² patches by the formula, float64."""
+    before = round((positions.shape[1] - 1) ** 0.5)
+    at = (np.arange(side) + 0.5) * before / (side + 0.1) - 0.5
+    matrix = np.zeros((side, before))
+    for row, x in zip(matrix, at, strict=True):
+        columns = np.floor(x).astype(int) + np.arange(-1, 3)
+        np.add.at(row, columns.clip(0, before - 1), keys_cubic(x - columns))
+    grid = positions[0, 1:].double().numpy().reshape(before, before, -1)
+    grid = torch.from_numpy(np.einsum("ij,kl,jld->ikd", matrix, matrix, grid))
+    return torch.cat([positions[:, :1].double(), grid.flatten(0, 1)[None]], 1)
+
+
+@pytest.mark.parametrize("before", [37, 15, 4])
+def test_dinov2s_positions_are_resampled_as_published(before):
+    positions = torch.randn(1, 1 + before**2, 3, generator=torch.Generator().manual_seed(0))
+    found = pretrained._resampled(positions, 16)
+    torch.testing.assert_close(found.double(), resampled(positions, 16), rtol=1e-5, atol=2e-5)
+    assert torch.equal(pretrained._resampled(positions, before), positions)
+
+
+class ExtractorBase(torch.nn.Module):
+    def __init__(self, name, features):
+        super().__init__()
+
+
+class FetchingExtractor(ExtractorBase):
+    """A stand-in for torch-fidelity's of DINOv2."""
+
+    INPUT_IMAGE_SIZE = 28
+
+    def __init__(self, *_, **__):
+        raise AssertionError("this fetches code and weights")
+
+    def forward(self, x):
+        return (self.model(x.to(self.feature_extractor_internal_dtype)),)
+
+
+class TinyDINOv2(torch.nn.Module):
+    """A stand-in for timm's: the class token plus the last position's embedding, times fc1."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, 384))
+        self.pos_embed = torch.nn.Parameter(torch.zeros(1, 1 + 4, 384))
+        mlp = torch.nn.ModuleDict({"fc1": torch.nn.Linear(1, 1, bias=False)})
+        self.blocks = torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": mlp})])
+        self.patch_embed = types.SimpleNamespace(grid_size=(2, 2))
+
+    def forward(self, x):
+        scale = self.blocks[0]["mlp"]["fc1"].weight
+        return scale * (self.cls_token[0] + self.pos_embed[0, -1:]).expand(len(x), -1)
+
+
+@pytest.fixture
+def dinov2_stubs(monkeypatch):
+    """Stand-ins for torch-fidelity and timm; the list of what timm was asked for."""
+    asked = []
+
+    def create_model(name, **options):
+        asked.append((name, options))
+        return TinyDINOv2()
+
+    stub = types.SimpleNamespace(FeatureExtractorDinoV2=FetchingExtractor)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_dinov2", stub)
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
+    return asked
+
+
+def dinov2_state(**changes):
+    state = {
+        "cls_token": torch.full((1, 1, 384), 0.25),
+        "mask_token": torch.zeros(1, 384),
+        "pos_embed": torch.full((1, 1 + 9, 384), 0.5),
+        "blocks.0.mlp.w12.weight": torch.tensor([[2.0]]),
+        **changes,
+    }
+    return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+
+def test_dinov2_by_path_is_never_fetched(dinov2_stubs, tmp_path):
+    torch.save(dinov2_state(), tmp_path / "dinov2.pth")
+    before = torch.get_rng_state()
+    space = features.feature_space(f"dinov2:{tmp_path / 'dinov2.pth'}")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert dinov2_stubs == [("vit_small_patch14_dinov2", {"pretrained": False, "img_size": 28})]
+    assert (space.name, {*space.metrics}) == ("dinov2", {"precision", "recall"})
+    found = space.features(np.zeros((70, 4, 4, 1), np.uint8))  # more than a batch
+    np.testing.assert_allclose(found, np.full((70, 384), 1.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"register_tokens": torch.zeros(1, 4, 384)},
+        {"cls_token": None},
+        {"cls_token": torch.zeros(1, 1, 100)},
+        {"pos_embed": torch.zeros(1, 1 + 8, 384)},
+        {"pos_embed": torch.zeros(1, 1 + 9, 768)},
+        {"blocks.0.mlp.w12.weight": None},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_other_networks_are_not_dinov2(dinov2_stubs, tmp_path, changes):
+    torch.save(dinov2_state(**changes), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth must hold the weights of dinov2, got others"):
+        features.feature_space(f"dinov2:{tmp_path / 'other.pth'}")
+
+
+def test_dinov2_without_its_file_or_timm(dinov2_stubs, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"dinov2 are missing, got dinov2:.*dinov2_vitb14"):
+        features.feature_space(f"dinov2:{tmp_path / 'none.pth'}")
+    torch.save(dinov2_state(), tmp_path / "dinov2.pth")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"dinov2 needs timm, .*tcm-fast\[eval\]"):
+        features.feature_space(f"dinov2:{tmp_path / 'dinov2.pth'}")
+
+
 def test_a_spaces_own_metrics_are_in_its_reports(train, test):
     space = features.FeatureSpace(
         "mean",
@@ -206,31 +333,117 @@ def fidelity():
     return torch_fidelity
 
 
-@pytest.mark.slow
-def test_the_figures_are_those_of_torch_fidelitys_command_line(
-    fidelity, photographs, tmp_path, monkeypatch, capsys
-):
-    """Of Inception with random weights, whose file both are given: to 1e-3."""
+def random_inception(weights, monkeypatch):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    from torch_fidelity.fidelity import main
 
     torch.manual_seed(0)
+    torch.save({}, weights)
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.Module, "load_state_dict", lambda self, state, *_, **__: None)
-        torch.save({}, tmp_path / "none.pth")
         net = FeatureExtractorInceptionV3(
-            "inception", ["2048"], feature_extractor_weights_path=tmp_path / "none.pth"
+            "inception", ["2048"], feature_extractor_weights_path=weights
         )
     for parameter in net.parameters():
         if parameter.ndim == 4:
             torch.nn.init.kaiming_normal_(parameter, nonlinearity="relu")
-    weights = tmp_path / "inception.pth"
     torch.save(net.state_dict(), weights)
+    return ["inception-v3-compat", "--feature-extractor-weights-path", weights]
+
+
+class PlainDINOv2(torch.nn.Module):
+    """ViT-S/14 with layer scale and two blocks by the formulas (Dosovitskiy et al. 2021; Touvron et al.
+    2021), random weights by the published names."""
+
+    WIDTH, HEADS, DEPTH = 384, 6, 2
+
+    def __init__(self):
+        super().__init__()
+        d, generator = self.WIDTH, torch.Generator().manual_seed(0)
+        shapes = {"cls_token": (1, 1, d), "mask_token": (1, d), "pos_embed": (1, 1 + 37**2, d)}
+        shapes |= {"patch_embed.proj.weight": (d, 3, 14, 14), "patch_embed.proj.bias": (d,)}
+        layers = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (4 * d, d)}
+        layers |= {"mlp.fc2": (d, 4 * d), "norm1": (d,), "norm2": (d,)}
+        names = {
+            f"blocks.{i}.{name}": shape for i in range(self.DEPTH) for name, shape in layers.items()
+        }
+        for name, shape in {**names, "norm": (d,)}.items():
+            shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+        shapes |= {f"blocks.{i}.ls{j}.gamma": (d,) for i in range(self.DEPTH) for j in (1, 2)}
+        self.state = {
+            name: torch.randn(shape, generator=generator) * (0.5 if len(shape) != 2 else 0.1)
+            for name, shape in shapes.items()
+        }
+
+    def normalised(self, x, name):
+        weight, bias = (self.state[f"{name}.{kind}"] for kind in ("weight", "bias"))
+        return torch.nn.functional.layer_norm(x, [self.WIDTH], weight, bias, 1e-6)
+
+    def linear(self, x, name):
+        return x @ self.state[f"{name}.weight"].mT + self.state[f"{name}.bias"]
+
+    def forward(self, x):
+        state = self.state
+        patches = x.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).flatten(3)
+        x = patches.flatten(1, 2) @ state["patch_embed.proj.weight"].flatten(1).mT
+        x = x + state["patch_embed.proj.bias"]
+        x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1)
+        x = x + resampled(state["pos_embed"], 16).float()
+        for i in range(self.DEPTH):
+            block = f"blocks.{i}."
+            qkv = self.linear(self.normalised(x, block + "norm1"), block + "attn.qkv")
+            q, k, v = qkv.unflatten(2, (3, self.HEADS, -1)).permute(2, 0, 3, 1, 4)
+            attended = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+            attended = self.linear(attended.transpose(1, 2).flatten(2), block + "attn.proj")
+            x = x + state[block + "ls1.gamma"] * attended
+            hidden = self.linear(self.normalised(x, block + "norm2"), block + "mlp.fc1")
+            hidden = self.linear(torch.nn.functional.gelu(hidden), block + "mlp.fc2")
+            x = x + state[block + "ls2.gamma"] * hidden
+        return self.normalised(x, "norm")[:, 0]
+
+
+def random_dinov2(weights, monkeypatch):
+    """torch-fidelity gets a network written here in place of the one that it would fetch."""
+    timm = pytest.importorskip("timm")
+    net = PlainDINOv2()
+    torch.save(net.state, weights)
+    monkeypatch.setattr(torch.hub, "load", lambda *_: net)
+    small = functools.partial(timm.create_model, depth=net.DEPTH)
+    monkeypatch.setattr(timm, "create_model", small)
+    return ["dinov2-vit-s-14"]
+
+
+def test_dinov2s_features_are_those_of_torch_fidelity(fidelity, tmp_path, monkeypatch):
+    from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
+
+    random_dinov2(tmp_path / "dinov2.pth", monkeypatch)
+    theirs = FeatureExtractorDinoV2("dinov2-vit-s-14", ["dinov2"])
+    space = features.feature_space(f"dinov2:{tmp_path / 'dinov2.pth'}")
+    generator = torch.Generator().manual_seed(0)
+    for height, width in ((32, 32), (250, 17)):
+        images = torch.randint(256, (3, height, width, 3), generator=generator, dtype=torch.uint8)
+        images[1] //= 3
+        expected = theirs(images.permute(0, 3, 1, 2))[0].double().numpy()
+        found = space.features(images)
+        assert np.abs(expected[0] - expected[1]).mean() > 0.01
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [random_inception, random_dinov2])
+def test_the_figures_are_those_of_torch_fidelitys_command_line(
+    network, fidelity, photographs, tmp_path, monkeypatch, capsys
+):
+    """Of networks with random weights: to 1e-3."""
+    from torch_fidelity.fidelity import main
+
+    name = network.__name__.removeprefix("random_")
+    weights = tmp_path / f"{name}.pth"
+    extractor = network(weights, monkeypatch)
     sets = photographs[0][:12], photographs[1][:16]
-    for name, images in zip(("samples", "real"), sets, strict=True):
-        (tmp_path / name).mkdir()
+    for folder, images in zip(("samples", "real"), sets, strict=True):
+        (tmp_path / folder).mkdir()
         for i, image in enumerate(images):
-            Image.fromarray(image).save(tmp_path / name / f"{i:02d}.png")
+            Image.fromarray(image).save(tmp_path / folder / f"{i:02d}.png")
     arguments = ["--input1", tmp_path / "samples", "--input2", tmp_path / "real", "--fid", "--kid"]
     arguments += [
         "--prc",
@@ -242,21 +455,19 @@ def test_the_figures_are_those_of_torch_fidelitys_command_line(
         "--json",
         "--no-cache",
     ]
-    arguments += ["--feature-extractor", "inception-v3-compat"]
-    arguments += ["--feature-extractor-weights-path", weights, "--silent", "--cache-root", tmp_path]
+    arguments += ["--silent", "--cache-root", tmp_path, "--feature-extractor", *extractor]
     monkeypatch.setattr(sys, "argv", ["fidelity", *map(str, arguments)])
     main()
     theirs = json.loads(capsys.readouterr().out)
-    space = features.feature_space(f"inception:{weights}")
+    space = features.feature_space(f"{name}:{weights}")
     samples, real = map(space.features, sets)
     ours = {
         "frechet_inception_distance": frechet_distance(samples, real),
-        **{name: metric(samples, real) for name, metric in space.metrics.items()},
+        **{metric: measure(samples, real) for metric, measure in space.metrics.items()},
     }
-    for name, value in ours.items():
-        assert value == pytest.approx(theirs[name], rel=1e-3, abs=1e-3 * (name in space.metrics)), (
-            name
-        )
+    for metric, value in ours.items():
+        near = pytest.approx(theirs[metric], rel=1e-3, abs=1e-3 * (metric in space.metrics))
+        assert value == near, metric
     # Its KID takes as many of both sides, at random: all 12 samples, and some 12 real images.
     kept = np.random.RandomState(2020)
     kept.choice(12, 12, replace=False)
