@@ -123,7 +123,7 @@ def _consistency_loss_fwd_kernel(
     skip_t, out_t, skip_r, out_r = _levels(t, r, is_clean, n, sigma_data, HAS_CLEAN)
     squares = tl.zeros([BLOCK], tl.float32)
     columns = tl.arange(0, WIDTH)
-    by_channel = tl.zeros([BLOCK, WIDTH], tl.float32)
+    by_channel = tl.zeros([WIDTH], tl.float32)
     for first in range(0, size, BLOCK):
         e = first + tl.arange(0, BLOCK)
         channel = _channel(e, pixels, CHANNELS, CHANNELS_LAST)
@@ -133,7 +133,8 @@ def _consistency_loss_fwd_kernel(
         )  # fmt: skip
         squares += d * d
         if CHANNELS > 0:
-            by_channel += tl.where(channel[:, None] == columns[None, :], d[:, None], 0.0)
+            own = channel[:, None] == columns[None, :]
+            by_channel += tl.sum(tl.where(own, d[:, None], 0.0), 0)
     square = tl.sum(squares, 0)
     one = tl.full([], 1.0, tl.float32)
     root = tl.sqrt_rn(square + one * c * c)
@@ -141,7 +142,7 @@ def _consistency_loss_fwd_kernel(
     tl.store(loss + n, w * tl.div_rn(square, root + c))
     tl.store(coefficient + n, tl.div_rn(w * out_t, root))
     if CHANNELS > 0:
-        tl.store(sums + n * CHANNELS + columns, tl.sum(by_channel, 0), mask=columns < CHANNELS)
+        tl.store(sums + n * CHANNELS + columns, by_channel, mask=columns < CHANNELS)
 
 
 # grad_output = grad_loss · w · d / sqrt(|d|² + c²) · c_out(t), d recomputed; a bias's is its sum over the
