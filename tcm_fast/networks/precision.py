@@ -72,8 +72,13 @@ def _cast(tensors: list[torch.Tensor], dtypes: list[torch.dtype]) -> list[torch.
         for t, dtype in zip(tensors, dtypes, strict=True)
     ]
     moved = [(a, b) for a, b in zip(out, tensors, strict=True) if a is not b]
-    if moved:
-        torch._foreach_copy_([a for a, _ in moved], [b for _, b in moved])
+    # One that lies apart would send all through launches of their own.
+    together = [(a, b) for a, b in moved if a.stride() == b.stride()]
+    if together:
+        torch._foreach_copy_([a for a, _ in together], [b for _, b in together])
+    for a, b in moved:
+        if a.stride() != b.stride():
+            a.copy_(b)
     return out
 
 

@@ -230,3 +230,20 @@ def test_split_convolutions_take_no_other_dtype():
     layer = next(m for m in net.modules() if getattr(m, "parts", None) is not None)
     with pytest.raises(TypeError, match="conv_bf16x3: x must be fp32"):
         layer(torch.zeros(1, layer.in_channels, 4, 4, dtype=torch.float64))
+
+
+def test_gradients_that_lie_apart_do_not_hold_up_the_others(monkeypatch):
+    """On a GPU `_foreach_copy_` launches once for each tensor where one of them has other strides."""
+    wide = torch.randn(4, 3, 2, 2)[:, :2]
+    tensors = [torch.randn(3, 5), wide, torch.randn(7)]
+    together, foreach = [], torch._foreach_copy_
+
+    def copy(out, given):
+        together.extend(a.stride() == b.stride() for a, b in zip(out, given, strict=True))
+        foreach(out, given)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", copy)
+    made = precision._cast(tensors, [torch.float16] * 3)
+    assert together == [True, True]
+    for a, b in zip(made, tensors, strict=True):
+        assert torch.equal(a, b.half())
