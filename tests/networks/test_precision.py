@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tcm_fast.kernels import normalized_copy
-from tcm_fast.networks import build_network, force_rows, layers, mp_layers
+from tcm_fast.networks import build_network, force_rows, layers, mp_layers, precision
 from tcm_fast.networks.layers import Conv2d
 from tcm_fast.networks.mp_layers import MPConv
 from tcm_fast.networks.precision import (
