@@ -395,7 +395,6 @@ def consistency_loss(
         ValueError: shapes that differ, an unknown weighting, a c that is not positive, an x_t that
             asks for a gradient.
     """
-    n = x_t.shape[:1]
     for name, image in (("output", output), ("target_output", target_output), ("x_r", x_r)):
         if image.shape != x_t.shape:
             raise ValueError(
@@ -403,15 +402,11 @@ def consistency_loss(
             )
     weights = weighting if isinstance(weighting, torch.Tensor) else None
     vectors = {"t": t, "r": r, "delta": delta, "is_clean": is_clean, "weighting": weights}
-    for name, vector in vectors.items():
-        if vector is not None and vector.shape != n:
+    for name, vector in (vectors | {"bias": bias, "target_bias": target_bias}).items():
+        shape = x_t.shape[:2] if name.endswith("bias") else x_t.shape[:1]
+        if vector is not None and vector.shape != shape:
             raise ValueError(
-                f"consistency_loss: {name} must be {list(n)}, got {list(vector.shape)}"
-            )
-    for name, vector in {"bias": bias, "target_bias": target_bias}.items():
-        if vector is not None and vector.shape != x_t.shape[:2]:
-            raise ValueError(
-                f"consistency_loss: {name} must be {list(x_t.shape[:2])}, got {list(vector.shape)}"
+                f"consistency_loss: {name} must be {list(shape)}, got {list(vector.shape)}"
             )
     if not c > 0:
         raise ValueError(f"consistency_loss: c must be positive, got {c}")

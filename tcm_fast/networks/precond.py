@@ -1,5 +1,6 @@
 """The denoiser D around a raw network F: EDM's preconditioning (Karras et al. 2022, table 1)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -219,3 +220,14 @@ class Precond(nn.Module):
             raise ValueError(
                 f"augment_labels: must be [{n},{layer.in_features}], got {list(augment_labels.shape)}"
             )
+
+
+def want_ones(nets: Sequence[Precond], *, split: bool) -> bool:
+    """Whether images are to get a channel of ones (`raw(with_ones=True)`): where all networks have weights
+    for it, or take it for a bias that would be added in a pass of its own. A CPU's convolution adds it with
+    its product, and so does `conv_bf16x3`, of `split` weights."""
+    if all(net.model.constant_channels == 1 for net in nets):
+        return True
+    device = next(nets[0].parameters()).device
+    adds_apart = not split and runs_triton("noise_pair", device.type)
+    return adds_apart and all(net.model.takes_ones for net in nets)

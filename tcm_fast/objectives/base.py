@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from tcm_fast.config import PhaseConfig
-from tcm_fast.kernels._triton import runs_triton
 from tcm_fast.networks.precision import cast_weights, in_precision, is_derived
-from tcm_fast.networks.precond import Precond
+from tcm_fast.networks.precond import Precond, want_ones
 from tcm_fast.objectives.batch import Batch
 from tcm_fast.objectives.noise_levels import DISTRIBUTIONS, TimePlan
 
@@ -259,15 +258,9 @@ class Objective(nn.Module, Generic[C]):
 
     @property
     def append_ones(self) -> bool:
-        """Whether images get a channel of ones with the noise: where all of the phase's networks have weights
-        for it, or take it for a bias that would be added in a pass of its own."""
-        models = [net.model for net in (self.student, self.frozen) if net is not None]
-        if all(model.constant_channels == 1 for model in models):
-            return True
-        # `conv_bf16x3` adds a bias with its product, and so does a CPU's convolution.
-        device = next(self.student.parameters()).device
-        adds_apart = not self.split and runs_triton("noise_pair", device.type)
-        return adds_apart and all(model.takes_ones for model in models)
+        """Whether images get a channel of ones with the noise (`precond.want_ones`)."""
+        nets = [net for net in (self.student, self.frozen) if net is not None]
+        return want_ones(nets, split=self.split)
 
     def _raw(
         self,

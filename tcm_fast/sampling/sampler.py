@@ -23,6 +23,7 @@ from tcm_fast.kernels.philox import philox_normal
 from tcm_fast.kernels.precondition import denoise
 from tcm_fast.networks import Precond
 from tcm_fast.networks.precision import in_precision
+from tcm_fast.networks.precond import want_ones
 from tcm_fast.objectives import is_consistency
 from tcm_fast.runtime.arithmetic import PRECISIONS, splits_convolutions, tf32
 from tcm_fast.runtime.cuda_graphs import CaptureError, CudaPlace, GraphCache
@@ -309,11 +310,14 @@ class Sampler:
         network in one, preconditioning and bytes after it in another."""
         y = torch.zeros((len(numbers), *self.shape), device=self.device)
         y = y.contiguous(memory_format=fast_layout(self.device))
+        ones = want_ones(self.nets, split=splits_convolutions(self.precision))
         for step, (net, level) in enumerate(zip(self.nets, self.levels, strict=True)):
             t = y.new_full((len(y),), level)
             key = PhiloxKey(seed=self.seed, step=step, layer=NOISE_LAYER, sample=numbers)
-            noisy = noise_pair(y, t, None, key, sigma_data=net.sigma_data, dtype=self.dtype)
-            output = net.raw(noisy.input_t, t, labels)
+            noisy = noise_pair(
+                y, t, None, key, sigma_data=net.sigma_data, dtype=self.dtype, append_ones=ones
+            )
+            output = net.raw(noisy.input_t, t, labels, with_ones=ones)
             if step < len(self.levels) - 1:
                 y = denoise(output, noisy.x_t, t, net.sigma_data)
         return denoise_to_uint8(output, noisy.x_t, t, net.sigma_data)
