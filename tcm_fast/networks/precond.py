@@ -115,10 +115,11 @@ class Precond(nn.Module):
         """`raw` without the last convolution's bias, and the bias, fp32 [N,C], for whoever reads F next
         (`consistency_loss`): on a GPU a convolution adds it in a pass of its own. Elsewhere, and where there
         is none, `raw` and None."""
-        name = self.model.last_bias
-        if not name or not runs_triton("consistency_loss", x_in.device.type):
+        layer, _, leaf = self.model.last_bias.rpartition(".")
+        has_bias = bool(layer) and getattr(self.model.get_submodule(layer), leaf) is not None
+        if not has_bias or not runs_triton("consistency_loss", x_in.device.type):
             return self.raw(x_in, t, labels, **options), None
-        return self._raw(x_in, t, labels, without=name, **options)
+        return self._raw(x_in, t, labels, without=self.model.last_bias, **options)
 
     def _raw(
         self,
@@ -142,15 +143,14 @@ class Precond(nn.Module):
         if augment_labels is not None:
             self._check_augmentation(augment_labels, x_in.shape[0])
             options["augment_labels"] = augment_labels
-        names = [without] if without else []
-        expanded = by_sample(self.model, x_in, names)
+        expanded = by_sample(self.model, x_in, [without] if without else [])
         given: dict[str, torch.Tensor | None] = {**(weights or {}), **expanded}
         bias = None
-        for name in names:
-            own = self.model.get_parameter(name)
+        if without:
+            own = self.model.get_parameter(without)
             wide = own.to(torch.promote_types(own.dtype, torch.float32))
-            bias = expanded.get(name, wide.expand(x_in.shape[0], -1))
-            given[name] = None
+            bias = expanded.get(without, wide.expand(x_in.shape[0], -1))
+            given[without] = None
         if not given:
             return self.model(*inputs, **options), None
         return functional_call(self.model, given, inputs, options), bias  # type: ignore[arg-type]

@@ -148,3 +148,14 @@ def test_the_last_bias_comes_apart(name, training, triton_device, monkeypatch):
     output, apart = net.raw_and_bias(x, t)
     assert apart is None
     assert torch.equal(output, net.raw(x, t))
+
+
+def test_a_network_without_a_last_bias_hands_none_on(triton_device, monkeypatch):
+    monkeypatch.delenv("TCM_FAST_BACKEND")
+    net = network("ddpmpp", triton_device, attn_resolutions=(), channel_mult=(1,)).eval()
+    *_, last = net.model.dec.values()
+    last.bias = None
+    x, t = torch.randn(2, 3, 4, 4, device=triton_device), torch.ones(2, device=triton_device)
+    output, apart = net.raw_and_bias(x, t)
+    assert apart is None
+    assert torch.equal(output, net.raw(x, t))
