@@ -52,7 +52,7 @@ KINDS = {
     "addition": ("functor_add", "aten::add"),
     "fused operation": ("triton ", "tcm_fast::", "ext "),
 }  # fmt: skip
-LARGEST_KERNEL = 3  # pixels of a convolution's; feature maps are larger
+KERNELS = ((1, 1), (3, 3))  # of convolutions; feature maps have other sizes
 BY_ROW = ("tcm_fast::residual_bwd",)  # whose kernels read slices of channels as they lie
 CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
 RESULT = re.compile(r"(RUN|CAP) (?:kernel )?(.+)")
@@ -119,7 +119,7 @@ class Passes(Counting):
         if found == COPY:
             source = given[-1] if given else made[0]
             if made and made[0].ndim == 4 and made[0].dtype == source.dtype:
-                is_weight = max(made[0].shape[2:]) <= LARGEST_KERNEL
+                is_weight = tuple(made[0].shape[2:]) in KERNELS
                 self._moved(COPY, f"{name} weight" if is_weight else name, source)
         tally = self.by_kind[found]
         tally.bytes += after.bytes - before.bytes

@@ -386,7 +386,7 @@ def consistency_loss(
         sigma_data: standard deviation of the data.
         is_clean: bool [N], rows whose target is given as an image.
         bias, target_bias: [N,C], of the networks' last convolutions where F comes without them
-            (`Precond.raw_and_bias`); rows that `is_clean` flags get none.
+            (`Precond.raw_and_bias`); of the targets those that `is_clean` flags get none.
 
     Returns:
         fp32 [N] (x_t's dtype). Source: Lee et al. 2025, eq. 8-10; Song & Dhariwal 2023, section 3.3.
@@ -417,7 +417,7 @@ def consistency_loss(
         )
     if x_t.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "consistency_loss: output alone has a gradient, got x_t with requires_grad"
+            "consistency_loss: only output and bias have a gradient, got x_t with requires_grad"
         )
     if x_t.dtype == torch.float64 or not runs_triton("consistency_loss", x_t.device.type):
         return consistency_loss_reference(

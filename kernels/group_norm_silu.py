@@ -1046,5 +1046,9 @@ def group_norm_silu(
     if merges:
         inputs, inside = (*inputs, second, skip, sum_scale, x_bias, skip_bias), max(copies, 1)
     way = _BY_TRITON if kernels[0] is _fwd else _ON_CPU
-    y, *past = _Apply.apply(*inputs, inside, way if calls_directly(x) else _BY_OPERATOR)[:-2]
+    tensors = (v for v in inputs if isinstance(v, torch.Tensor))
+    has_grad = torch.is_grad_enabled() and any(v.requires_grad for v in tensors)
+    # Without a gradient dynamo would take forward's first argument for a ctx.
+    run = _Apply.apply if has_grad else _Apply.forward
+    y, *past = run(*inputs, inside, way if calls_directly(x) else _BY_OPERATOR)[:-2]
     return (y, *past, *[x] * (copies - inside)) if copies else y

@@ -198,16 +198,17 @@ def _fake_bwd(grad_out, grad_h, out, weight_a, weight_b, clip, grad_twin=None):
 
 
 def _save(ctx, inputs, output):
-    _, _, *ctx.weights, ctx.clip, with_silu = inputs
+    _, _, *ctx.weights, ctx.clip, ctx.with_silu = inputs
     out, h = output
     ctx.set_materialize_grads(False)
-    if not with_silu:
+    if not ctx.with_silu:
         ctx.mark_non_differentiable(h)
-    if with_silu or ctx.clip is not None:
+    if ctx.with_silu or ctx.clip is not None:
         ctx.save_for_backward(out)
 
 
 def _backward(ctx, grad_out, grad_h, grad_twin=None):
+    grad_h = grad_h if ctx.with_silu else None  # AOT autograd hands in zeros
     if grad_out is None:
         grad_out, grad_twin = grad_twin, None
     if grad_out is None and grad_h is None:
@@ -222,8 +223,8 @@ class _Twice(torch.autograd.Function):
     tensor twice.)"""
 
     @staticmethod
-    def forward(*args):
-        out, h = torch.ops.tcm_fast.mp_sum_fwd(*args)
+    def forward(a, b, weight_a, weight_b, clip, with_silu):  # dynamo counts the arguments
+        out, h = torch.ops.tcm_fast.mp_sum_fwd(a, b, weight_a, weight_b, clip, with_silu)
         return out, h, out.view_as(out)
 
     @staticmethod

@@ -43,7 +43,7 @@ def network_input(
     dtype: torch.dtype,
     append_ones: bool = False,
 ) -> torch.Tensor:
-    """c_in(t) x in the compute dtype, with EDM2's constant channel where asked for."""
+    """c_in(t) x in the compute dtype, with a channel of ones where asked for."""
     scaled = (preconditioning(t.to(x.dtype), sigma_data)[2] * x).to(dtype)
     return torch.cat([scaled, torch.ones_like(scaled[:, :1])], 1) if append_ones else scaled
 
@@ -165,13 +165,13 @@ def specialisations(capability: int) -> list[Variant]:
     """The forms in which CIFAR-10 and ImageNet-64 use the kernel."""
     variants = []
     sizes = ("size", "channels", "x_pixel", "x_channel", "in_pixel", "in_channel", "in_size")
-    for site, pixels, ones in (("3x32x32", 1024, False), ("3x64x64", 4096, True)):
+    for site, pixels in (("3x32x32", 1024), ("3x64x64", 4096)):
         for dtype in ("fp32", "fp16", "bf16"):
             signature = {"y": "*u8", "t": "*fp32", "r": "*fp32", "sample": "*i64", "seed": "*i64"}
             signature |= {"step": "*i64", "unit": "*fp32", "x_t": "*fp32", "x_r": "*fp32"}
             signature |= {"input_t": f"*{dtype}", "input_r": f"*{dtype}"}
             signature |= dict.fromkeys(sizes, "i32") | {"variance": "fp32"}
-            constants = {"IS_UINT8": True, "HAS_R": True, "APPEND_ONES": ones}
+            constants = {"IS_UINT8": True, "HAS_R": True, "APPEND_ONES": True}
             constants |= {"IS_LINEAR": True, "LAYER": NOISE_LAYER, "BLOCK": BLOCK}
             variants.append(
                 Variant(f"{site} {dtype}", _noise_pair_kernel, signature, constants,
@@ -233,7 +233,7 @@ def noise_pair(
             above), else NOISE_LAYER.
         sigma_data: standard deviation of the data.
         dtype: compute dtype of the networks' inputs.
-        append_ones: add EDM2's constant channel to the inputs.
+        append_ones: add a channel of ones to the inputs (`RawNetwork.takes_ones`).
 
     Returns:
         On CUDA in y's memory format; elsewhere in whichever is fastest.

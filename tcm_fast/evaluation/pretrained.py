@@ -88,8 +88,8 @@ DINOV2_SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
 def _part_of(package: str, needed_by: str) -> Any:
     try:
         return importlib.import_module(package)
-    except ImportError:
-        name = package.split(".")[0].replace("_", "-")
+    except ImportError as error:
+        name = (error.name or package).split(".")[0].replace("_", "-")
         raise ValueError(
             f"features: {needed_by} needs {name}, install it with pip install 'tcm-fast[eval]'"
         ) from None
@@ -175,7 +175,7 @@ def _dinov2(
     made = kind.__new__(kind)
     super(kind, made).__init__(extractor, [layer])
     made.model, made.feature_extractor_internal_dtype = network, torch.float32
-    return made.eval()
+    return made.requires_grad_(False).eval()
 
 
 def _resampled(positions: torch.Tensor, side: int) -> torch.Tensor:

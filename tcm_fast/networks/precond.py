@@ -100,7 +100,7 @@ class Precond(nn.Module):
         `weights` replace parameters and buffers of `model` by name (`precision.cast_weights`); x_in then
         has the dtype to compute in."""
         output, _ = self._raw(
-            x_in, t, labels, without="", augment_labels=augment_labels, dropout_key=dropout_key,
+            x_in, t, labels, without=None, augment_labels=augment_labels, dropout_key=dropout_key,
             weights=weights, with_ones=with_ones,
         )  # fmt: skip
         return output
@@ -116,10 +116,10 @@ class Precond(nn.Module):
         (`consistency_loss`): on a GPU a convolution adds it in a pass of its own. Elsewhere, and where there
         is none, `raw` and None."""
         layer, _, leaf = self.model.last_bias.rpartition(".")
-        has_bias = bool(layer) and getattr(self.model.get_submodule(layer), leaf) is not None
-        if not has_bias or not runs_triton("consistency_loss", x_in.device.type):
+        own = self.model.get_submodule(layer)._parameters.get(leaf) if layer else None
+        if own is None or not runs_triton("consistency_loss", x_in.device.type):
             return self.raw(x_in, t, labels, **options), None
-        return self._raw(x_in, t, labels, without=self.model.last_bias, **options)
+        return self._raw(x_in, t, labels, without=own, **options)
 
     def _raw(
         self,
@@ -127,13 +127,13 @@ class Precond(nn.Module):
         t: torch.Tensor,
         labels: torch.Tensor | None,
         *,
-        without: str,
+        without: torch.Tensor | None,
         augment_labels: torch.Tensor | None = None,
         dropout_key: PhiloxKey | None = None,
         weights: dict[str, torch.Tensor] | None = None,
         with_ones: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """F, and the bias of that name, which F is then `without`."""
+        """F, and the bias [N,C] of its last convolution that F is `without`, or None."""
         assert not with_ones or self.model.takes_ones
         self._check(x_in, t, labels, channels=self.img_channels + with_ones)
         x_in = x_in if weights is not None else x_in.to(self._weights_dtype)
@@ -143,14 +143,13 @@ class Precond(nn.Module):
         if augment_labels is not None:
             self._check_augmentation(augment_labels, x_in.shape[0])
             options["augment_labels"] = augment_labels
-        expanded = by_sample(self.model, x_in, [without] if without else [])
+        name, bias = self.model.last_bias, None
+        expanded = by_sample(self.model, x_in, [] if without is None else [name])
         given: dict[str, torch.Tensor | None] = {**(weights or {}), **expanded}
-        bias = None
-        if without:
-            own = self.model.get_parameter(without)
-            wide = own.to(torch.promote_types(own.dtype, torch.float32))
-            bias = expanded.get(without, wide.expand(x_in.shape[0], -1))
-            given[without] = None
+        if without is not None:
+            wide = without.to(torch.promote_types(without.dtype, torch.float32))
+            bias = expanded.get(name, wide.expand(x_in.shape[0], -1))
+            given[name] = None
         if not given:
             return self.model(*inputs, **options), None
         return functional_call(self.model, given, inputs, options), bias  # type: ignore[arg-type]

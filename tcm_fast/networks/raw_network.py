@@ -38,14 +38,15 @@ class RawNetwork(nn.Module):
     constant_channels = 0
     """Channels of ones behind the image's, for which the first convolution has weights."""
     last_bias = ""
-    """Name of the last convolution's bias, which `Precond.raw_and_bias` leaves out; empty for none."""
+    """Name of the bias of a convolution whose result is F, with nothing after it: `Precond.raw_and_bias`
+    leaves it out. Empty for none."""
     fp32_modules: tuple[str, ...] = ()
     """Children that compute in fp32 where the others do in 16 bits: the embeddings."""
 
     @property
     def takes_ones(self) -> bool:
-        """Whether x may have a channel of ones behind the image's: in the place of a bias, or times the
-        first convolution's bias."""
+        """Whether `forward` takes x with a channel of ones behind the image's: in the place of a bias, or
+        times the first convolution's bias. False where it does not know of them."""
         return self.constant_channels == 1
 
     @classmethod

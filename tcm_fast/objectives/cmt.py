@@ -73,7 +73,7 @@ class Cmt(DistanceObjective[CmtConfig]):
 
     def losses(self, batch: Batch) -> torch.Tensor:
         x, end = self.points(batch)
-        given = network_input(x, batch.t, self.student.sigma_data, self.dtype)
+        given = network_input(x, batch.t, self.student.sigma_data, self.dtype, self.append_ones)
         output = self._raw(self.student, given, batch, batch.t, slice(None), self._weights())
         return DISTANCES[self.config.distance](self, output, x, end, batch)
 
@@ -102,7 +102,7 @@ class Cmt(DistanceObjective[CmtConfig]):
             if before is not None:
                 found = torch.where(t < nearest, of_rows(x), found)
             levels = batch.t.new_full((own,), level)
-            given = network_input(x, levels, net.sigma_data, self.dtype)
+            given = network_input(x, levels, net.sigma_data, self.dtype, self.append_ones)
             output = self._raw(net, given, batch, levels, slice(0, own), None)
             denoised = denoise(output, x, levels, net.sigma_data)
             step = math.log(level / lower)

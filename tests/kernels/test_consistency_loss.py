@@ -314,5 +314,7 @@ def test_operators_are_well_formed(triton_device):
 def test_a_gradient_that_is_not_computed_is_refused():
     values = inputs()
     values["x_t"].requires_grad_()
-    with pytest.raises(ValueError, match="consistency_loss: output alone has a gradient, got x_t"):
+    with pytest.raises(
+        ValueError, match="consistency_loss: only output and bias have a gradient, got x_t"
+    ):
         consistency_loss(**values, c=0.06, weighting="one")

@@ -4,6 +4,7 @@ convolution's bias to its weights, the last one's to the loss."""
 import pytest
 import torch
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from tcm_fast import build_network
 from tcm_fast.kernels import _triton
@@ -150,12 +151,46 @@ def test_the_last_bias_comes_apart(name, training, triton_device, monkeypatch):
     assert torch.equal(output, net.raw(x, t))
 
 
-def test_a_network_without_a_last_bias_hands_none_on(triton_device, monkeypatch):
+class Apart(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t):
+        return self.net.raw_and_bias(x, t)
+
+
+def test_a_last_bias_that_is_no_parameter(triton_device, monkeypatch):
+    """Plain tensors of a functional call go out apart as well, what is computed (or None) does not."""
     monkeypatch.delenv("TCM_FAST_BACKEND")
     net = network("ddpmpp", triton_device, attn_resolutions=(), channel_mult=(1,)).eval()
     *_, last = net.model.dec.values()
-    last.bias = None
     x, t = torch.randn(2, 3, 4, 4, device=triton_device), torch.ones(2, device=triton_device)
+    plain = {name: 0.5 * p.detach() for name, p in Apart(net).named_parameters()}
+    _, apart = functional_call(Apart(net), plain, (x, t))
+    assert torch.equal(apart, 0.5 * last.bias.expand(2, 3))
+    parametrize.register_parametrization(last, "bias", torch.nn.Tanh())
     output, apart = net.raw_and_bias(x, t)
     assert apart is None
     assert torch.equal(output, net.raw(x, t))
+    parametrize.remove_parametrizations(last, "bias")
+    last.bias = None
+    output, apart = net.raw_and_bias(x, t)
+    assert apart is None
+    assert torch.equal(output, net.raw(x, t))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddpmpp", "edm2"])
+def test_compiled_with_and_without_gradients(name, triton_device, monkeypatch):
+    monkeypatch.delenv("TCM_FAST_BACKEND")
+    options = {"channels_per_head": 8} if name == "edm2" else {}
+    net = network(name, triton_device, attn_resolutions=(), channel_mult=(1,), **options).eval()
+    x, t = torch.randn(2, 3, 4, 4, device=triton_device), torch.ones(2, device=triton_device)
+    expected = step(net, triton_device)
+    with torch.no_grad():
+        output, bias = net.raw_and_bias(x, t)
+    net.model.compile(backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(net.raw_and_bias(x, t), (output, bias))
+    close(step(net, triton_device), expected)
