@@ -110,6 +110,9 @@ class Site:
         return " ".join(word for word in words if word and word not in UNSAID)
 
 
+OF_CHANNELS = ("weight", "bias", "x_bias", "skip_bias")
+"""Arguments [C] of the operations of the networks, where these may expand them to [N,C]."""
+
 # What every site of its operation has, or what follows from the rest.
 UNSAID = {
     "weight", "bias", "num_groups", "eps", "x_t", "x_r", "t", "delta", "weighting", "target_output", "x",
@@ -147,11 +150,13 @@ def _listened() -> list[ModuleType]:
     return [*modules, sampler]
 
 
-def _described(value: Any) -> Any:
+def _described(name: str, value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        # What a network expands over the batch, to sum its gradients with other layers', is one row here.
-        expands = value.ndim == 2 and value.stride(0) == 0 and len(value) == BATCH
-        return Like.of(value[0] if expands else value)
+        # What a network expands, over the batch or over parts of a sample, to sum its gradients with other
+        # layers', stands here as it was.
+        if value.ndim == 3 or (value.ndim == 2 and name in OF_CHANNELS):
+            value = value[tuple(0 if stride == 0 else slice(None) for stride in value.stride())]
+        return Like.of(value)
     if isinstance(value, PhiloxKey):
         return KeyLike(0)  # the layer's number changes the mask, not the work
     return value
@@ -181,7 +186,7 @@ def listening(network: str) -> Iterator[Counter[Site]]:
         def noted(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs)
             given.apply_defaults()
-            arguments = tuple((name, _described(v)) for name, v in given.arguments.items())
+            arguments = tuple((name, _described(name, v)) for name, v in given.arguments.items())
             heard[Site(operations[function], arguments, network, 1, function.__module__)] += 1
             return function(*args, **kwargs)
 

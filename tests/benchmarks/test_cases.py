@@ -23,6 +23,7 @@ from tcm_fast.benchmarks.check import Provider, check, check_ends, make_call, wr
 from tcm_fast.benchmarks.optimizers import check_step
 from tcm_fast.benchmarks.peers import TORCH_KINDS, optimizer_providers, providers
 from tcm_fast.benchmarks.sites import public_operations
+from tcm_fast.kernels._triton import assuming_kernels
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -59,6 +60,20 @@ def test_whatever_a_network_calls_is_a_case(network):
     assert found == set(sites)
     names = [str(case) for case in cases([network], [1], [torch.float32])]
     assert len(names) == len(set(names)), "two sites have one name"
+
+
+@pytest.mark.parametrize("network", available_networks(), ids=lambda network: network.label)
+def test_operations_take_what_is_drawn_for_a_case(network, monkeypatch):
+    """With the GPU's kernels in their places, on tensors without memory."""
+    for case in cases([network], [2], [torch.bfloat16]):
+        if case.operation == "posterior_mean":  # whose noisy images are made from values
+            continue
+        monkeypatch.setattr(
+            "tcm_fast.benchmarks.cases._random",
+            lambda name, sizes, dtype, *_: torch.empty(sizes, dtype=dtype, device="meta"),
+        )
+        with assuming_kernels(), Counting():
+            case.site.function(**case.inputs("meta", torch.channels_last))
 
 
 def test_listening_leaves_the_modules_as_they_were():
