@@ -215,8 +215,14 @@ def test_launches(arch: int, tests: Path) -> dict[Any, Launch]:
             items[:] = [item for item in items if "triton_device" in item.fixturenames]
 
     files = [str(path) for _, path in test_files(tests)]
-    options = ["-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:terminal"]
-    return noted(lambda: pytest.main([*options, *files], plugins=[Chosen()]), arch)
+    # Without the terminal's plugin its options, which the project's usual ones have, are unknown.
+    options = ["-o", "addopts=", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:terminal"]
+
+    def run() -> None:
+        status = pytest.main([*options, *files], plugins=[Chosen()])
+        assert status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), status
+
+    return noted(run, arch)
 
 
 # ---- compiling ----------------------------------------------------------------------------------
