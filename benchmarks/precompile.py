@@ -164,7 +164,8 @@ def split_launches(
         net = in_precision(net, torch.float32, split=True)
         x = torch.empty(batch, net.img_channels, net.img_resolution, net.img_resolution)
         with kernels_in_their_places():
-            net.raw(x, torch.ones(batch))
+            net.raw(x, torch.ones(batch))  # sampling
+            net.raw_and_bias(x, torch.ones(batch))  # a step
 
     def run(image: tuple[int, ...], weight: tuple[int, ...], has_bias: bool) -> None:
         empty = partial(torch.empty, memory_format=torch.channels_last)

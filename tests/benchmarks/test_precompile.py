@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,15 +38,36 @@ def test_launches_are_noted_and_not_carried_out():
 
 
 def test_split_convolutions_are_those_of_a_step():
-    """Forward, its gradients and the sums of pieces; the last convolution alone adds its bias itself."""
+    """Forward, its gradients and the sums of pieces; the last convolution alone adds its bias itself, and not
+    in a step."""
     found = [dict(l.constants) | {"name": l.kernel.__name__}
              for l in precompile.split_launches(90, TINY, batch=4).values()]  # fmt: skip
     names = {each["name"] for each in found}
     assert names == {f"_conv_bf16x3{kind}_kernel" for kind in ("", "_weight", "_sum")}
     assert {each["WIDE"] for each in found if "WIDE" in each} == {False}
-    assert {(e["IN"], e["OUT"]) for e in found if e.get("HAS_BIAS")} >= {(16, 3)}
+    last = [e["HAS_BIAS"] for e in found if "HAS_BIAS" in e and (e["IN"], e["OUT"]) == (16, 3)]
+    assert {True, False} == set(last)
     assert any(each.get("IN") == 512 for each in found)  # of benchmarks.convolutions
     assert not _triton.runs_triton("conv_bf16x3", "cpu")  # everything is as before
+
+
+OF_TESTS = """
+import sys
+from pathlib import Path
+from tcm_fast.benchmarks import gpu_session, precompile
+file = Path(sys.argv[1])
+gpu_session.test_files = lambda folder: [("one", file)]
+found = precompile.test_launches(90, file.parent)
+print({launch.kernel.__name__ for launch in found.values()})
+"""
+
+
+def test_the_tests_launches_are_noted():
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
+    file = Path(__file__).parents[1] / "kernels" / "test_denoise_to_uint8.py"
+    command = [sys.executable, "-c", OF_TESTS, str(file)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=variables)
+    assert ran.stdout.splitlines()[-1] == "{'_denoise_to_uint8_kernel'}", ran.stderr[-2000:]
 
 
 def test_forms_are_told_apart_as_triton_does():
