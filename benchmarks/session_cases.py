@@ -236,7 +236,7 @@ LATER_CASES: dict[str, Case] = {
     **{
         name: Case(operation(name, most=1), 90)
         for name in (
-            "consistency_loss", "noise_pair", "denoise_to_uint8", "residual", "mp_sum",
+            "consistency_loss", "noise_pair", "denoise_to_uint8", "mp_sum",
             "mp_cat_mp_silu", "modulate_mp_silu", "pixel_norm_mp_silu", "resample", "posterior_mean",
         )
     },

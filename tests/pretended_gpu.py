@@ -148,8 +148,9 @@ def beside_plan(folder: Path, phases: tuple[str, ...], **settings: Any) -> str:
     config = configured(folder, phases=phases, **settings)
     classes = 10 if config.network.class_conditional else 0
     shape = ImageShape(settings["size"], 3, classes, 256)
-    planned = plan_run(config, shape, CARDS["h200"]).peak
-    reserved = trained(Trainer(config, folder / "run"), torch.cuda.max_memory_reserved)
+    trainer = Trainer(config, folder / "run")
+    planned = plan_run(trainer.config, shape, CARDS["h200"]).peak
+    reserved = trained(trainer, torch.cuda.max_memory_reserved)
     told = f"reserved {reserved >> 20} MiB, planned {planned >> 20}"
     assert 0.9 * planned <= reserved <= 1.1 * planned, told
     return told
@@ -315,11 +316,14 @@ def cases() -> dict[str, Callable[[Path], str]]:
         found[f"train digits, manifold distance {precision}"] = partial(
             train_by_features, precision=precision
         )
-    for letter in "mlx":
-        preset = f"imagenet64-{letter if letter != 'x' else 'xl'}"
-        network = {"model_channels": 64, "num_blocks": 1}
-        found[f"train {preset} narrowed"] = partial(
-            train, preset=preset, size=64, network=network, steps=12
+    network = {"model_channels": 64, "num_blocks": 1}
+    for size in ("m", "l", "xl"):
+        found[f"train imagenet64-{size} narrowed"] = partial(
+            train, preset=f"imagenet64-{size}", size=64, network=network, steps=12
+        )
+    for precision in PRECISIONS:
+        found[f"train ict-deep narrowed {precision}"] = partial(
+            train, preset="ict-deep", size=32, network=NARROW, precision=precision, phases=("ict",)
         )
     for preset, size, precision in (
         ("cifar10", 32, "fp32"), ("cifar10", 32, "bf16"), ("imagenet64-s", 64, "fp16"),
@@ -340,6 +344,12 @@ def cases() -> dict[str, Callable[[Path], str]]:
             batch=batch,
             steps=16,
         )
+    # The recipes' own sizes, with the optimizations that make them fit.
+    for phases, batch in ((("edm",), 2048), (("ect",), 2048), (("ect", "tcm"), 1024)):
+        found[f"memory imagenet64-s fp16 {' '.join(phases)} {batch}, auto"] = partial(
+            beside_plan, phases=phases, preset="imagenet64-s", size=64, precision="fp16", batch=batch,
+            steps=6, memory="auto", save_every=100, grid_every=100,
+        )  # fmt: skip
     found["train device=cuda:0"] = partial(train, device="cuda:0", steps=12)
     for name, precision in itertools.product(("ddpmpp", "ncsnpp", "adm", "edm2"), PRECISIONS):
         found[f"sample {name} {precision}"] = partial(draw, name=name, precision=precision)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tcm_fast.benchmarks import gpu_session, session_cases
+from tcm_fast.benchmarks.cases import available_networks, cases
 from tcm_fast.benchmarks.gpu_session import (
     CUT,
     DONE,
@@ -21,6 +23,7 @@ from tcm_fast.benchmarks.gpu_session import (
     missing_modules,
 )
 from tcm_fast.benchmarks.results import Results, Row, load
+from tcm_fast.benchmarks.sites import public_operations
 
 ENVIRONMENT = {"name": "machine", "device": "cpu", "threads": 1}
 
@@ -240,7 +243,8 @@ def test_tests_come_first_and_every_item_has_a_limit():
     assert names.index("step CIFAR-10 bf16") < names.index("step EDM2-S fp16") < first_case + 6
 
 
-def test_every_operation_is_a_case():
-    from tcm_fast.benchmarks.sites import public_operations
-
-    assert set(public_operations().values()) <= set(gpu_session.CASES)
+def test_every_operation_that_networks_call_is_a_case():
+    """And no other: such a case would measure nothing. DDPM++'s residual sums are the normalisations'."""
+    called = {case.operation for case in cases(available_networks(), [128], [torch.bfloat16])}
+    named = set(public_operations().values()) & set(gpu_session.CASES)
+    assert named == called | {"conv_bf16x3"}
