@@ -167,7 +167,8 @@ def _noise_pair(case: Case) -> tuple[Work, Work]:
     image = _elements(case, "y")
     read = image * (y.dtype or case.dtype).itemsize + 4 * pairs * case.batch
     key = 8 * (case.batch + 2)
-    written = image * (4 + pairs * (4 + case.dtype.itemsize))
+    ones = image // y.shape[1] if case.site["append_ones"] else 0
+    written = image * (4 + 4 * pairs) + (image + ones) * pairs * case.dtype.itemsize
     return Work(read + key + written), Work(0)
 
 

@@ -244,7 +244,8 @@ def loop_sites(img_resolution: int, img_channels: int) -> tuple[Site, ...]:
     shape = (BATCH, img_channels, img_resolution, img_resolution)
     images = torch.zeros(shape, dtype=torch.uint8)
     batch = make_batch(plan, part, images, None, seed=0, step=0)
-    with listening(f"{img_channels}x{img_resolution}x{img_resolution}") as heard:
+    image = f"{img_channels}x{img_resolution}x{img_resolution}"
+    with listening(image) as heard, kernels_in_their_places():
         objective(batch)
         _posterior_target(objective, batch)
         drawing = sampler.Sampler([net], solvers.multistep, [80.0], precision="bf16")

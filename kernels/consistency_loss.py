@@ -43,11 +43,11 @@ def _with_bias(output, bias, dtype):
 
 def consistency_loss_reference(
     output, x_t, t, target_output, x_r, r, *, delta, c, weighting, sigma_data=0.5, is_clean=None,
-    bias=None, target_bias=None,
+    output_bias=None, target_bias=None,
 ):  # fmt: skip
     dtype = x_t.dtype
     t, r, delta = t.to(dtype), r.to(dtype), delta.to(dtype)
-    output = _with_bias(output, bias, dtype)
+    output = _with_bias(output, output_bias, dtype)
     target = denoise(_with_bias(target_output, target_bias, dtype), x_r, r, sigma_data)
     if is_clean is not None:
         target = torch.where(is_clean.reshape(-1, 1, 1, 1), target_output.to(dtype), target)
@@ -368,13 +368,13 @@ def consistency_loss(
     weighting: str | torch.Tensor,
     sigma_data: float = 0.5,
     is_clean: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    output_bias: torch.Tensor | None = None,
     target_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """w(t,r) · (√(‖D(x_t,t) - sg D(x_r,r)‖² + c²) - c) for each sample, the norm over the whole image.
 
     Args:
-        output: raw output F of the student at (x_t, t), [N,C,H,W]; it and `bias` alone have a gradient.
+        output: raw output F of the student at (x_t, t), [N,C,H,W]; only it and output_bias have gradients.
         x_t, x_r: noisy images [N,C,H,W], fp32 (float64 for an oracle).
         t, r: noise levels [N], r < t.
         target_output: raw output F of the target's network at (x_r, r), [N,C,H,W]; rows flagged by
@@ -385,7 +385,7 @@ def consistency_loss(
             inv_cout_sq 1/c_out(t)², one.
         sigma_data: standard deviation of the data.
         is_clean: bool [N], rows whose target is given as an image.
-        bias, target_bias: [N,C], of the networks' last convolutions where F comes without them
+        output_bias, target_bias: [N,C], of the networks' last convolutions where F comes without them
             (`Precond.raw_and_bias`); of the targets those that `is_clean` flags get none.
 
     Returns:
@@ -402,7 +402,9 @@ def consistency_loss(
             )
     weights = weighting if isinstance(weighting, torch.Tensor) else None
     vectors = {"t": t, "r": r, "delta": delta, "is_clean": is_clean, "weighting": weights}
-    for name, vector in (vectors | {"bias": bias, "target_bias": target_bias}).items():
+    for name, vector in (
+        vectors | {"output_bias": output_bias, "target_bias": target_bias}
+    ).items():
         shape = x_t.shape[:2] if name.endswith("bias") else x_t.shape[:1]
         if vector is not None and vector.shape != shape:
             raise ValueError(
@@ -417,18 +419,18 @@ def consistency_loss(
         )
     if x_t.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "consistency_loss: only output and bias have a gradient, got x_t with requires_grad"
+            "consistency_loss: only output and output_bias have a gradient, got x_t with requires_grad"
         )
     if x_t.dtype == torch.float64 or not runs_triton("consistency_loss", x_t.device.type):
         return consistency_loss_reference(
             output, x_t, t, target_output, x_r, r,
             delta=delta, c=c, weighting=weighting, sigma_data=sigma_data, is_clean=is_clean,
-            bias=bias, target_bias=target_bias,
+            output_bias=output_bias, target_bias=target_bias,
         )  # fmt: skip
     biases: list[torch.Tensor | None] = [None, None]
-    if bias is not None or target_bias is not None:
+    if output_bias is not None or target_bias is not None:
         zeros = x_t.new_zeros(x_t.shape[:2], dtype=torch.float32)
-        biases = [zeros if b is None else b.to(torch.float32) for b in (bias, target_bias)]
+        biases = [zeros if b is None else b.to(torch.float32) for b in (output_bias, target_bias)]
     if biases[0] is not None and x_t.shape[1] > WIDEST:
         if is_clean is not None:
             biases[1] = torch.where(is_clean[:, None], 0, biases[1])

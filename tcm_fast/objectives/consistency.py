@@ -76,8 +76,8 @@ class Consistency(DistanceObjective[P]):
             )  # fmt: skip
         return consistency_loss(
             output, pair.x_t, batch.t, target, x_r, batch.r, delta=batch.delta, c=self.c,
-            weighting=batch.weighting, sigma_data=sd, is_clean=is_clean, bias=bias,
-            target_bias=target_bias,
+            weighting=batch.weighting, sigma_data=sd, is_clean=is_clean,
+            output_bias=bias, target_bias=target_bias,
         )  # fmt: skip
 
     def _raw_and_bias(self, net: Precond, *given: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -100,7 +100,7 @@ def with_biases(values, seed=3):
     n, c = values["output"].shape[:2]
     bias = torch.randn(c, generator=g).expand(n, c).to(values["x_t"])
     target_bias = torch.randn(n, c, generator=g).to(values["x_t"])
-    return values | {"bias": bias, "target_bias": target_bias}
+    return values | {"output_bias": bias, "target_bias": target_bias}
 
 
 @pytest.mark.parametrize("channels", [3, 17])
@@ -109,12 +109,12 @@ def test_biases_are_added_to_the_outputs(channels):
     flags = torch.tensor([True, False, True, False, False])
     options = dict(c=0.06, weighting="inv_dt", is_clean=flags)
     added = {k: v for k, v in values.items() if "bias" not in k}
-    added["output"] = values["output"] + values["bias"][:, :, None, None]
+    added["output"] = values["output"] + values["output_bias"][:, :, None, None]
     by_row = torch.where(flags[:, None], 0, values["target_bias"])
     added["target_output"] = values["target_output"] + by_row[:, :, None, None]
     loss = consistency_loss(**values, **options)
     torch.testing.assert_close(loss, naive(**added, **options))
-    for name in ("bias", "target_bias"):
+    for name in ("output_bias", "target_bias"):
         alone = {k: v for k, v in values.items() if k != name}
         none = values | {name: torch.zeros_like(values[name])}
         assert torch.equal(
@@ -151,7 +151,7 @@ def test_an_empty_batch_works():
         (dict(weighting="inv"), "weighting must be one of .* or a tensor, got 'inv'"),
         (dict(weighting=torch.ones(4)), r"weighting must be \[5\], got \[4\]"),
         (dict(r=torch.ones(4)), r"r must be \[5\], got \[4\]"),
-        (dict(bias=torch.ones(3)), r"bias must be \[5, 3\], got \[3\]"),
+        (dict(output_bias=torch.ones(3)), r"output_bias must be \[5, 3\], got \[3\]"),
         (dict(target_bias=torch.ones(5, 1)), r"target_bias must be \[5, 3\], got \[5, 1\]"),
         (dict(x_r=torch.ones(5, 3, 8, 7)), r"x_r must be \[5, 3, 8, 8\], got \[5, 3, 8, 7\]"),
     ],
@@ -167,7 +167,7 @@ def test_bad_arguments_are_named(change, message):
 def on(device, values, dtype=None):
     """Arguments on a device, the network's outputs in `dtype`, the images in fp32."""
     moved = {k: v.to(device) for k, v in values.items()}
-    for name in ("x_t", "x_r", "target_output", "bias", "target_bias"):
+    for name in ("x_t", "x_r", "target_output", "output_bias", "target_bias"):
         if name in moved:
             moved[name] = moved[name].to(torch.float32)
     if dtype is not None:
@@ -177,7 +177,9 @@ def on(device, values, dtype=None):
 
 def loss_and_grad(values, upstream, **options):
     """The loss, and its gradients at the output and, where there is one, its bias."""
-    given = {k: values[k].detach().requires_grad_() for k in ("output", "bias") if k in values}
+    given = {
+        k: values[k].detach().requires_grad_() for k in ("output", "output_bias") if k in values
+    }
     loss = consistency_loss(**values | given, **options)
     return loss.detach(), *torch.autograd.grad(loss, list(given.values()), upstream.to(loss))
 
@@ -303,7 +305,10 @@ def test_operators_are_well_formed(triton_device):
     t, r, delta = levels
     output = values["output"].requires_grad_()
     biased = on(triton_device, with_biases(values))
-    for biases in ((None, None), (biased["bias"].clone().requires_grad_(), biased["target_bias"])):
+    for biases in (
+        (None, None),
+        (biased["output_bias"].clone().requires_grad_(), biased["target_bias"]),
+    ):
         arguments = (
             output, values["x_t"], t, values["target_output"], values["x_r"], r, 1 / delta, None,
             *biases, 0.06, 0.5,
@@ -315,6 +320,6 @@ def test_a_gradient_that_is_not_computed_is_refused():
     values = inputs()
     values["x_t"].requires_grad_()
     with pytest.raises(
-        ValueError, match="consistency_loss: only output and bias have a gradient, got x_t"
+        ValueError, match="consistency_loss: only output and output_bias have a gradient, got x_t"
     ):
         consistency_loss(**values, c=0.06, weighting="one")
