@@ -9,9 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcm_fast.checkpoint.format import load_network
-from tcm_fast.checkpoint.posthoc_ema import combination, find_snapshots, gamma_of_width, reconstruct
+from tcm_fast.checkpoint.posthoc_ema import (
+    combination,
+    find_snapshots,
+    gamma_of_width,
+    reconstruct,
+    save_snapshot,
+)
 from tcm_fast.cli.main import main
 from tcm_fast.config import Config, from_dict
+from tcm_fast.networks import build_network
 from tcm_fast.optim.ema import EmaRule
 from tcm_fast.training.trainer import Trainer
 
@@ -153,3 +160,16 @@ def test_snapshots_need_an_average_that_can_be_combined(tmp_path):
         Trainer(from_dict(Config, {**values, "edm": {"ema": ["constant:0.9"]}}), tmp_path / "run")
     with pytest.raises(ValueError, match="snapshot_every: must not be negative, got -1"):
         from_dict(Config, {"snapshot_every": -1})
+
+
+def test_what_a_killed_process_left_goes_with_the_next_snapshot(tmp_path):
+    """Ours, and those that safetensors writes to."""
+    net = build_network("ddpmpp", img_resolution=4, img_channels=1, model_channels=8, channel_mult=[1],
+                        num_blocks=1, attn_resolutions=[])  # fmt: skip
+    net.info = {"phase": "ect", "images": 160, "iterations": 10}
+    folder = tmp_path / "snapshots"
+    folder.mkdir()
+    for name in (".tmpNW0XRv", ".tmp-12-ect-000000160-ema-0.safetensors"):
+        (folder / name).write_bytes(b"half")
+    made = save_snapshot(tmp_path, net, net.state_dict(), 0, 16.97)
+    assert list(folder.iterdir()) == [made]
