@@ -46,8 +46,8 @@ from tcm_fast.benchmarks.cases import (
 from tcm_fast.benchmarks.sites import kernels_in_their_places
 from tcm_fast.kernels._triton import AVAILABLE, compiling_together
 from tcm_fast.kernels.conv_bf16x3 import conv_bf16x3
-from tcm_fast.kernels.modulate_mp_silu import GAIN_PARTS, parts_for
 from tcm_fast.networks import build_network, layers
+from tcm_fast.networks.by_sample import scales_and_gains
 from tcm_fast.networks.precision import in_precision
 
 MANIFEST = "manifest.json"
@@ -186,16 +186,12 @@ def _both(case: Case) -> None:
     empty = lambda name, sizes, dtype, *_: torch.empty(sizes, dtype=dtype)  # noqa: E731
     with patch("tcm_fast.benchmarks.cases._random", empty):
         inputs = case.inputs("cpu", torch.channels_last)
-    if (
-        case.operation == "modulate_mp_silu"
-    ):  # in training networks expand these (`networks.by_sample`)
-        parts = parts_for(case.batch)
-        expanded = {
-            "scale": inputs["scale"][:, None].expand(-1, parts, -1),
-            "gain": inputs["gain"].expand(case.batch, parts, GAIN_PARTS),
-        }
-        out = case.site.function(**inputs | expanded)
-        torch.autograd.grad(out, list(expanded.values()), torch.empty_like(out))
+    if case.operation == "modulate_mp_silu":  # as a training pass calls it
+        given = inputs["scale"], inputs["gain"]
+        with kernels_in_their_places():
+            (scale,), (gain,) = scales_and_gains(given[0], [given[0].shape[1]], [given[1]])
+        out = case.site.function(**inputs | {"scale": scale, "gain": gain})
+        torch.autograd.grad(out, given, torch.empty_like(out))
     with torch.no_grad():
         case.site.function(**inputs)
     if case.has_backward:

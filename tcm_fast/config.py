@@ -142,8 +142,13 @@ class PhaseConfig:
     """EMA of the weights: constant:BETA, halflife:IMAGES or power:GAMMA. The first one is sampled, and the
     next phase starts from it."""
 
+    @property
+    def _section(self) -> str:
+        """The phase's name, as messages give it."""
+        return type(self).__name__.removesuffix("Config").lower()
+
     def __post_init__(self) -> None:
-        name = type(self).__name__.removesuffix("Config").lower()
+        name = self._section
         require(self.images >= 0, f"{name}.images: must not be negative, got {self.images}")
         require(self.batch_size >= 1, f"{name}.batch_size: must be positive, got {self.batch_size}")
         require(self.lr > 0, f"{name}.lr: must be positive, got {self.lr}")
@@ -186,7 +191,7 @@ class DistanceConfig(PhaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__.removesuffix("Config").lower()
+        name = self._section
         has_rule = type(self).huber_c == 0  # which 0 stands for
         require(
             self.huber_c > 0 or (has_rule and self.huber_c == 0),
@@ -218,7 +223,7 @@ class ConsistencyConfig(DistanceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__.removesuffix("Config").lower()
+        name = self._section
         require(self.t_std > 0, f"{name}.t_std: must be positive, got {self.t_std}")
 
 
@@ -236,7 +241,7 @@ class RatioConfig(ConsistencyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__.removesuffix("Config").lower()
+        name = self._section
         require(self.q > 1, f"{name}.q: must be greater than 1, got {self.q}")
         require(
             self.stage_iterations >= 1,
@@ -259,7 +264,7 @@ class TargetConfig(RatioConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self).__name__.removesuffix("Config").lower()
+        name = self._section
         require(self.bank_size >= 2, f"{name}.bank_size: must be at least 2, got {self.bank_size}")
 
 

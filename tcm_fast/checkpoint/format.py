@@ -50,6 +50,7 @@ from tcm_fast.runtime.atomic import (
     check_fit,
     read_tensors,
     reason,
+    remove_leftovers,
     replacing,
     sync,
     write_tensors,
@@ -295,7 +296,7 @@ def write_checkpoint(
     final = _unused(folder / f"{info['phase']}-{info['images']:09d}")
     temporary = folder / f"{TEMPORARY}{final.name}"
     try:
-        _remove_leftovers(folder)
+        remove_leftovers(folder)
         temporary.mkdir(parents=True)
         files = _write_files(temporary, contents.files)
         own = {
@@ -371,12 +372,6 @@ def _unused(path: Path) -> Path:
     while candidate.exists():
         candidate, number = path.with_name(f"{path.name}.{number}"), number + 1
     return candidate
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Delete what an interrupted save or deletion left behind."""
-    for path in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _prune(run: Path, phase: str, keep: int, best: str) -> None:

@@ -12,7 +12,6 @@ combination of the snapshots. Before a phase's first iteration the weights count
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 
 from tcm_fast.checkpoint.format import network_file, save_network
 from tcm_fast.networks import Precond, build_network
-from tcm_fast.runtime.atomic import read_tensors
+from tcm_fast.runtime.atomic import read_tensors, remove_leftovers
 
 FOLDER = "snapshots"
 WIDEST = math.sqrt(1 / 12)  # γ = 0: every iteration alike
@@ -71,9 +70,7 @@ def save_snapshot(
     """Keep a snapshot of an EMA, parameters in fp16; `net.info` has the images and iterations so far."""
     info = net.info
     path = Path(run) / FOLDER / f"{info['phase']}-{info['images']:09d}-ema-{index}.safetensors"
-    for leftover in path.parent.glob(".tmp*"):  # of a killed process; safetensors has its own names
-        with suppress(OSError):
-            leftover.unlink()
+    remove_leftovers(path.parent)
     state = {name: value.to(torch.float16) for name, value in ema.items()}
     save_network(path, net, metadata={**info, "gamma": gamma}, state=state)
     return path

@@ -62,9 +62,8 @@ class Consistency(DistanceObjective[P]):
         )  # fmt: skip
         x_r, input_r, clean = self.inner_images(pair, batch)
         weights = self._weights()
-        every = slice(None)
         output, bias = self._raw_and_bias(
-            self.student, pair.input_t, batch, batch.t, every, weights
+            self.student, pair.input_t, batch, batch.t, slice(None), weights
         )
         with torch.no_grad():
             target, target_bias = self._targets(input_r, clean, batch, weights)
