@@ -17,6 +17,7 @@ from tcm_fast.kernels.precondition import preconditioning
 from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.resample import resample
 from tcm_fast.kernels.residual import residual
+from tcm_fast.kernels.residual_conv1x1 import residual_conv1x1
 
 __all__ = [
     "PhiloxKey",
@@ -43,4 +44,5 @@ __all__ = [
     "qkv_attention",
     "resample",
     "residual",
+    "residual_conv1x1",
 ]

@@ -135,6 +135,11 @@ def _(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * math.prod(weight) * x[0] * x[2] * x[3]
 
 
+@register_flop_formula(torch.ops.tcm_fast.residual_conv1x1_fwd)
+def _(x: Sequence[int], skip: Sequence[int], second: Any, weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(weight) * skip[0] * skip[2] * skip[3]
+
+
 @register_flop_formula(torch.ops.tcm_fast.conv_bf16x3_input_bwd)
 def _(grad_out: Sequence[int], parts: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * math.prod(parts[1:]) * grad_out[0] * grad_out[2] * grad_out[3]

@@ -1,0 +1,305 @@
+"""The sum that ends a residual branch where one of its terms is a 1x1 convolution: the product of matrices
+that it is adds the other term and the biases before it writes (Karras et al. 2022, appendix C)."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+
+from tcm_fast.kernels._common import (
+    DTYPES,
+    check_image,
+    empty,
+    given,
+    layout_of,
+    of_channels,
+    power_of_2,
+    register,
+)
+from tcm_fast.kernels._triton import Variant, interpreting, launch, runs_triton, tl, triton
+from tcm_fast.kernels.qkv_attention import _dot
+from tcm_fast.kernels.residual import check_sum, residual_reference
+
+# -- reference ------------------------------------------------------------------------------------
+
+
+def residual_conv1x1_reference(
+    x, skip, weight, scale=1.0, bias=None, skip_bias=None, *, second=None, up=False
+):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    skip = skip if second is None else torch.cat([skip, second], 1)
+    skip = torch.conv2d(skip.to(wide), weight.to(wide))
+    if up:
+        skip = F.interpolate(skip, scale_factor=2.0, mode="nearest")
+    return residual_reference(x.to(wide), skip, scale, bias, skip_bias).to(x.dtype)
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _add_product(
+    sums, image, at, inside, weight, n,
+    CHANNELS: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, OUT: tl.constexpr,
+    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds an image's product with the columns FROM to TO of the weight [OUT, CHANNELS]."""
+    for i in tl.range((TO - FROM + DEPTH - 1) // DEPTH):
+        c = i * DEPTH + tl.arange(0, DEPTH)
+        has = c < TO - FROM
+        v = tl.load(image + at[:, None] + c[None, :], mask=inside & has[None, :], other=0)
+        of = n[None, :] * CHANNELS + FROM + c[:, None]
+        w = tl.load(weight + of, mask=has[:, None] & (n < OUT)[None, :], other=0)
+        sums = _dot(v, w, sums, PRECISION)
+    return sums
+
+
+# Output pixels by output channels are a product of matrices: a program owns a tile of it.
+@triton.jit
+def _residual_conv1x1_kernel(
+    x, skip, second, weight, bias, skip_bias, out, pixels, scale,
+    FIRST: tl.constexpr, CHANNELS: tl.constexpr, OUT: tl.constexpr, UP_FROM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SKIP_BIAS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All in channels_last. FIRST of the CHANNELS that are multiplied are of `skip`, the others of `second`;
+    UP_FROM: the width of these where it is half of the output's, else 0."""
+    TILES: tl.constexpr = (OUT + WIDTH - 1) // WIDTH
+    first = (tl.program_id(0) // TILES).to(tl.int64) * PIXELS
+    row = tl.arange(0, PIXELS)
+    inside = (row < pixels - first)[:, None]
+    n = tl.program_id(0) % TILES * WIDTH + tl.arange(0, WIDTH)
+    source = first
+    from_row = row
+    if UP_FROM > 0:
+        p = first + row
+        low = p // (4 * UP_FROM) * UP_FROM + p % (2 * UP_FROM) // 2
+        source = first // (4 * UP_FROM) * UP_FROM
+        from_row = (low - source).to(tl.int32)
+    sums = tl.zeros([PIXELS, WIDTH], tl.float32)
+    sums = _add_product(sums, skip + source * FIRST, from_row * FIRST, inside, weight, n, CHANNELS, 0,
+                        FIRST, OUT, DEPTH, PRECISION)  # fmt: skip
+    if FIRST < CHANNELS:
+        REST: tl.constexpr = CHANNELS - FIRST
+        sums = _add_product(sums, second + source * REST, from_row * REST, inside, weight, n, CHANNELS,
+                            FIRST, CHANNELS, OUT, DEPTH, PRECISION)  # fmt: skip
+    at = (row * OUT)[:, None] + n[None, :]
+    inside &= (n < OUT)[None, :]
+    sums += tl.load(x + first * OUT + at, mask=inside, other=0).to(tl.float32)
+    b = tl.zeros([WIDTH], tl.float32)
+    if HAS_BIAS:
+        b += tl.load(bias + n, mask=n < OUT, other=0).to(tl.float32)
+    if HAS_SKIP_BIAS:
+        b += tl.load(skip_bias + n, mask=n < OUT, other=0).to(tl.float32)
+    sums = (sums + b[None, :]) * scale
+    tl.store(out + first * OUT + at, sums.to(out.dtype.element_ty), mask=inside)
+
+
+# -- launchers ------------------------------------------------------------------------------------
+
+
+def _tiles(pixels, out_channels, itemsize, precision):
+    """Constants with warps and stages, and the number of programs. Three stages of two tiles of 128 rows of
+    128 bytes are 96 KB, which every GPU from sm_80 on has. Reasoned, not measured."""
+    width = min(max(power_of_2(out_channels), 16), 128)
+    rows = 128 if -(-pixels // 128) * -(-out_channels // width) >= 128 else 64
+    constants = dict(
+        PIXELS=rows, WIDTH=width, DEPTH=128 // itemsize, PRECISION=precision,
+        num_warps=8 if rows * width > 64 * 64 else 4, num_stages=3,
+    )  # fmt: skip
+    return constants, -(-pixels // rows) * -(-out_channels // width)
+
+
+def _precision():
+    """Of products in fp32: as convolutions have it, or in three parts of the tensor cores' 19 bits."""
+    if interpreting():
+        return "wide"
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+
+
+def _last(x):
+    return x if x is None else x.contiguous(memory_format=torch.channels_last)
+
+
+def _fwd(x, skip, second, weight, scale, bias, skip_bias, up, of_terms):
+    if x.dtype == torch.float64 or not runs_triton("residual_conv1x1", x.device.type):
+        return _fwd_by_reference(x, skip, second, weight, scale, bias, skip_bias, up, of_terms)
+    x, skip, second, weight = map(_last, (x, skip, second, weight))
+    n, c, h, w = x.shape
+    out = empty(x, x.shape, torch.channels_last)
+    constants, programs = _tiles(n * h * w, c, x.itemsize, _precision())
+    biases = [None if b is None else of_channels(b).contiguous() for b in (bias, skip_bias)]
+    launch(
+        _residual_conv1x1_kernel, (programs if c else 0,), x, skip, *given(x, second), weight,
+        *given(x, *biases), out, n * h * w, scale, FIRST=skip.shape[1], CHANNELS=weight.shape[1], OUT=c,
+        UP_FROM=skip.shape[3] if up else 0, HAS_BIAS=bias is not None, HAS_SKIP_BIAS=skip_bias is not None,
+        **constants,
+    )  # fmt: skip
+    return out
+
+
+# Resolution of the sum, its channels, those of the two that are multiplied, whether at half the resolution.
+_SITES = (
+    (32, 256, 256, 256, False), (32, 256, 256, 128, False), (32, 256, 128, 0, False),
+    (32, 256, 256, 0, True), (16, 256, 256, 256, False), (16, 256, 256, 0, False), (8, 256, 256, 256, False),
+    (64, 192, 384, 192, False), (32, 384, 576, 384, False), (8, 768, 768, 0, False),
+)  # fmt: skip
+
+
+def specialisations(capability: int) -> list[Variant]:
+    """Forms in which DDPM++ on CIFAR-10 and ADM at 64 x 64 use the kernel."""
+    variants = []
+    for (size, c, first, rest, up), (dtype, name) in product(_SITES, DTYPES.items()):
+        precision = "tf32x3"
+        constants, programs = _tiles(64 * size * size, c, dtype.itemsize, precision)
+        warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+        shape = dict(
+            FIRST=first, CHANNELS=first + rest, OUT=c, UP_FROM=size // 2 if up else 0, HAS_BIAS=True,
+            HAS_SKIP_BIAS=first != c or rest > 0 or up,
+        )  # fmt: skip
+        pointers = dict.fromkeys(("x", "skip", "second", "weight", "out"), f"*{name}")
+        pointers |= {"bias": "*fp32", "skip_bias": "*fp32", "pixels": "i32", "scale": "fp32"}
+        site = f"{size}x{size} {first}{f'+{rest}' if rest else ''}->{c}{' up' if up else ''} {name}"
+        variants.append(
+            Variant(site, _residual_conv1x1_kernel, pointers, shape | constants, num_warps=warps,
+                    num_stages=stages, aligned=frozenset({"pixels"}), programs=programs)
+        )  # fmt: skip
+    return variants
+
+
+# -- registration ---------------------------------------------------------------------------------
+
+
+def _fwd_by_reference(x, skip, second, weight, scale, bias, skip_bias, up, of_terms):
+    biases = [None if b is None else of_channels(b) for b in (bias, skip_bias)]
+    out = residual_conv1x1_reference(x, skip, weight, scale, *biases, second=second, up=up)
+    return out.contiguous(memory_format=_layout(x))
+
+
+def _layout(x):
+    """channels_last where the kernel runs, else x's own."""
+    is_kernel = x.dtype != torch.float64 and runs_triton("residual_conv1x1", x.device.type)
+    return torch.channels_last if is_kernel else layout_of(x)
+
+
+def _save(ctx, inputs, output):
+    _, skip, second, weight, ctx.scale, bias, skip_bias, ctx.up, ctx.of_terms = inputs
+    ctx.biases = [None if b is None else (b.ndim, b.dtype) for b in (bias, skip_bias)]
+    ctx.save_for_backward(skip, second, weight)
+
+
+def _by_pixel(x):
+    """[N,C,H,W] as a matrix [N·H·W, C], without a copy where x is channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _backward(ctx, grad):
+    """Products of matrices that are a library's. Both images' gradients are slices of one."""
+    skip, second, weight = ctx.saved_tensors
+    wants_x, wants_skip, wants_second, wants_weight, _, *wants_biases = ctx.needs_input_grad[:7]
+    if not ctx.of_terms:
+        grad = grad * ctx.scale
+    low = grad.contiguous(memory_format=_layout(grad))
+    if ctx.up:
+        low = torch.ops.aten.upsample_nearest2d_backward(
+            low, list(grad.shape[2:]), list(grad.shape[:2]) + list(skip.shape[2:]), 2.0, 2.0
+        )
+    rows, images = _by_pixel(low), [v for v in (skip, second) if v is not None]
+    grads: list[torch.Tensor | None] = [None, None]
+    if wants_skip or wants_second:
+        n, _, h, w = skip.shape
+        both = (rows @ weight.flatten(1)).view(n, h, w, -1).permute(0, 3, 1, 2)
+        grads = [*both.split([v.shape[1] for v in images], 1), None][:2]
+    grad_weight = None
+    if wants_weight:
+        parts = [rows.t() @ _by_pixel(v) for v in images]
+        grad_weight = (torch.cat(parts, 1) if second is not None else parts[0]).view(weight.shape)
+    biases: list[torch.Tensor | None] = [None, None]
+    if any(wants_biases) and not ctx.of_terms:
+        sums = grad.sum((2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
+        biases = [
+            (sums if of[0] == 2 else sums.sum(0)).to(of[1]) if wants and of is not None else None
+            for wants, of in zip(wants_biases, ctx.biases, strict=True)
+        ]
+    return grad if wants_x else None, *grads, grad_weight, None, *biases, None, None
+
+
+register(
+    "residual_conv1x1_fwd(Tensor x, Tensor skip, Tensor? second, Tensor weight, float scale, Tensor? bias, "
+    "Tensor? skip_bias, bool up, bool of_terms) -> Tensor",
+    _fwd, _fwd_by_reference, lambda x, *_: empty(x, x.shape, _layout(x)), save=_save, backward=_backward,
+)  # fmt: skip
+
+
+# -- public function ------------------------------------------------------------------------------
+
+
+def residual_conv1x1(
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float = 1.0,
+    bias: torch.Tensor | None = None,
+    skip_bias: torch.Tensor | None = None,
+    *,
+    second: torch.Tensor | None = None,
+    up: bool = False,
+    of_terms: bool = False,
+) -> torch.Tensor:
+    """(x + bias + conv1x1([skip, second]) + skip_bias) · scale.
+
+    Its kernel has not been timed on a GPU: it has run in emulation only.
+
+    Args:
+        x: activations [N,K,H,W] of a floating dtype; what is not channels_last is copied where a kernel runs.
+        skip: [N,C,H,W] in x's dtype, or [N,C,H/2,W/2] with `up`.
+        weight: of the convolution, [K,C+C2,1,1] in x's dtype.
+        scale: factor of the sum.
+        bias, skip_bias: that the convolution before x has left out, and of this one, as `residual` takes them.
+        second: [N,C2,...] of the same resolution as skip, joined to it along the channels; nothing writes the
+            two side by side.
+        up: every pixel of the convolution's result four times.
+        of_terms: take the gradient that arrives for that of the terms, and leave the biases' to whoever reads
+            the result: `group_norm_silu(summed=True)`, `residual.of_its_terms`.
+
+    Returns:
+        [N,K,H,W] in x's dtype; channels_last where a kernel runs, else in x's memory format. Sums and what is
+        between are fp32 (float64 for float64); products of fp32 are those of fp32 to 2^-20 of their magnitude,
+        or those of TF32 where convolutions may have it (`torch.backends.cudnn.allow_tf32`).
+
+    Raises:
+        TypeError: not floating, or dtypes that differ. ValueError: shapes or devices that do not fit.
+    """
+    check_image("residual_conv1x1", x)
+    n, k, h, w = x.shape
+    if up and (h % 2 or w % 2):
+        raise ValueError(
+            f"residual_conv1x1: x must have an even height and width with up, got {h}x{w}"
+        )
+    size = [h // 2, w // 2] if up else [h, w]
+    images = {"skip": skip} if second is None else {"skip": skip, "second": second}
+    for name, image in images.items():
+        if image.ndim != 4 or [image.shape[0], *image.shape[2:]] != [n, *size]:
+            raise ValueError(
+                f"residual_conv1x1: {name} must be [{n},C,{size[0]},{size[1]}], got {list(image.shape)}"
+            )
+    channels = sum(image.shape[1] for image in images.values())
+    if weight.shape != (k, channels, 1, 1):
+        raise ValueError(
+            f"residual_conv1x1: weight must be [{k},{channels},1,1], got {list(weight.shape)}"
+        )
+    for name, tensor in (images | {"weight": weight}).items():
+        if tensor.dtype != x.dtype:
+            raise TypeError(
+                f"residual_conv1x1: {name} must be of x's dtype {x.dtype}, got {tensor.dtype}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(
+                f"residual_conv1x1: {name} must be on {x.device}, got {tensor.device}"
+            )
+    check_sum("residual_conv1x1", x, x, bias=bias, skip_bias=skip_bias)
+    return torch.ops.tcm_fast.residual_conv1x1_fwd(
+        x, skip, second, weight, scale, bias, skip_bias, up, of_terms
+    )
