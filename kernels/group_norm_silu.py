@@ -38,7 +38,13 @@ from tcm_fast.kernels._triton import (
     triton,
 )
 from tcm_fast.kernels.dropout import PhiloxKey, check_dropout, dropout, key_arguments, key_of
-from tcm_fast.kernels.residual import check_sum, residual, residual_reference, strided
+from tcm_fast.kernels.residual import (
+    check_sum,
+    of_its_terms,
+    residual,
+    residual_reference,
+    strided,
+)
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -62,11 +68,16 @@ def group_norm_silu_reference(
     sum_scale=1.0,
     x_bias=None,
     skip_bias=None,
+    summed=False,
     second=None,
 ):
-    if skip is not None:
+    if summed:
+        x = of_its_terms(x, sum_scale, x_bias, skip_bias)
+    elif skip is not None:
         x = residual_reference(x, skip, sum_scale, x_bias, skip_bias)
+    past = [x] * (2 if twice else int(with_x))
     if second is not None:
+        past += [second] if past else []
         x = torch.cat([x, second], 1)
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype)
@@ -87,7 +98,7 @@ def group_norm_silu_reference(
     y = y.to(x.dtype).contiguous(memory_format=layout_of(x))
     if dropout_p > 0:
         y = dropout(y, dropout_p, dropout_key)
-    return (y, x, x) if twice else (y, x) if with_x else y
+    return (y, *past) if past else y
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -184,28 +195,30 @@ def _parts(p, c, at, CHANNELS: tl.constexpr, HW: tl.constexpr, CHANNELS_LAST: tl
 
 
 @triton.jit
-def _load(x, skip, second, merged, from_biases, sum_scale, p, c, at, inside, CHANNELS: tl.constexpr,
+def _load(x, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS: tl.constexpr,
           HW: tl.constexpr, CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr, SUMS: tl.constexpr,
           POLICY: tl.constexpr):  # fmt: skip
-    """A tile of x, or where SUMS of `residual`'s sum, and behind its FIRST channels of `second`. What is not
-    x alone is written to `merged`."""
+    """A tile of x, or where SUMS of `residual`'s sum, which is written to `total`, and behind its FIRST
+    channels of `second`."""
     if FIRST == CHANNELS and not SUMS:
         return tl.load(x + at, mask=inside, other=0, eviction_policy=POLICY)
     in_first, in_second = _parts(p, c, at, CHANNELS, HW, CHANNELS_LAST, FIRST)
     of_first = inside
     if FIRST < CHANNELS:
         of_first = inside & (c < FIRST)[None, :]
-    v = tl.load(x + in_first, mask=of_first, other=0, eviction_policy="evict_first")
     if SUMS:
+        v = tl.load(x + in_first, mask=of_first, other=0, eviction_policy="evict_first")
         other = tl.load(skip + in_first, mask=of_first, other=0, eviction_policy="evict_first")
-        total = v.to(tl.float32) + other.to(tl.float32)
-        total = (total + from_biases[None, :]) * sum_scale
-        v = tl.where(of_first, total, 0.0).to(v.dtype)
+        sum = v.to(tl.float32) + other.to(tl.float32)
+        sum = (sum + from_biases[None, :]) * sum_scale
+        v = tl.where(of_first, sum, 0.0).to(v.dtype)
+        tl.store(total + in_first, v, mask=of_first, eviction_policy=POLICY)
+    else:
+        v = tl.load(x + in_first, mask=of_first, other=0, eviction_policy=POLICY)
     if FIRST < CHANNELS:
         of_second = inside & (c >= FIRST)[None, :]
-        other = tl.load(second + in_second, mask=of_second, other=0, eviction_policy="evict_first")
+        other = tl.load(second + in_second, mask=of_second, other=0, eviction_policy=POLICY)
         v = tl.where((c < FIRST)[None, :], v, other)
-    tl.store(merged + at, v, mask=inside, eviction_policy=POLICY)
     return v
 
 
@@ -241,7 +254,7 @@ def _finish(v, origin, y, p, at, inside, first, c, slope, offset, sample, seed, 
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
 def _group_norm_silu_fwd_kernel(
-    x, skip, second, x_bias, skip_bias, weight, bias, add, scale, shift, sample, seed, step, y, merged,
+    x, skip, second, x_bias, skip_bias, weight, bias, add, scale, shift, sample, seed, step, y, total,
     mean, rstd, add_row, scale_row, shift_row, layer, threshold, keep_scale, eps, sum_scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
     SLAB: tl.constexpr, PIXELS: tl.constexpr, HOLDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -256,7 +269,7 @@ def _group_norm_silu_fwd_kernel(
     skip += n * (FIRST * HW)
     second += n * ((CHANNELS - FIRST) * HW)
     y += n * (CHANNELS * HW)
-    merged += n * (CHANNELS * HW)
+    total += n * (FIRST * HW)
     from_biases = tl.zeros([SLAB], tl.float32)
     if HAS_X_BIAS:
         from_biases = tl.load(x_bias + c, mask=own & (c < FIRST), other=0).to(tl.float32)
@@ -266,15 +279,15 @@ def _group_norm_silu_fwd_kernel(
     # Mean and summed squared deviation of each channel, in two steps: never E[x²] - E[x]².
     held = ()
     if HOLDS:
-        total = tl.zeros([PIXELS, SLAB], tl.float32)
+        slot_sum = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(x, skip, second, merged, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
+            v = _load(x, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
                       CHANNELS_LAST, FIRST, SUMS, "")  # fmt: skip
             held = held + (v,)  # noqa: RUF005
         for tile in tl.static_range(TILES):
-            total += held[tile].to(tl.float32)
-        average = tl.sum(total, 0) / HW
+            slot_sum += held[tile].to(tl.float32)
+        average = tl.sum(slot_sum, 0) / HW
         slot_rest = tl.zeros([PIXELS, SLAB], tl.float32)
         slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.static_range(TILES):
@@ -290,7 +303,7 @@ def _group_norm_silu_fwd_kernel(
         slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(x, skip, second, merged, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
+            v = _load(x, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
                       CHANNELS_LAST, FIRST, SUMS, "evict_last").to(tl.float32)  # fmt: skip
             d = tl.where(inside, v - slot_average, 0.0)
             slot_average += d * (1.0 / (tile + 1))
@@ -333,11 +346,12 @@ def _group_norm_silu_fwd_kernel(
             _finish(v, origin, y, p, at, inside, first, c, slope, offset, sample_n, seed_n, step_n, layer,
                     threshold, keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
     else:
-        if SUMS or FIRST < CHANNELS:  # what other threads wrote is read
+        if SUMS:  # what other threads wrote is read
             tl.debug_barrier()
         for i in tl.range(TILES):
             p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = tl.load(merged + at, mask=inside, other=0, eviction_policy="evict_first")
+            v = _load(total, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
+                      CHANNELS_LAST, FIRST, False, "evict_first")  # fmt: skip
             _finish(v, origin, y, p, at, inside, first, c, slope, offset, sample_n, seed_n, step_n, layer,
                     threshold, keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
 
@@ -395,7 +409,7 @@ def _hand_back(out, slot_add, slot_sums, grad_past, grad_twin, grad_x, grad_seco
 
 @triton.jit(do_not_specialize=["layer", "threshold"])
 def _group_norm_silu_bwd_kernel(
-    grad_y, grad_past, grad_twin, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step,
+    grad_y, grad_past, grad_twin, x, second, mean, rstd, weight, bias, add, scale, shift, sample, seed, step,
     grad_x, grad_second, grad_sums, grad_affine, grad_add, grad_scale, grad_shift, batch, add_row,
     scale_row, shift_row, layer, threshold, keep_scale, sum_scale,
     CHANNELS: tl.constexpr, HW: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr,
@@ -410,7 +424,8 @@ def _group_norm_silu_bwd_kernel(
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
     n, first, c, own, group, has, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
-    x += n * (CHANNELS * HW)
+    x += n * (FIRST * HW)
+    second += n * ((CHANNELS - FIRST) * HW)
     grad_y += n * (CHANNELS * HW)
     grad_x += n * (FIRST * HW)
     grad_second += n * ((CHANNELS - FIRST) * HW)
@@ -436,7 +451,25 @@ def _group_norm_silu_bwd_kernel(
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            held_x = held_x + (tl.load(x + at, mask=inside, other=0),)  # noqa: RUF005
+            v = _load(
+                x,
+                x,
+                second,
+                x,
+                r,
+                1.0,
+                p,
+                c,
+                at,
+                inside,
+                CHANNELS,
+                HW,
+                CHANNELS_LAST,
+                FIRST,
+                False,
+                "",
+            )
+            held_x = held_x + (v,)  # noqa: RUF005
             held_g = held_g + (tl.load(grad_y + at, mask=inside, other=0),)  # noqa: RUF005
         raw, held_g = held_g, ()
         for tile in tl.static_range(TILES):
@@ -451,8 +484,9 @@ def _group_norm_silu_bwd_kernel(
     else:
         for tile in tl.range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_last").to(tl.float32)
-            v -= origin[None, :]
+            v = _load(x, x, second, x, r, 1.0, p, c, at, inside, CHANNELS, HW,
+                      CHANNELS_LAST, FIRST, False, "evict_last")  # fmt: skip
+            v = v.to(tl.float32) - origin[None, :]
             g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_last")
             g = _drop(g, p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
                       SLAB, DROPS, BY_EIGHT)  # fmt: skip
@@ -492,8 +526,9 @@ def _group_norm_silu_bwd_kernel(
     else:
         for i in tl.range(TILES):
             p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = tl.load(x + at, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
-            v -= origin[None, :]
+            v = _load(x, x, second, x, r, 1.0, p, c, at, inside, CHANNELS, HW,
+                      CHANNELS_LAST, FIRST, False, "evict_first")  # fmt: skip
+            v = v.to(tl.float32) - origin[None, :]
             g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_first")
             g = _drop(g, p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
                       SLAB, DROPS, BY_EIGHT)  # fmt: skip
@@ -514,10 +549,10 @@ def _group_norm_silu_bwd_kernel(
 
 
 def _constants(
-    x, num_groups, add, scale, shift, silu, threshold, backward, asm
+    x, c, num_groups, add, scale, shift, silu, threshold, backward, asm
 ) -> tuple[dict[str, Any], int]:
-    """A kernel's constants, and the number of programs."""
-    n, c, h, w = x.shape
+    """A kernel's constants for c channels, of x and what is joined to it, and the number of programs."""
+    n, _, h, w = x.shape
     channels_last = layout_of(x) == torch.channels_last
     drops = threshold > 0
     # A slab starts at a multiple of 16 bytes, and of the channels that share a block of Philox.
@@ -543,23 +578,23 @@ def _launch_fwd(
     x, second, skip = laid_out(layout, x, second, skip)
     add, scale, shift = rows(add), rows(scale), rows(shift)
     n, first, *size = x.shape
-    merged = x
-    if second is not None or skip is not None:
-        merged = empty(x, (n, first + _width(second), *size), layout)
+    c = first + _width(second)
+    total = x if skip is None else torch.empty_like(x)
     constants, programs = _constants(
-        merged, num_groups, add, scale, shift, silu, threshold, False, has_asm(x)
+        x, c, num_groups, add, scale, shift, silu, threshold, False, has_asm(x)
     )
-    y = torch.empty_like(merged)
+    y = empty(x, (n, c, *size), layout)
     mean, rstd = statistics(x, num_groups)
     biases = [None if b is None else of_channels(b).contiguous() for b in (x_bias, skip_bias)]
     launch(
         _group_norm_silu_fwd_kernel, (programs,), x, *given(x, skip, second, *biases),
-        *affine_of(weight, bias), *given(x, add, scale, shift, sample, seed, step), y, merged, mean, rstd,
+        *affine_of(weight, bias), *given(x, add, scale, shift, sample, seed, step), y, total, mean, rstd,
         *_row_strides(add, scale, shift), layer, threshold, 65536 / (65536 - threshold), eps, sum_scale,
-        **constants, FIRST=first, SUMS=skip is not None, HAS_X_BIAS=x_bias is not None,
-        HAS_SKIP_BIAS=skip_bias is not None,
+        **constants, FIRST=first, SUMS=skip is not None,
+        HAS_X_BIAS=skip is not None and x_bias is not None,
+        HAS_SKIP_BIAS=skip is not None and skip_bias is not None,
     )  # fmt: skip
-    return y, merged, mean, rstd
+    return y, x.new_empty(0) if skip is None else total, mean, rstd
 
 
 def _fwd(*arguments):
@@ -571,13 +606,38 @@ def _width(second):
     return 0 if second is None else second.shape[1]
 
 
+def _side_by_side(x, second, past, past_second):
+    """The gradients that reached x and `second` past the normalisation as one tensor: the one whose slices of
+    channels they are, or a copy; None where neither is there."""
+    if second is None or (past is None and past_second is None):
+        return past
+    a = torch.zeros_like(x) if past is None else past
+    b = torch.zeros_like(second) if past_second is None else past_second
+    width = a.shape[1] + b.shape[1]
+    is_one = (
+        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and b.storage_offset() == a.storage_offset() + a.shape[1]
+        and a.stride() == b.stride()
+        and a.stride(1) == 1
+        and a.stride(3) == width
+    )
+    if not is_one:
+        return _joined(a, b)
+    n, _, *size = a.shape
+    return a.as_strided((n, width, *size), a.stride())
+
+
 def _bwd(
     grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
-    layer, threshold, wants_affine, grad_twin=None, width=0, sum_scale=1.0, wants_sums=False,
+    layer, threshold, wants_affine, grad_twin=None, second=None, past_second=None,
+    sum_scale=1.0, wants_sums=False,
 ):  # fmt: skip
     layout = layout_of(x)
-    x, grad_y, grad_past = laid_out(layout, x, grad_y, grad_past)
-    n, c, *size = x.shape
+    grad_past = _side_by_side(x, second, grad_past, past_second)
+    x, second, grad_y, grad_past = laid_out(layout, x, second, grad_y, grad_past)
+    n, first, *size = x.shape
+    width = _width(second)
+    c = first + width
     twin_row = 0
     if grad_twin is not None:
         grad_twin, twin_row = strided(grad_twin, layout)
@@ -585,23 +645,23 @@ def _bwd(
             grad_twin, twin_row = grad_twin.contiguous(memory_format=layout), c
     add, scale, shift = rows(add), rows(scale), rows(shift)
     constants, programs = _constants(
-        x, num_groups, add, scale, shift, silu, threshold, True, has_asm(x)
+        x, c, num_groups, add, scale, shift, silu, threshold, True, has_asm(x)
     )
-    parts = [empty(x, (n, channels, *size), layout) for channels in (c - width, width) if channels]
+    parts = [empty(x, (n, channels, *size), layout) for channels in (first, width) if channels]
     # One program writes each entry; PyTorch's sum over the batch has one order too.
     by_sample = torch.empty((2, n if wants_affine else 0, c), dtype=torch.float32, device=x.device)
-    sums = [by_sample.new_empty((n, c - width))] if wants_sums else []
+    sums = [by_sample.new_empty((n, first))] if wants_sums else []
     grads = [
         None if v is None else torch.empty((n, c), dtype=v.dtype, device=x.device)
         for v in (add, scale, shift)
     ]
     launch(
-        _group_norm_silu_bwd_kernel, (programs,), grad_y, *given(x, grad_past, grad_twin), x, mean, rstd,
-        *affine_of(weight, bias),
+        _group_norm_silu_bwd_kernel, (programs,), grad_y, *given(x, grad_past, grad_twin), x,
+        *given(x, second), mean, rstd, *affine_of(weight, bias),
         *given(x, add, scale, shift, sample, seed, step), parts[0], parts[-1], *(sums or [x]), by_sample,
         *given(x, *grads), n, *_row_strides(add, scale, shift), layer, threshold,
         65536 / (65536 - threshold), sum_scale, **constants, WANTS_AFFINE=wants_affine,
-        HAS_PAST=grad_past is not None, TWIN_ROW=twin_row, FIRST=c - width, SCALES=sum_scale != 1,
+        HAS_PAST=grad_past is not None, TWIN_ROW=twin_row, FIRST=first, SCALES=sum_scale != 1,
         WANTS_SUMS=wants_sums,
     )  # fmt: skip
     affine = by_sample.sum(1) if weight.ndim == 1 else by_sample
@@ -615,22 +675,23 @@ def _row_strides(*modulations):
 # Pixels, channels, and how a block of the network uses it: what it reads, what follows. DDPM++ on CIFAR-10
 # (groups of C/32) and ADM at 64 x 64.
 _NORM, _SUM, _EMBEDDED, _ATTENTION = "norm", "sum", "add dropout", "sum no silu"
-_MODULATED = "scale shift dropout"
+_SUMMED, _MODULATED = "summed", "scale shift dropout"
 _SITES = {
     "ddpmpp": (
-        (32, (128, 256, 384), (_NORM,)), (32, (256,), (_SUM, _EMBEDDED)),
+        (32, (128, 256, 384), (_NORM,)), (32, (256,), (_SUM, _SUMMED, _EMBEDDED)),
         (16, (256,), (_SUM, _EMBEDDED, _ATTENTION)),
         (8, (256, 512), (_NORM,)), (8, (256,), (_SUM, _EMBEDDED, _ATTENTION)),
     ),
     "adm": (
-        (64, (192, 576), (_NORM,)), (64, (192,), (_SUM, _MODULATED)),
+        (64, (192, 576), (_NORM,)), (64, (192,), (_SUM, _SUMMED, _MODULATED)),
         (32, (576, 960), (_NORM,)), (32, (384,), (_SUM, _MODULATED, _ATTENTION)),
         (16, (384, 1344), (_NORM,)), (16, (576,), (_SUM, _MODULATED, _ATTENTION)),
         (8, (576, 1536), (_NORM,)), (8, (768,), (_SUM, _MODULATED, _ATTENTION)),
     ),
 }  # fmt: skip
 
-# A decoder's blocks, which join the encoder's output to their sum: pixels, channels of the two.
+# A decoder's blocks, which read the encoder's output beside a sum that a product of matrices has carried out:
+# pixels, channels of the two.
 _JOINED_SITES = {
     "ddpmpp": ((32, 256, 128), (32, 256, 256), (16, 256, 256), (8, 256, 256)),
     "adm": ((64, 192, 192), (64, 384, 192), (32, 384, 384), (32, 576, 384), (16, 768, 576), (8, 768, 768)),
@@ -643,9 +704,12 @@ def specialisations(capability: int) -> list[Variant]:
     variants = []
     for network, sites in _SITES.items():
         sites = [(size, c, 0, use) for size, widths, uses in sites for c in widths for use in uses]
-        sites += [(*site, _SUM) for site in _JOINED_SITES[network]]
+        sites += [(*site, _SUMMED) for site in _JOINED_SITES[network]]
+        sites.append(
+            (*_JOINED_SITES[network][-1], _SUM)
+        )  # the first one's sum is of a block without
         for (size, c, width, use), dtype in itertools.product(sites, DTYPES):
-            x = torch.empty((64, c + width, size, size), dtype=dtype, device="meta")
+            x = torch.empty((64, c, size, size), dtype=dtype, device="meta")
             x = x.contiguous(memory_format=torch.channels_last)
             at = f"{network} {size}x{size}x{c}{f'+{width}' if width else ''} {use}"
             variants += _variants(at, x, use, width, 1.0 if network == "adm" else 0.5**0.5)
@@ -653,10 +717,11 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 def _variants(site: str, x: torch.Tensor, use: str, width: int, sum_scale: float) -> list[Variant]:
-    """Forward and backward for a tensor like x, on any device; `width` are channels of the second of two."""
+    """Forward and backward for a tensor like x, on any device; `width` are the channels of `second`."""
     name = DTYPES[x.dtype]
     add, scale = (x[..., 0, 0] if part in use else None for part in ("add", "scale"))
-    threshold, sums, c = 8520 if "dropout" in use else 0, "sum" in use, x.shape[1]
+    threshold, sums, c = 8520 if "dropout" in use else 0, "sum" in use.split(), x.shape[1]
+    hands_back = sums or use == _SUMMED  # gradients of a sum's terms
     image, scalars = f"*{name}", dict.fromkeys(("layer", "threshold"), "i32")
     modulations = ("add", "scale", "shift")
     scalars |= dict.fromkeys((f"{part}_row" for part in modulations), "i32")
@@ -664,16 +729,17 @@ def _variants(site: str, x: torch.Tensor, use: str, width: int, sum_scale: float
     both = dict.fromkeys(("x", *modulations), image)
     both |= dict.fromkeys(("sample", "seed", "step"), "*i64" if threshold else image)
     both |= dict.fromkeys(("weight", "bias", "mean", "rstd"), "*fp32") | scalars
-    fwd = dict.fromkeys(("skip", "second", "y", "merged"), image) | both
+    fwd = dict.fromkeys(("skip", "second", "y", "total"), image) | both
     fwd |= dict.fromkeys(("x_bias", "skip_bias"), "*fp32") | {"eps": "fp32"}
     grads = ("y", "past", "twin", "x", "second", *modulations)
-    bwd = dict.fromkeys((f"grad_{part}" for part in grads), image) | both
+    bwd = dict.fromkeys((*(f"grad_{part}" for part in grads), "second"), image) | both
     bwd |= {"grad_sums": "*fp32", "grad_affine": "*fp32", "batch": "i32"}
     aligned = frozenset(f"{part}_row" for part in modulations if c % 16 == 0)
     of_fwd = {"SUMS": sums, "HAS_X_BIAS": sums, "HAS_SKIP_BIAS": sums and width > 0}
     of_bwd = {
-        "WANTS_AFFINE": True, "HAS_PAST": sums or use == _NORM, "WANTS_SUMS": sums,
-        "TWIN_ROW": c if use == _SUM and not width else 0, "SCALES": sums and sum_scale != 1,
+        "WANTS_AFFINE": True, "HAS_PAST": hands_back or use == _NORM, "WANTS_SUMS": hands_back,
+        "TWIN_ROW": c if use in (_SUM, _SUMMED) and not width else 0,
+        "SCALES": hands_back and sum_scale != 1,
     }  # fmt: skip
     variants = []
     for kernel, signature, more in (
@@ -681,7 +747,8 @@ def _variants(site: str, x: torch.Tensor, use: str, width: int, sum_scale: float
     ):  # fmt: skip
         constants, programs = _constants(
             x,
-            min(32, c // 4),
+            c + width,
+            min(32, (c + width) // 4),
             add,
             scale,
             scale,
@@ -692,7 +759,7 @@ def _variants(site: str, x: torch.Tensor, use: str, width: int, sum_scale: float
         )
         warps = constants.pop("num_warps")
         variants.append(
-            Variant(f"{site} {name}", kernel, signature, constants | more | {"FIRST": c - width},
+            Variant(f"{site} {name}", kernel, signature, constants | more | {"FIRST": c},
                     num_warps=warps, aligned=aligned, programs=programs)
         )  # fmt: skip
     return variants
@@ -716,11 +783,17 @@ def _fwd_by_reference(
 def _merged_fwd_by_reference(x, *arguments):
     *arguments, second, skip, sum_scale, x_bias, skip_bias = arguments
     layout = layout_of(x)
-    merged = x if skip is None else residual_reference(x, skip, sum_scale, x_bias, skip_bias)
-    parts = [v for v in laid_out(layout, merged, second) if v is not None]
-    merged = torch.cat(parts, 1).contiguous(memory_format=layout)
-    y, mean, rstd = _fwd_by_reference(merged, *arguments)
-    return y, merged, mean, rstd
+    total = x if skip is None else residual_reference(x, skip, sum_scale, x_bias, skip_bias)
+    total = total.contiguous(memory_format=layout)
+    y, mean, rstd = _fwd_by_reference(_joined(total, second), *arguments)
+    return y, x.new_empty(0) if skip is None else total, mean, rstd
+
+
+def _joined(x, second):
+    """Both along the channels, in x's layout; x itself without a second."""
+    if second is None:
+        return x
+    return torch.cat([x, second], 1).contiguous(memory_format=layout_of(x))
 
 
 def _groups(x, add, num_groups):
@@ -733,9 +806,12 @@ def _groups(x, add, num_groups):
 
 def _bwd_by_reference(
     grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
-    layer, threshold, wants_affine, grad_twin=None, width=0, sum_scale=1.0, wants_sums=False,
+    layer, threshold, wants_affine, grad_twin=None, second=None, past_second=None,
+    sum_scale=1.0, wants_sums=False,
 ):  # fmt: skip
-    layout = layout_of(x)
+    layout, width = layout_of(x), _width(second)
+    grad_past = _side_by_side(x, second, grad_past, past_second)
+    x = _joined(x, second)
     n, c, *size = x.shape
     h = _groups(x, add, num_groups)
     normed = ((h - mean[:, :, None]) * rstd[:, :, None]).view(x.shape)
@@ -775,55 +851,62 @@ def _fake_fwd(x, weight, bias, add, scale, shift, sample, seed, step, num_groups
 
 
 def _fake_merged_fwd(x, *arguments):
-    (n, c, *size), (num_groups, *_, second) = x.shape, arguments[8:14]
-    y, merged = (empty(x, (n, c + _width(second), *size), layout_of(x)) for _ in range(2))
-    return y, merged, *statistics(x, num_groups)
+    (n, c, *size), (num_groups, *_, second, skip) = x.shape, arguments[8:15]
+    y = empty(x, (n, c + _width(second), *size), layout_of(x))
+    return y, x.new_empty(0) if skip is None else dense_like(x), *statistics(x, num_groups)
 
 
 def _fake_bwd(
     grad_y, grad_past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, num_groups, silu,
-    layer, threshold, wants_affine, grad_twin=None, width=0, sum_scale=1.0, wants_sums=False,
+    layer, threshold, wants_affine, grad_twin=None, second=None, past_second=None,
+    sum_scale=1.0, wants_sums=False,
 ):  # fmt: skip
     n, c, *size = x.shape
     sums = torch.empty((2, *weight.shape), dtype=torch.float32, device=x.device)
     grads = [v.new_empty(v.shape) for v in (add, scale, shift) if v is not None]
-    first, *second = (empty(x, (n, k, *size), layout_of(x)) for k in (c - width, width) if k)
-    return [first, sums, *grads, *second, *([sums.new_empty((n, c - width))] if wants_sums else [])]
+    first, *rest = (empty(x, (n, k, *size), layout_of(x)) for k in (c, _width(second)) if k)
+    return [first, sums, *grads, *rest, *([sums.new_empty((n, c))] if wants_sums else [])]
 
 
 def _save(ctx, inputs, output):
     x, *tensors = inputs[:9]
     ctx.num_groups, _, ctx.silu, ctx.layer, ctx.threshold, *merged = inputs[9:]
     *_, mean, rstd = output
-    ctx.sum_scale, ctx.width, ctx.biases = 1.0, 0, None
+    second, ctx.sum_scale, ctx.biases = None, 1.0, None
     if merged:
-        x, (second, _, ctx.sum_scale, *biases) = output[1], merged
+        second, skip, ctx.sum_scale, *biases = merged
         ctx.biases = [b if b is None else (b.ndim, b.dtype) for b in biases]
-        ctx.width = _width(second)
-    ctx.save_for_backward(x, *tensors, mean, rstd)
+        if skip is not None:
+            x = output[1]
+    ctx.save_for_backward(x, *tensors, mean, rstd, second)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
 
 
-def _grads(bwd, ctx, grad_y, *grads_past):
-    """The gradients of the operator's inputs; what reached x past it, by two ways at most, is added to
-    grad_x."""
-    x, weight, bias, add, scale, shift, sample, seed, step, mean, rstd = ctx.saved_tensors
+def _grads(bwd, ctx, grad_y, past, twin, past_second):
+    """The gradients of the operator's inputs; what reached x past it, by two ways at most, and `second`, is
+    added to theirs."""
+    x, weight, bias, add, scale, shift, sample, seed, step, mean, rstd, second = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wants_sums = ctx.biases is not None and any(needs[17:19])
-    past, twin = ([g for g in grads_past if g is not None] + [None, None])[:2]
+    if past is None:
+        past, twin = twin, None
     if grad_y is None and twin is None and ctx.biases is None:
         return past, *[None] * 13
+    if grad_y is None:
+        grad_y = torch.zeros_like(_joined(x, second))
+    if second is not None and twin is not None:
+        past, twin = past + twin, None
     grad_x, affine, *rest = bwd(
-        torch.zeros_like(x) if grad_y is None else grad_y, past, x, mean, rstd, weight, bias, add, scale,
-        shift, sample, seed, step, ctx.num_groups, ctx.silu, ctx.layer, ctx.threshold, needs[1] or needs[2],
-        twin, ctx.width, ctx.sum_scale, wants_sums,
+        grad_y, past, x, mean, rstd, weight, bias, add, scale, shift, sample, seed, step, ctx.num_groups,
+        ctx.silu, ctx.layer, ctx.threshold, needs[1] or needs[2], twin, second, past_second,
+        ctx.sum_scale, wants_sums,
     )  # fmt: skip
     found = iter(rest)
     modulations = [None if v is None else next(found) for v in (add, scale, shift)]
     grads = [grad_x, *affine.unbind(), *modulations, *[None] * 8]
     if ctx.biases is not None:
-        grads += [next(found) if ctx.width else None, grad_x, None]
+        grads += [next(found) if _width(second) else None, grad_x, None]
         sums = next(found, None)
         grads += [
             None if of is None or sums is None else (sums if of[0] == 2 else sums.sum(0)).to(of[1])
@@ -833,7 +916,8 @@ def _grads(bwd, ctx, grad_y, *grads_past):
 
 
 def _backward(ctx, grad_y, *grads):
-    return _grads(torch.ops.tcm_fast.group_norm_silu_bwd, ctx, grad_y, *grads[:-2])
+    past = grads[0] if len(grads) > 2 else None
+    return _grads(torch.ops.tcm_fast.group_norm_silu_bwd, ctx, grad_y, past, None, None)
 
 
 _OPTIONAL = "Tensor? add, Tensor? scale, Tensor? shift, Tensor? sample, Tensor? seed, Tensor? step"
@@ -859,7 +943,8 @@ def _bwd_anywhere(*args):
 register(
     "group_norm_silu_bwd(Tensor grad_y, Tensor? grad_past, Tensor x, Tensor mean, Tensor rstd, "
     f"Tensor weight, Tensor bias, {_OPTIONAL}, int num_groups, bool silu, int layer, int threshold, "
-    "bool wants_affine, Tensor? grad_twin=None, int width=0, float sum_scale=1.0, bool wants_sums=False) "
+    "bool wants_affine, Tensor? grad_twin=None, Tensor? second=None, Tensor? past_second=None, "
+    "float sum_scale=1.0, bool wants_sums=False) "
     "-> Tensor[]",
     _bwd_anywhere, _bwd_by_reference, _fake_bwd,
 )  # fmt: skip
@@ -880,29 +965,35 @@ def _launchers(way):
 
 
 class _Apply(torch.autograd.Function):
-    """An operator beside what it normalised, `copies` times, so that other gradients of that come here too.
-    (An operator of torch.library must not return what it was given.)"""
+    """An operator beside what it normalised, x or its sum, `copies` times, and `second`, so that other
+    gradients of these come here too. (An operator of torch.library must not return what it was given.)"""
 
     @staticmethod
     def forward(*args):
         *inputs, copies, way = args
         fwd, _, merged_fwd = _launchers(way)
+        x, second = inputs[0], None
         if len(inputs) == 14:
-            x, (y, mean, rstd) = inputs[0], fwd(*inputs)
+            y, mean, rstd = fwd(*inputs)
         else:
-            y, x, mean, rstd = merged_fwd(*inputs)
-        return y, *(x.view_as(x) for _ in range(copies)), mean, rstd
+            y, total, mean, rstd = merged_fwd(*inputs)
+            second, skip = inputs[14:16]
+            x = x if skip is None else total
+        past = [x] * copies + [second] * (second is not None and copies > 0)
+        return y, *(v.view_as(v) for v in past), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *inputs, _, ctx.way = inputs
+        *inputs, ctx.copies, ctx.way = inputs
         _save(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, grad_y, *grads):
         # With create_graph the operator stands in the graph, to refuse the second derivative.
         _, bwd, _ = _launchers(_BY_OPERATOR if torch.is_grad_enabled() else ctx.way)
-        return *_grads(bwd, ctx, grad_y, *grads[:-2]), None, None
+        past = list(grads[: ctx.copies]) + [None] * (2 - ctx.copies)
+        past_second = grads[ctx.copies] if len(grads) == ctx.copies + 3 else None
+        return *_grads(bwd, ctx, grad_y, *past, past_second), None, None
 
 
 # -- public function ------------------------------------------------------------------------------
@@ -944,6 +1035,7 @@ def group_norm_silu(
     sum_scale: float = 1.0,
     x_bias: torch.Tensor | None = None,
     skip_bias: torch.Tensor | None = None,
+    summed: bool = False,
     second: torch.Tensor | None = None,
 ) -> Any:
     """dropout(silu((1 + scale) · GN(x + add) + shift)).
@@ -964,12 +1056,15 @@ def group_norm_silu(
         skip, sum_scale, x_bias, skip_bias: arguments of `residual`, whose sum with x, of the same bits, takes
             x's place: the kernel carries it out on its way, which saves the pass that would, and one that
             would scale the gradient and sum the biases'.
+        summed: x is that sum already, of `residual_conv1x1(of_terms=True)`: only its gradient is handed back
+            as that of its terms, and the biases get theirs.
         second: activations [N,C2,H,W] in x's dtype to be joined to x along the channels; C is that of both
-            then. The kernel joins them on its way.
+            then. The kernel reads both: nothing writes the two side by side.
 
     Returns:
         [N,C,H,W] in x's dtype and memory format; all in between is fp32 (float64 for float64). With
-        with_x or twice a tuple of it and x, once or two times: the sum, joined to `second`.
+        with_x or twice a tuple of it and x, or the sum, once or two times, and `second` behind them where
+        there is one.
 
     Raises:
         TypeError: x is not floating, affine parameters have half precision, skip is of another dtype.
@@ -980,10 +1075,14 @@ def group_norm_silu(
     n, c, height, width = x.shape
     if skip is not None:
         check_sum("group_norm_silu", x, skip, x_bias=x_bias, skip_bias=skip_bias)
-        if not isinstance(sum_scale, (int, float)):
-            raise TypeError(f"group_norm_silu: sum_scale must be a number, got {sum_scale!r}")
+        if summed:
+            raise ValueError("group_norm_silu: summed must be False with skip, got both")
+    elif summed:
+        check_sum("group_norm_silu", x, x, x_bias=x_bias, skip_bias=skip_bias)
     elif x_bias is not None or skip_bias is not None or sum_scale != 1:
         raise ValueError("group_norm_silu: x_bias, skip_bias, sum_scale are of a sum, got no skip")
+    if not isinstance(sum_scale, (int, float)):
+        raise TypeError(f"group_norm_silu: sum_scale must be a number, got {sum_scale!r}")
     if second is not None:
         is_like = second.ndim == 4 and (n, height, width) == (second.shape[0], *second.shape[2:])
         if not is_like or (second.dtype, second.device) != (x.dtype, x.device):
@@ -1014,20 +1113,23 @@ def group_norm_silu(
     check_dropout("group_norm_silu", dropout_p, dropout_key)
     copies = 2 if twice else int(with_x)
     kernels = _kernels(x, *operands.values())
-    merges = second is not None or skip is not None
+    merges = second is not None or skip is not None or summed
     is_empty = x.numel() == 0 or (second is not None and second.numel() == 0)
+    options: dict[str, Any] = dict(
+        silu=silu, add=add, scale=scale, shift=shift, dropout_p=dropout_p, dropout_key=dropout_key
+    )
     if merges and (kernels is None or kernels[0] is not _fwd or is_empty):
-        merges = False
         if skip is not None:
             x = residual(x, skip, sum_scale, x_bias, skip_bias)
-        if second is not None:
-            x = torch.cat([x, second], 1).contiguous(memory_format=layout_of(x))
-        kernels = _kernels(x, *operands.values())
+        elif summed:
+            x = of_its_terms(x, sum_scale, x_bias, skip_bias)
+        if second is None:
+            options |= dict(with_x=with_x, twice=twice)
+            return group_norm_silu(x, num_groups, weight, bias, eps, **options)
+        y = group_norm_silu(_joined(x, second), num_groups, weight, bias, eps, **options)
+        return (y, *[x] * copies, second) if copies else y
     if kernels is None:
-        y = group_norm_silu_reference(
-            x, num_groups, weight, bias, eps,
-            silu=silu, add=add, scale=scale, shift=shift, dropout_p=dropout_p, dropout_key=dropout_key,
-        )  # fmt: skip
+        y = group_norm_silu_reference(x, num_groups, weight, bias, eps, **options)
         return (y, *[x] * copies) if copies else y
     if c * height * width >= 2**31:
         raise ValueError(
@@ -1044,11 +1146,13 @@ def group_norm_silu(
     # The extension's kernel takes in one gradient that goes past it.
     inside = copies if kernels[0] is _fwd else min(copies, 1)
     if merges:
-        inputs, inside = (*inputs, second, skip, sum_scale, x_bias, skip_bias), max(copies, 1)
+        inputs = (*inputs, second, skip, sum_scale, x_bias, skip_bias)
+    if skip is not None:  # whose sum is kept for the backward pass
+        inside = max(copies, 1)
     way = _BY_TRITON if kernels[0] is _fwd else _ON_CPU
     tensors = (v for v in inputs if isinstance(v, torch.Tensor))
     has_grad = torch.is_grad_enabled() and any(v.requires_grad for v in tensors)
     # Without a gradient dynamo would take forward's first argument for a ctx.
     run = _Apply.apply if has_grad else _Apply.forward
     y, *past = run(*inputs, inside, way if calls_directly(x) else _BY_OPERATOR)[:-2]
-    return (y, *past, *[x] * (copies - inside)) if copies else y
+    return (y, *past[:inside], *[x] * (copies - inside), *past[inside:]) if copies else y

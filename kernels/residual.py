@@ -294,6 +294,35 @@ class _DenseGradient(torch.autograd.Function):
         return grad.contiguous(memory_format=layout_of(grad))
 
 
+class _OfItsTerms(torch.autograd.Function):
+    """A sum itself, whose gradient goes on as that of its terms."""
+
+    @staticmethod
+    def forward(x, scale, *biases):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, (None, *inputs), output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        wanted = ctx.needs_input_grad[2:]
+        if grad.dtype != torch.float64 and runs_triton("residual", grad.device.type):
+            grad_x, sums = torch.ops.tcm_fast.residual_bwd(
+                grad, ctx.scale, any(wanted), ctx.by_sample
+            )
+        else:
+            grad_x = grad * ctx.scale
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            sums = grad_x.sum((2, 3) if ctx.by_sample else (0, 2, 3), dtype=wide)
+        biases = [
+            sums.to(dtype) if wants else None
+            for wants, dtype in zip(wanted, ctx.bias_dtypes, strict=True)
+        ]
+        return grad_x, None, *biases
+
+
 _fwd = register(
     "residual_fwd(Tensor x, Tensor skip, float scale, Tensor? bias, Tensor? skip_bias) -> Tensor",
     _fwd, _fwd_by_reference, lambda x, *_: dense_like(x), save=_save, backward=_backward,
@@ -335,6 +364,17 @@ def check_sum(
                 f"{operation}: {name} must be [{c}] on {x.device}, or all biases expanded (stride 0) to "
                 f"[{n},{c}], got {list(b.shape)} on {b.device}"
             )
+
+
+def of_its_terms(
+    x: torch.Tensor,
+    scale: float = 1.0,
+    bias: torch.Tensor | None = None,
+    skip_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [N,C,H,W], the result of `residual_conv1x1(of_terms=True)` with this scale and these biases, as a
+    tensor of its own: gradients of it go on as those of the sum's terms, and the biases get theirs."""
+    return _OfItsTerms.apply(x, scale, bias, skip_bias)
 
 
 def residual(

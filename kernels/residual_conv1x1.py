@@ -296,9 +296,7 @@ def residual_conv1x1(
                 f"residual_conv1x1: {name} must be of x's dtype {x.dtype}, got {tensor.dtype}"
             )
         if tensor.device != x.device:
-            raise ValueError(
-                f"residual_conv1x1: {name} must be on {x.device}, got {tensor.device}"
-            )
+            raise ValueError(f"residual_conv1x1: {name} must be on {x.device}, got {tensor.device}")
     check_sum("residual_conv1x1", x, x, bias=bias, skip_bias=skip_bias)
     return torch.ops.tcm_fast.residual_conv1x1_fwd(
         x, skip, second, weight, scale, bias, skip_bias, up, of_terms

@@ -17,7 +17,8 @@ from tcm_fast.kernels.conv_bf16x3 import conv_bf16x3
 from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.group_norm_silu import group_norm_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
-from tcm_fast.kernels.residual import residual
+from tcm_fast.kernels.residual import of_its_terms, residual
+from tcm_fast.kernels.residual_conv1x1 import residual_conv1x1
 from tcm_fast.networks.raw_network import Block, Modulation
 from tcm_fast.networks.recompute import after_norm
 
@@ -50,6 +51,30 @@ def initialise(layer: nn.Linear | nn.Conv2d, init: str, gain: float) -> None:
     for parameter in (layer.weight, layer.bias):
         if parameter is not None:
             nn.init.uniform_(parameter, -bound, bound)
+
+
+class PendingSum(NamedTuple):
+    """A residual sum that whoever normalises it carries out: arguments of `group_norm_silu`. Without `skip` x
+    is the sum already, and only its gradient has to go on as that of the terms."""
+
+    x: torch.Tensor
+    skip: torch.Tensor | None
+    sum_scale: float
+    x_bias: torch.Tensor | None
+    skip_bias: torch.Tensor | None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+
+def carried_out(x: torch.Tensor | PendingSum) -> torch.Tensor:
+    """The sum; a tensor as it is."""
+    if not isinstance(x, PendingSum):
+        return x
+    if x.skip is None:
+        return of_its_terms(x.x, *x[2:])
+    return residual(x.x, x.skip, *x[2:])
 
 
 class Linear(nn.Linear):
@@ -148,6 +173,36 @@ class Conv2d(nn.Conv2d):
         """Whether `conv_bf16x3` takes this layer."""
         return self.kernel_size in ((1, 1), (3, 3)) and not self.fused
 
+    def ends_sums(self, x: torch.Tensor) -> bool:
+        """Whether `added_to` takes what is like x: a 1x1 convolution, where a kernel multiplies."""
+        return (
+            self.kernel_size == (1, 1)
+            and not self.fused
+            and x.dtype == self.weight.dtype
+            and not (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
+            and _is_matrix(x)
+            and runs_triton("residual_conv1x1", x.device.type)
+        )
+
+    def added_to(
+        self,
+        h: torch.Tensor,
+        x: torch.Tensor,
+        scale: float,
+        bias: torch.Tensor | None,
+        *,
+        second: torch.Tensor | None = None,
+        pends: bool,
+    ) -> torch.Tensor | PendingSum:
+        """(h + bias + the layer's result for x, with `second` behind it) · scale: `residual_conv1x1`."""
+        repeats = self.up and self.is_box
+        if (self.up or self.down) and not repeats:
+            x = self._resample(x)
+        out = residual_conv1x1(
+            h, x, self.weight, scale, bias, self.bias, second=second, up=repeats, of_terms=pends
+        )
+        return PendingSum(out, None, scale, bias, self.bias) if pends else out
+
     def _resample(self, x: torch.Tensor) -> torch.Tensor:
         return resample_2x(x, self.resample_filter, up=self.up, is_box=self.is_box)
 
@@ -193,25 +248,6 @@ def resample_2x(x: torch.Tensor, kernel: torch.Tensor, *, up: bool, is_box: bool
     return convolve(x, weight, stride=2, padding=filter_padding(kernel), groups=x.shape[1])
 
 
-class PendingSum(NamedTuple):
-    """A residual sum that whoever normalises it carries out: arguments of `group_norm_silu`."""
-
-    x: torch.Tensor
-    skip: torch.Tensor
-    sum_scale: float
-    x_bias: torch.Tensor | None
-    skip_bias: torch.Tensor | None
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.x.shape
-
-
-def carried_out(x: torch.Tensor | PendingSum) -> torch.Tensor:
-    """The sum; a tensor as it is."""
-    return residual(*x) if isinstance(x, PendingSum) else x
-
-
 class GroupNorm(nn.Module):
     """Group normalisation over min(32, C/4) groups, with what `group_norm_silu` fuses into it."""
 
@@ -234,8 +270,9 @@ class GroupNorm(nn.Module):
         options |= dict(num_groups=self.num_groups, weight=weight, bias=bias, eps=self.eps)
 
         def run(x: torch.Tensor | PendingSum) -> Any:
-            given = x._asdict() if isinstance(x, PendingSum) else {"x": x}
-            return group_norm_silu(**given, **options)
+            if isinstance(x, PendingSum):
+                return group_norm_silu(**x._asdict(), summed=x.skip is None, **options)
+            return group_norm_silu(x, **options)
 
         return run
 
@@ -370,18 +407,26 @@ class UNetBlock(Block):
     ) -> Any:
         if self.recompute_norms:  # which keeps what is normalised, and not its parts
             x = carried_out(x)
-            x, second = x if second is None else torch.cat([x, second], 1), None
+        first = x.x if isinstance(x, PendingSum) else x
+        ends_skip = isinstance(self.skip, Conv2d) and self.skip.ends_sums(first)
+        if second is not None and (self.recompute_norms or not ends_skip):
+            x, second = torch.cat([carried_out(x), second], 1), None
         # Where x also goes past a normalisation, its gradients meet in that one's kernel.
         run = partial(after_norm, recompute=self.recompute_norms)
         norm0 = self.norm0.fused(with_x=True, twice=returns_x, second=second)
         h, skip, *past = run(norm0, self.conv0, x, with_bias=False)
+        if second is not None:
+            second = past.pop()
         # Where a sum is a kernel, the biases of the layers before go in there, and it waits for the
-        # normalisation after it; elsewhere the convolutions add them for nothing, and nothing is gained.
+        # normalisation after it, or a 1x1 convolution carries it out; elsewhere the convolutions add them
+        # for nothing, and nothing is gained.
         is_kernel = runs_triton("residual", h.device.type)
+        waits = is_kernel and not self.recompute_norms
         skip_bias = None
         if isinstance(self.skip, Conv2d):
-            skip = self.skip(skip, with_bias=not is_kernel)
-            skip_bias = self.skip.bias if is_kernel else None
+            if not ends_skip:
+                skip = self.skip(skip, with_bias=not is_kernel)
+                skip_bias = self.skip.bias if is_kernel else None
         elif self.skip is not None:
             skip = self.skip(skip)
         fused = emb if isinstance(emb, dict) else modulations([self], emb)[0]
@@ -390,14 +435,23 @@ class UNetBlock(Block):
         norm1 = self.norm1.fused(**fused, dropout_p=p, dropout_key=key)
         h = run(norm1, self.conv1, h, with_bias=not is_kernel)
         bias = self.conv1.bias if is_kernel else None
-        end = PendingSum(h, skip, self.skip_scale, bias, skip_bias)
+        end: torch.Tensor | PendingSum = PendingSum(h, skip, self.skip_scale, bias, skip_bias)
+        if ends_skip:
+            assert isinstance(self.skip, Conv2d)
+            pends_here = waits if self.attention else pends
+            end = self.skip.added_to(
+                h, skip, self.skip_scale, bias, second=second, pends=pends_here
+            )
         if self.attention:
-            between = end if is_kernel and not self.recompute_norms else carried_out(end)
+            between = end if waits else carried_out(end)
             qkv, skip = run(self.norm2.fused(silu=False, with_x=True), self.qkv, between)
             attended = qkv_attention(qkv, num_heads=self.num_heads)
-            h = self.proj(attended, with_bias=not is_kernel)
-            bias = self.proj.bias if is_kernel else None
-            end = PendingSum(h, skip, self.skip_scale, bias, None)
+            if self.proj.ends_sums(attended):
+                end = self.proj.added_to(skip, attended, self.skip_scale, None, pends=pends)
+            else:
+                h = self.proj(attended, with_bias=not is_kernel)
+                bias = self.proj.bias if is_kernel else None
+                end = PendingSum(h, skip, self.skip_scale, bias, None)
         out = end if pends and is_kernel else carried_out(end)
         return (out, *past) if returns_x else out
 

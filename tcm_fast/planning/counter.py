@@ -136,7 +136,9 @@ def _(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
 
 
 @register_flop_formula(torch.ops.tcm_fast.residual_conv1x1_fwd)
-def _(x: Sequence[int], skip: Sequence[int], second: Any, weight: Sequence[int], *_: Any, **__: Any) -> int:
+def _(
+    x: Sequence[int], skip: Sequence[int], second: Any, weight: Sequence[int], *_: Any, **__: Any
+) -> int:
     return 2 * math.prod(weight) * skip[0] * skip[2] * skip[3]
 
 

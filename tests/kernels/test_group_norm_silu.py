@@ -518,10 +518,16 @@ def test_kernel_joins_two(site, dtype, layout, triton_device, check_against_orac
         tensors = [v.detach().requires_grad_() for v in tensors]
         a, b, weight, bias, add = tensors
         options = dict(add=add, with_x=True, second=b)
-        y, joined = group_norm_silu(a, groups, weight, bias, 1e-6, **options)
-        assert torch.equal(joined, torch.cat([a, b], 1))
-        assert joined.is_contiguous(memory_format=layout)
-        grads = torch.autograd.grad([y, joined], tensors, [v.to(dtype) for v in upstream])
+        y, *past = group_norm_silu(a, groups, weight, bias, 1e-6, **options)
+        assert all(torch.equal(u, v) for u, v in zip(past, (a, b), strict=True))
+        assert y.is_contiguous(memory_format=layout)
+        # Slices of one tensor, and tensors of their own.
+        of_past = upstream[1].to(dtype).split([first, second], 1)
+        upstreams = [upstream[0].to(dtype), *of_past]
+        grads = torch.autograd.grad([y, *past], tensors, upstreams, retain_graph=True)
+        upstreams = [upstreams[0], *(g.contiguous(memory_format=layout) for g in of_past)]
+        apart = torch.autograd.grad([y, *past], tensors, upstreams)
+        assert all(torch.equal(u, v) for u, v in zip(grads, apart, strict=True))
         return [y, *grads]
 
     ours, again = results("kernel"), results("kernel")
@@ -567,14 +573,16 @@ class Summed:
         self.leaves = [v.to(device) for v in leaves]
         self.maps = 2 if self.twice else 1
         generator = torch.Generator().manual_seed(1)
+        widths = [first + second, *[first] * self.maps, *[second] * (second > 0)]
         self.upstream = [
-            torch.randn(x.shape, generator=generator).to(device, dtype)
-            for _ in range(1 + self.maps)
+            torch.randn((self.n, c, height, width), generator=generator).to(device, dtype)
+            for c in widths
         ]
         self.key = key_on(device, self.n)
 
-    def results(self, dtype=None, *, by_sample=False, apart=False, without=()):
-        """Outputs and gradients by name; `apart`: `residual` first, then the normalisation."""
+    def results(self, dtype=None, *, by_sample=False, apart=False, before=None, without=()):
+        """Outputs and gradients by name; `apart`: `residual` first, then the normalisation; `before`: the sum,
+        which was carried out."""
         leaves = [
             v.detach()
             .to(torch.promote_types(dtype, v.dtype) if dtype else v.dtype)
@@ -589,6 +597,9 @@ class Summed:
         if apart:
             terms = [given.pop(k, None) for k in ("skip", "sum_scale", "x_bias", "skip_bias")]
             given["x"] = residual(given["x"], *terms)
+        if before is not None:
+            given["x"] = leaves[0] = before.detach().clone().requires_grad_()
+            given["summed"] = given.pop("skip") is not None
         drop = dict(dropout_p=0.3, dropout_key=self.key) if self.factor == 1 else {}
         outputs = group_norm_silu(
             num_groups=self.groups, eps=1e-6, with_x=True, twice=self.twice, **given, **drop
@@ -610,8 +621,13 @@ def is_interpreted():
 
 
 def over_pixels(name, upstream):
-    is_map = name in ("y", "sum", "grad_x", "grad_skip", "grad_second")
-    return 0.0 if is_map else sum(g.double().abs() for g in upstream).sum((2, 3)).max().item()
+    if name in ("y", "sum", "grad_x", "grad_skip", "grad_second"):
+        return 0.0
+    total, *past = (g.double().abs().sum((2, 3)) for g in upstream)
+    for g in past:  # of the sum, or of `second` behind it
+        begin = 0 if g.shape[1] == past[0].shape[1] else total.shape[1] - g.shape[1]
+        total[:, begin : begin + g.shape[1]] += g
+    return total.max().item()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -632,6 +648,9 @@ def test_kernel_sums(site, dtype, layout, triton_device, check_against_oracle, m
     if is_interpreted():  # a compiler may contract the sum with what follows
         assert torch.equal(ours["y"], apart["y"])
     rows = summed.results(by_sample=True)
+    before = summed.results(before=ours["sum"])
+    for name in set(ours) - {"grad_skip"}:
+        assert torch.equal(before[name], ours[name]), name
     monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
     plain, oracle = summed.results(), summed.results(torch.float64)
     for name in ours:
@@ -737,6 +756,11 @@ def test_sums_of_any_kind_and_refusals(triton_device):
             r"group_norm_silu: skip_bias must be \[12\] on cpu, or all",
         ),
         ({"skip": None}, r"x_bias, skip_bias, sum_scale are of a sum, got no skip"),
+        ({"summed": True}, r"group_norm_silu: summed must be False with skip, got both"),
+        (
+            {"summed": True, "skip": None, "x_bias": b[:3]},
+            r"group_norm_silu: x_bias must be \[12\]",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             group_norm_silu(x, 3, weight, bias, **(options | change))
@@ -753,8 +777,8 @@ def test_sums_compile_to_one_graph_under_autocast(triton_device):
     def block(x):
         options = dict(skip=x.flip(0), sum_scale=0.7, x_bias=bias, second=x[:, :6])
         affine = (torch.cat([v, v[:6]]) for v in (weight, bias))
-        y, past, twin = group_norm_silu(x, 3, *affine, twice=True, **options)
-        return y + past * twin
+        y, past, twin, other = group_norm_silu(x, 3, *affine, twice=True, **options)
+        return y + torch.cat([past * twin, other], 1)
 
     results = []
     for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
@@ -789,9 +813,9 @@ def test_joining_on_a_cpu(n, layout):
     x, (weight, bias), _ = case(n, 12, 4, 3)
     a, b = (v.contiguous(memory_format=layout) for v in x.split([8, 4], 1))
     expected = group_norm_silu(x, 3, weight, bias)
-    y, joined = group_norm_silu(a, 3, weight, bias, second=b, with_x=True)
+    y, *past = group_norm_silu(a, 3, weight, bias, second=b, with_x=True)
     torch.testing.assert_close(y, expected)
-    assert torch.equal(joined, x)
+    assert all(torch.equal(u, v) for u, v in zip(past, (a, b), strict=True))
 
 
 def test_joining_without_a_kernel_and_refusals(triton_device):
@@ -799,12 +823,14 @@ def test_joining_without_a_kernel_and_refusals(triton_device):
     a, b = (v.contiguous(memory_format=LAYOUTS[1]) for v in x.split([8, 4], 1))
     expected = group_norm_silu(x, 3, weight, bias)
     assert torch.equal(group_norm_silu(a, 3, weight, bias, second=b), expected)
-    mixed, joined = group_norm_silu(a, 3, weight, bias, second=b.contiguous(), with_x=True)
+    mixed, *past = group_norm_silu(a, 3, weight, bias, second=b.contiguous(), with_x=True)
     assert torch.equal(mixed, expected)
-    y, joined = group_norm_silu(a[:0], 3, weight, bias, second=b[:0], with_x=True)
-    assert y.shape == joined.shape == (0, 12, 3, 3)
-    y, joined = group_norm_silu(x, 3, weight, bias, second=x[:, :0], with_x=True)
+    assert torch.equal(torch.cat(past, 1), x)
+    y, *past = group_norm_silu(a[:0], 3, weight, bias, second=b[:0], with_x=True)
+    assert y.shape == torch.cat(past, 1).shape == (0, 12, 3, 3)
+    y, *past = group_norm_silu(x, 3, weight, bias, second=x[:, :0], with_x=True)
     assert torch.equal(y, expected)
+    assert torch.equal(torch.cat(past, 1), x)
     arguments = a, weight, bias, *[None] * 6, 3, 1e-6, True, 0, 0, b, None, 1.0, None, None
     torch.library.opcheck(torch.ops.tcm_fast.group_norm_silu_merged_fwd.default, arguments)
     for wrong in (b[:1], b[:, :, :2], b.double(), b.to("meta"), b[0]):
