@@ -18,11 +18,11 @@ from tcm_fast.networks.layers import (
     Linear,
     PendingSum,
     PositionalEmbedding,
-    UNetBlock,
     without_autocast,
 )
 from tcm_fast.networks.recognition import Weights, filter_taps, multiples
 from tcm_fast.networks.unet import EDMUNet, Place, level_resolutions
+from tcm_fast.networks.unet_block import UNetBlock
 
 
 class SongUNet(EDMUNet):

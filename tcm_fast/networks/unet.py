@@ -18,14 +18,13 @@ from tcm_fast.networks.layers import (
     Conv2d,
     GroupNorm,
     PendingSum,
-    UNetBlock,
     carried_out,
     fresh_key,
-    modulations,
 )
 from tcm_fast.networks.raw_network import Block, RawNetwork
 from tcm_fast.networks.recognition import STEM, Weights, encoder_levels, multiples
 from tcm_fast.networks.recompute import run_block
+from tcm_fast.networks.unet_block import UNetBlock, modulations
 
 # Beyond the numbers of the dropout layers, which count up from 0, and below those that key noise.
 LABEL_LAYER = 0x7FFF_FFFF

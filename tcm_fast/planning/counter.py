@@ -13,7 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from tcm_fast.kernels import conv_bf16x3, posterior_mean, qkv_attention  # noqa: F401  defines the operators
+from tcm_fast.kernels import (  # noqa: F401  defines the operators
+    conv_bf16x3,
+    posterior_mean,
+    qkv_attention,
+    residual_conv1x1,
+)
+from tcm_fast.kernels._common import layout_of
 
 
 class Counter(TorchDispatchMode):
@@ -40,6 +46,10 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func is torch.ops.aten.convolution.default and out.device.type == "meta":
+            # The meta device leaves it contiguous where a GPU's library goes by its arguments.
+            is_last = torch.channels_last in map(layout_of, args[:2])
+            out = out.contiguous(memory_format=torch.channels_last) if is_last else out
         made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         for tensor in made:

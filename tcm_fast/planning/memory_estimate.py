@@ -121,9 +121,10 @@ def _what_counts(config: Config, name: str) -> Config:
 @functools.lru_cache(maxsize=256)
 def _dry_step(config: Config, name: str, shape: ImageShape, on_gpu: bool, last: bool) -> DryStep:
     net = build_on_meta(config, shape, name)
-    if on_gpu:
-        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     frozen = build_on_meta(config, shape, name) if OBJECTIVES[name].frozen_file else None
+    for built in (net, frozen):
+        if on_gpu and built is not None:
+            built.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = build_objective(config, name, net, frozen, has_copies=True)
     batches = step_batches(config, name, shape, on_gpu, last)
 

@@ -581,8 +581,8 @@ class Summed:
         self.key = key_on(device, self.n)
 
     def results(self, dtype=None, *, by_sample=False, apart=False, before=None, without=()):
-        """Outputs and gradients by name; `apart`: `residual` first, then the normalisation; `before`: the sum,
-        which was carried out."""
+        """Outputs and gradients by name; `apart`: `residual` first, then the normalisation; `before`: the
+        sum, which was carried out."""
         leaves = [
             v.detach()
             .to(torch.promote_types(dtype, v.dtype) if dtype else v.dtype)

@@ -8,7 +8,7 @@ from plain_unets import PlainEdm
 
 from tcm_fast.networks import build_network
 from tcm_fast.networks.adm import DhariwalUNet
-from tcm_fast.networks.layers import UNetBlock
+from tcm_fast.networks.unet_block import UNetBlock
 
 
 def narrow(res=8, channels=2, label_dim=0, **options):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tcm_fast.kernels.dropout import PhiloxKey
-from tcm_fast.networks import build_network, layers, unet
+from tcm_fast.networks import build_network, layers, unet, unet_block
 from tcm_fast.networks import by_sample as module
 from tcm_fast.networks.precision import cast_weights
 from tcm_fast.networks.recompute import set_recompute
@@ -51,7 +51,7 @@ def test_the_names_are_the_networks(family):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The way of a GPU's kernels, with the references in their places."""
-    for place in (module, layers):
+    for place in (module, layers, unet_block):
         monkeypatch.setattr(place, "runs_triton", lambda *_: True)
 
 
@@ -88,7 +88,8 @@ def test_where_a_sum_has_no_kernel_after_all(as_on_a_gpu, monkeypatch):
     """As in the pass in which it turns out that it does not compile: the convolutions add the biases."""
     net = network("ddpmpp")
     plain = gradients(net)
-    monkeypatch.setattr(layers, "runs_triton", lambda *_: False)
+    for place in (layers, unet_block):
+        monkeypatch.setattr(place, "runs_triton", lambda *_: False)
     near(gradients(net), plain, 1e-5)
 
 
@@ -133,7 +134,7 @@ def test_all_modulations_are_each_blocks(monkeypatch):
         monkeypatch.setattr(
             unet,
             "modulations",
-            lambda blocks, emb: [layers.modulations([block], emb)[0] for block in blocks],
+            lambda blocks, emb: [unet_block.modulations([block], emb)[0] for block in blocks],
         )
         plain = gradients(net, parts=2)
         monkeypatch.undo()

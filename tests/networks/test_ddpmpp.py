@@ -9,7 +9,11 @@ from torch import nn
 from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.networks import build_network, layers
 from tcm_fast.networks.ddpmpp import SongUNet
-from tcm_fast.networks.layers import Conv2d, PositionalEmbedding, UNetBlock
+from tcm_fast.networks.layers import (
+    Conv2d,
+    PositionalEmbedding,
+)
+from tcm_fast.networks.unet_block import UNetBlock
 
 
 def narrow(res=8, channels=1, label_dim=0, **options):

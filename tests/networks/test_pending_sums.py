@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from tcm_fast import build_network
 from tcm_fast.kernels import _triton
 from tcm_fast.kernels.dropout import PhiloxKey
-from tcm_fast.networks.layers import PendingSum
+from tcm_fast.networks.layers import Conv2d, PendingSum
 
 SHAPE = dict(img_resolution=4, img_channels=3, model_channels=8, channel_mult=(1, 2), num_blocks=1)
 
@@ -52,9 +52,12 @@ def test_numbers_are_the_references(name, triton_device, monkeypatch):
     launched = _triton.LAUNCHES - before
     norms = sum(2 + b.attention for b in net.model.blocks()) + 1
     assert launched["_group_norm_silu_fwd_kernel"] == norms
+    convs = [b.skip for b in net.model.blocks() if isinstance(b.skip, Conv2d)]
+    convs += [b.proj for b in net.model.blocks() if b.attention]
+    assert launched["_residual_conv1x1_kernel"] == len(convs)
+    assert launched["_residual_fwd_kernel"] == 0
     # NCSN++ adds its encoder's residual to a sum that so is nobody's to normalise.
-    apart = 1 if name == "ncsnpp" else 0
-    assert launched["_residual_fwd_kernel"] == launched["_residual_bwd_kernel"] == apart
+    assert launched["_residual_bwd_kernel"] == (name == "ncsnpp")
     monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
     close(ours, step(net, triton_device))
 
