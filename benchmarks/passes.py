@@ -53,7 +53,8 @@ KINDS = {
     "fused operation": ("triton ", "tcm_fast::", "ext "),
 }  # fmt: skip
 KERNELS = ((1, 1), (3, 3))  # of convolutions; feature maps have other sizes
-BY_ROW = ("tcm_fast::residual_bwd",)  # whose kernels read slices of channels as they lie
+# whose kernels read slices of channels as they lie, of one tensor
+BY_ROW = ("tcm_fast::residual_bwd", "tcm_fast::group_norm_silu_bwd")
 CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
 RESULT = re.compile(r"(RUN|CAP) (?:kernel )?(.+)")
 
