@@ -19,6 +19,7 @@ from tcm_fast.benchmarks.sites import COMPUTE, KeyLike, Like, Site, loop_sites, 
 from tcm_fast.config import load_preset
 from tcm_fast.kernels.dropout import PhiloxKey
 from tcm_fast.kernels.noise_pair import noise_pair_reference
+from tcm_fast.kernels.residual import of_its_terms
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 Call = Callable[..., Any]
@@ -124,20 +125,20 @@ def _elements(case: Case, name: str) -> int:
 
 
 def _group_norm_silu(case: Case) -> tuple[Work, Work]:
-    """2 passes over the tensor forward and 3 backward; a third and a fourth where two are joined or summed,
-    which is written down, or the gradient of a branch that goes past is added, another for each such branch
-    and for a sum's other term; the mean and deviation of each group are kept."""
-    size, second, skip = case.dtype.itemsize, _elements(case, "second"), _elements(case, "skip")
-    x = _elements(case, "x") + second
+    """2 passes over the tensor forward and 3 backward, another where the gradient of a branch that goes past
+    is added, and for each such branch more; forward a sum's other term and the sum; the mean and deviation of
+    each group are kept."""
+    size, skip = case.dtype.itemsize, _elements(case, "skip")
+    x = _elements(case, "x") + _elements(case, "second")
     rows = sum(_elements(case, name) for name in ("add", "scale", "shift")) * size
     affine = 8 * _elements(case, "weight")
     statistics = 8 * case.batch * case.site["num_groups"]
     key = 8 * (case.batch + 2) if case.site["dropout_key"] is not None else 0
     biases = 4 * sum(_elements(case, name) for name in ("x_bias", "skip_bias"))
-    forward = (3 if second or skip else 2) * x * size + rows + affine + statistics + key
+    forward = 2 * (x + skip) * size + rows + affine + statistics + key
     past = (2 if case.site["twice"] else int(case.site["with_x"])) * x * size
     backward = 3 * x * size + past + 2 * rows + 2 * affine + statistics + key
-    return Work(forward + skip * size + biases), Work(backward + biases)
+    return Work(forward + biases * (skip > 0)), Work(backward + biases)
 
 
 def _qkv_attention(case: Case) -> tuple[Work, Work]:
@@ -238,23 +239,34 @@ def plain_group_norm_silu(
     x, num_groups, weight, bias, eps=1e-5, *, silu=True, add=None, scale=None, shift=None,
     dropout_p=0.0, dropout_key=None, with_x=False, twice=False, **merged,
 ):  # fmt: skip
-    x = plain_merge(x, **merged)
+    past, x = plain_merge(x, **merged)
     y = x if add is None else x + add[:, :, None, None]
     y = F.group_norm(y, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     if scale is not None:
         y = torch.addcmul(shift[:, :, None, None], y, scale[:, :, None, None] + 1)
     y = F.silu(y) if silu else y
     y = F.dropout(y, dropout_p) if dropout_p > 0 else y
-    return (y, x, x) if twice else (y, x) if with_x else y
+    return beside(y, past, with_x, twice)
 
 
-def plain_merge(x, skip=None, sum_scale=1.0, x_bias=None, skip_bias=None, second=None):
-    """What a normalisation reads: x, the sum that ends a residual branch, one of them beside `second`."""
+def beside(y, past, with_x, twice):
+    """What a normalisation returns: its result, with the parts of what it read where these are asked for."""
+    first, *second = past
+    return (y, *[first] * (2 if twice else 1), *second) if with_x or twice else y
+
+
+def plain_merge(
+    x, skip=None, sum_scale=1.0, x_bias=None, skip_bias=None, summed=False, second=None
+):
+    """The parts of what a normalisation reads, x or the sum that ends a residual branch and `second`, and
+    both side by side."""
+    if summed:
+        x = of_its_terms(x, sum_scale, x_bias, skip_bias)
     if skip is not None:
         biases = [b.to(x.dtype)[:, None, None] for b in (x_bias, skip_bias) if b is not None]
         x = sum(biases, x) + skip
         x = x * sum_scale if sum_scale != 1 else x
-    return x if second is None else torch.cat([x, second], 1)
+    return ([x], x) if second is None else ([x, second], torch.cat([x, second], 1))
 
 
 def plain_qkv_attention(qkv, num_heads, *, normalize=False, scale=None):

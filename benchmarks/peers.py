@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tcm_fast.benchmarks.cases import PLAIN, Call, Case, plain, plain_merge
+from tcm_fast.benchmarks.cases import PLAIN, Call, Case, beside, plain, plain_merge
 from tcm_fast.benchmarks.check import Provider
 from tcm_fast.kernels.qkv_attention import NORM_EPS, qkv_attention_reference
 
@@ -87,14 +87,14 @@ def _with_surroundings(norm: Callable[..., torch.Tensor], activates: bool) -> Ca
         dropout_p=0.0, dropout_key=None, with_x=False, twice=False, **merged,
     ):  # fmt: skip
         fused = activates and silu and scale is None
-        x = plain_merge(x, **merged)
+        past, x = plain_merge(x, **merged)
         y = x if add is None else x + add[:, :, None, None]
         y = norm(y, num_groups, weight, bias, eps, fused)
         if scale is not None:
             y = torch.addcmul(shift[:, :, None, None], y, scale[:, :, None, None] + 1)
         y = F.silu(y) if silu and not fused else y
         y = F.dropout(y, dropout_p) if dropout_p > 0 else y
-        return (y, x, x) if twice else (y, x) if with_x else y
+        return beside(y, past, with_x, twice)
 
     return function
 
