@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tcm_fast.benchmarks.accounting import Counting, RooflineRow, Tally
 from tcm_fast.benchmarks.cases import available_networks
 from tcm_fast.benchmarks.optimizers import BYTES_PER_PARAMETER
+from tcm_fast.benchmarks.sites import in_channels_last
 from tcm_fast.benchmarks.steps import ITERATION, StepCase
 from tcm_fast.kernels import _triton
 from tcm_fast.objectives.batch import make_batch
@@ -45,14 +45,6 @@ def _kernels_in_their_places() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _channels_last(net: nn.Module) -> None:
-    for module in net.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim == 4:
-                moved = parameter.detach().contiguous(memory_format=torch.channels_last)
-                setattr(module, name, nn.Parameter(moved))
-
-
 def count_step(case: StepCase) -> tuple[dict[str, Tally], int]:
     """What a stage-1 step reads, writes and computes by category, and the number of parameters."""
     if not _triton.AVAILABLE:
@@ -66,7 +58,7 @@ def count_step(case: StepCase) -> tuple[dict[str, Tally], int]:
     batch = make_batch(plan, part, images, labels, seed=0, step=0)
     with _kernels_in_their_places(), FakeTensorMode(allow_non_fake_inputs=True):
         net = case.build().train()
-        _channels_last(net)
+        in_channels_last(net)
         objective = Ect(config, net, dtype=dtype, split=splits_convolutions(case.precision))
         with Counting() as counting:
             objective(batch)[0].backward()

@@ -21,6 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tcm_fast.networks
@@ -205,6 +206,15 @@ def listening(network: str) -> Iterator[Counter[Site]]:
             setattr(module, name, value)
 
 
+def in_channels_last(net: nn.Module) -> None:
+    """Lays a network of fake tensors out as on a GPU (`Module.to` would set their data)."""
+    for module in net.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 4:
+                moved = parameter.detach().contiguous(memory_format=torch.channels_last)
+                setattr(module, name, nn.Parameter(moved))
+
+
 @functools.cache
 def network_sites(
     name: str, img_resolution: int, img_channels: int, label_dim: int = 0, **architecture: Any
@@ -221,6 +231,7 @@ def network_sites(
             **architecture,
         )  # fmt: skip
         net.train()
+        in_channels_last(net)
         size = (BATCH, img_channels, img_resolution, img_resolution)
         x, t = torch.empty(size, dtype=COMPUTE), torch.ones(BATCH)
         labels = torch.zeros(BATCH, label_dim) if label_dim else None
