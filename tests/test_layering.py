@@ -22,7 +22,7 @@ _backend < _triton < _common < philox < dropout, precondition, _philox_triton, r
 _group_norm_silu_cpu, _group_norm_silu_plan
 < group_norm_silu, qkv_attention, consistency_loss, noise_pair, denoise_to_uint8, eight_bit,
 normalized_copy, pixel_norm_mp_silu, mp_cat_mp_silu, modulate_mp_silu, mp_sum, resample
-< fused_step, conv_bf16x3, posterior_mean < __init__
+< fused_step, conv_bf16x3, posterior_mean, residual_conv1x1 < __init__
 """
 
 
