@@ -79,7 +79,9 @@ class Case:
                 x = x.contiguous(memory_format=layout)
             if wide and x.is_floating_point():
                 x = x.double()
-            found[name] = x.requires_grad_(like.requires_grad)
+            # Of those that are left to whoever reads a sum there is none to ask for.
+            is_left = bool(self.site["of_terms"]) and name in ("bias", "skip_bias")
+            found[name] = x.requires_grad_(like.requires_grad and not is_left)
         if "own" in found:  # the images that x_t is made from
             own, t, eps = (found[name].cpu().float() for name in ("own", "t", "x_t"))
             x_t = own / 127.5 - 1 + t[:, None, None, None] * eps
@@ -192,6 +194,20 @@ def _residual(case: Case) -> tuple[Work, Work]:
     return Work(3 * image + bias), Work(2 * image + bias)
 
 
+def _residual_conv1x1(case: Case) -> tuple[Work, Work]:
+    """The other term, the images that are multiplied and the weight in, the sum out; backward its gradient,
+    the images and the weight in, their gradients out, and that of the other term if it is another number."""
+    size, image, weight = case.dtype.itemsize, _elements(case, "x"), _elements(case, "weight")
+    multiplied = _elements(case, "skip") + _elements(case, "second")
+    products = 2 * multiplied * case.site["weight"].shape[0]
+    biases = 4 * (_elements(case, "bias") + _elements(case, "skip_bias"))
+    is_scaled = case.site["scale"] != 1 and not case.site["of_terms"]
+    backward = ((1 + is_scaled) * image + 2 * (multiplied + weight)) * size
+    backward += 0 if case.site["of_terms"] else biases
+    forward = (2 * image + multiplied + weight) * size + biases
+    return Work(forward, products), Work(backward, 2 * products)
+
+
 FORMULAS: dict[str, Callable[[Case], tuple[Work, Work]]] = {
     "group_norm_silu": _group_norm_silu,
     "qkv_attention": _qkv_attention,
@@ -200,6 +216,7 @@ FORMULAS: dict[str, Callable[[Case], tuple[Work, Work]]] = {
     "denoise_to_uint8": _denoise_to_uint8,
     "posterior_mean": _posterior_mean,
     "residual": _residual,
+    "residual_conv1x1": _residual_conv1x1,
 }
 
 
@@ -269,6 +286,18 @@ def plain_merge(
     return ([x], x) if second is None else ([x, second], torch.cat([x, second], 1))
 
 
+def plain_residual_conv1x1(
+    x, skip, weight, scale=1.0, bias=None, skip_bias=None, *, second=None, up=False, of_terms=False
+):
+    """`of_terms` is not published: the same work and gradients `scale` times as large."""
+    y = F.conv2d(
+        plain_merge(skip, second=second),
+        weight,
+        skip_bias if skip_bias is None else skip_bias.to(x.dtype),
+    )
+    return plain_merge(x, F.interpolate(y, scale_factor=2.0) if up else y, scale, bias)
+
+
 def plain_qkv_attention(qkv, num_heads, *, normalize=False, scale=None):
     n, channels, height, width = qkv.shape
     d = channels // 3 // num_heads
@@ -295,6 +324,7 @@ PLAIN: dict[str, Call] = {
     "group_norm_silu": plain_group_norm_silu,
     "qkv_attention": plain_qkv_attention,
     "noise_pair": plain_noise_pair,
+    "residual_conv1x1": plain_residual_conv1x1,
 }
 
 

@@ -244,6 +244,7 @@ FIRST_TESTS = (
     "kernels/test_group_norm_silu", "kernels/test_conv_bf16x3", "kernels/test_qkv_attention",
     "kernels/test_fused_step",
     "kernels/test_consistency_loss", "kernels/test_noise_pair", "kernels/test_residual",
+    "kernels/test_residual_conv1x1",
     "kernels/test_philox", "kernels/test_modulate_mp_silu", "kernels/test_mp_cat_mp_silu",
     "kernels/test_pixel_norm_mp_silu", "kernels/test_mp_sum", "kernels/test_resample",
     "runtime/test_cuda_graphs", "training/test_trainer",

@@ -49,6 +49,7 @@ from tcm_fast.kernels.conv_bf16x3 import conv_bf16x3
 from tcm_fast.networks import build_network, layers
 from tcm_fast.networks.by_sample import scales_and_gains
 from tcm_fast.networks.precision import in_precision
+from tcm_fast.runtime.arithmetic import tf32
 
 MANIFEST = "manifest.json"
 LOADED = (".cubin", ".json")  # of what a kernel goes through, what is read when it is launched
@@ -137,7 +138,10 @@ def site_launches(arch: int, chosen: Mapping[str, Collection[str]] = DTYPES) -> 
     for network in available_networks():
         wanted = [dtypes[name] for name in chosen.get(network.name, ())]
         for case in cases([network], BATCHES, wanted):
-            found |= noted(lambda case=case: _both(case), arch)  # type: ignore[misc]
+            # Products in fp32 have a compiled form with TF32 and one without.
+            for allowed in (False, True)[: 1 + (case.dtype == torch.float32)]:
+                with tf32(allowed):
+                    found |= noted(lambda case=case: _both(case), arch)  # type: ignore[misc]
     return found
 
 

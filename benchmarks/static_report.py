@@ -35,6 +35,7 @@ OPERATIONS = (
     *("consistency_loss", "noise_pair", "denoise_to_uint8", "posterior_mean"),
     *("group_norm_silu", "qkv_attention", "conv_bf16x3"),
     *("pixel_norm_mp_silu", "mp_cat_mp_silu", "modulate_mp_silu", "mp_sum", "resample", "residual"),
+    "residual_conv1x1",
 )
 ARCHS = (80, 86, 89, 90, 100, 120)
 # Shared memory of an SM and of one program (bytes), threads and programs of an SM: CUDA C++

@@ -7,6 +7,7 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from tcm_fast.kernels._common import (
     DTYPES,
@@ -26,37 +27,25 @@ from tcm_fast.kernels.residual import check_sum, residual_reference
 
 
 def residual_conv1x1_reference(
-    x, skip, weight, scale=1.0, bias=None, skip_bias=None, *, second=None, up=False
+    x, skip, weight, scale=1.0, bias=None, skip_bias=None, *, second=None, up=False, of_terms=False
 ):
     wide = torch.promote_types(x.dtype, torch.float32)
     skip = skip if second is None else torch.cat([skip, second], 1)
     skip = torch.conv2d(skip.to(wide), weight.to(wide))
     if up:
         skip = F.interpolate(skip, scale_factor=2.0, mode="nearest")
-    return residual_reference(x.to(wide), skip, scale, bias, skip_bias).to(x.dtype)
+    out = residual_reference(x.to(wide), skip, scale, bias, skip_bias)
+    if of_terms:
+        terms = x.to(wide) + skip
+        out = out.detach() + (terms - terms.detach())
+    return out.to(x.dtype)
 
 
 # -- kernels --------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _add_product(
-    sums, image, at, inside, weight, n,
-    CHANNELS: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, OUT: tl.constexpr,
-    DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds an image's product with the columns FROM to TO of the weight [OUT, CHANNELS]."""
-    for i in tl.range((TO - FROM + DEPTH - 1) // DEPTH):
-        c = i * DEPTH + tl.arange(0, DEPTH)
-        has = c < TO - FROM
-        v = tl.load(image + at[:, None] + c[None, :], mask=inside & has[None, :], other=0)
-        of = n[None, :] * CHANNELS + FROM + c[:, None]
-        w = tl.load(weight + of, mask=has[:, None] & (n < OUT)[None, :], other=0)
-        sums = _dot(v, w, sums, PRECISION)
-    return sums
-
-
-# Output pixels by output channels are a product of matrices: a program owns a tile of it.
+# Output pixels by output channels are a product of matrices: a program owns a tile of it. One loop passes
+# over the channels of both images, so that its pipeline is filled once.
 @triton.jit
 def _residual_conv1x1_kernel(
     x, skip, second, weight, bias, skip_bias, out, pixels, scale,
@@ -67,6 +56,8 @@ def _residual_conv1x1_kernel(
     """All in channels_last. FIRST of the CHANNELS that are multiplied are of `skip`, the others of `second`;
     UP_FROM: the width of these where it is half of the output's, else 0."""
     TILES: tl.constexpr = (OUT + WIDTH - 1) // WIDTH
+    REST: tl.constexpr = CHANNELS - FIRST
+    BLOCKS: tl.constexpr = (FIRST + DEPTH - 1) // DEPTH
     first = (tl.program_id(0) // TILES).to(tl.int64) * PIXELS
     row = tl.arange(0, PIXELS)
     inside = (row < pixels - first)[:, None]
@@ -78,13 +69,31 @@ def _residual_conv1x1_kernel(
         low = p // (4 * UP_FROM) * UP_FROM + p % (2 * UP_FROM) // 2
         source = first // (4 * UP_FROM) * UP_FROM
         from_row = (low - source).to(tl.int32)
+    skip += source * FIRST
+    second += source * REST
     sums = tl.zeros([PIXELS, WIDTH], tl.float32)
-    sums = _add_product(sums, skip + source * FIRST, from_row * FIRST, inside, weight, n, CHANNELS, 0,
-                        FIRST, OUT, DEPTH, PRECISION)  # fmt: skip
-    if FIRST < CHANNELS:
-        REST: tl.constexpr = CHANNELS - FIRST
-        sums = _add_product(sums, second + source * REST, from_row * REST, inside, weight, n, CHANNELS,
-                            FIRST, CHANNELS, OUT, DEPTH, PRECISION)  # fmt: skip
+    for i in tl.range(BLOCKS + (REST + DEPTH - 1) // DEPTH):
+        c = i * DEPTH
+        image = skip
+        before = 0
+        length = FIRST
+        if REST > 0:
+            is_second = i >= BLOCKS
+            c = tl.where(is_second, c - BLOCKS * DEPTH, c)
+            image = tl.where(is_second, second, skip)
+            before = tl.where(is_second, FIRST, 0)
+            length = tl.where(is_second, REST, FIRST)
+        c += tl.arange(0, DEPTH)
+        has = c < length
+        v = tl.load(
+            image + ((from_row * length)[:, None] + c[None, :]), mask=inside & has[None, :], other=0
+        )
+        w = tl.load(
+            weight + (n[None, :] * CHANNELS + (before + c)[:, None]),
+            mask=has[:, None] & (n < OUT)[None, :],
+            other=0,
+        )
+        sums = _dot(v, w, sums, PRECISION)
     at = (row * OUT)[:, None] + n[None, :]
     inside &= (n < OUT)[None, :]
     sums += tl.load(x + first * OUT + at, mask=inside, other=0).to(tl.float32)
@@ -102,8 +111,9 @@ def _residual_conv1x1_kernel(
 
 def _tiles(pixels, out_channels, itemsize, precision):
     """Constants with warps and stages, and the number of programs. Three stages of two tiles of 128 rows of
-    128 bytes are 96 KB, which every GPU from sm_80 on has. Reasoned, not measured."""
-    width = min(max(power_of_2(out_channels), 16), 128)
+    128 bytes are 96 KB, which every GPU from sm_80 on has. fp32 products are of three parts, whose registers
+    leave room for half as many channels. Reasoned, not measured."""
+    width = min(max(power_of_2(out_channels), 16), 256 // itemsize)
     rows = 128 if -(-pixels // 128) * -(-out_channels // width) >= 128 else 64
     constants = dict(
         PIXELS=rows, WIDTH=width, DEPTH=128 // itemsize, PRECISION=precision,
@@ -132,7 +142,7 @@ def _fwd(x, skip, second, weight, scale, bias, skip_bias, up, of_terms):
     constants, programs = _tiles(n * h * w, c, x.itemsize, _precision())
     biases = [None if b is None else of_channels(b).contiguous() for b in (bias, skip_bias)]
     launch(
-        _residual_conv1x1_kernel, (programs if c else 0,), x, skip, *given(x, second), weight,
+        _residual_conv1x1_kernel, (programs,), x, skip, *given(x, second), weight,
         *given(x, *biases), out, n * h * w, scale, FIRST=skip.shape[1], CHANNELS=weight.shape[1], OUT=c,
         UP_FROM=skip.shape[3] if up else 0, HAS_BIAS=bias is not None, HAS_SKIP_BIAS=skip_bias is not None,
         **constants,
@@ -173,8 +183,9 @@ def specialisations(capability: int) -> list[Variant]:
 
 
 def _fwd_by_reference(x, skip, second, weight, scale, bias, skip_bias, up, of_terms):
-    biases = [None if b is None else of_channels(b) for b in (bias, skip_bias)]
-    out = residual_conv1x1_reference(x, skip, weight, scale, *biases, second=second, up=up)
+    out = residual_conv1x1_reference(
+        x, skip, weight, scale, bias, skip_bias, second=second, up=up, of_terms=of_terms
+    )
     return out.contiguous(memory_format=_layout(x))
 
 
@@ -195,13 +206,17 @@ def _by_pixel(x):
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
+def _product(a, b, scale):
+    """a @ b · scale, rounded once."""
+    return a @ b if scale == 1 else torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+
+
 def _backward(ctx, grad):
     """Products of matrices that are a library's. Both images' gradients are slices of one."""
     skip, second, weight = ctx.saved_tensors
     wants_x, wants_skip, wants_second, wants_weight, _, *wants_biases = ctx.needs_input_grad[:7]
-    if not ctx.of_terms:
-        grad = grad * ctx.scale
-    low = grad.contiguous(memory_format=_layout(grad))
+    scale = 1.0 if ctx.of_terms else ctx.scale
+    low = grad = grad.contiguous(memory_format=_layout(grad))
     if ctx.up:
         low = torch.ops.aten.upsample_nearest2d_backward(
             low, list(grad.shape[2:]), list(grad.shape[:2]) + list(skip.shape[2:]), 2.0, 2.0
@@ -210,20 +225,22 @@ def _backward(ctx, grad):
     grads: list[torch.Tensor | None] = [None, None]
     if wants_skip or wants_second:
         n, _, h, w = skip.shape
-        both = (rows @ weight.flatten(1)).view(n, h, w, -1).permute(0, 3, 1, 2)
+        both = _product(rows, weight.flatten(1), scale).view(n, h, w, weight.shape[1])
+        both = both.permute(0, 3, 1, 2)
         grads = [*both.split([v.shape[1] for v in images], 1), None][:2]
     grad_weight = None
     if wants_weight:
-        parts = [rows.t() @ _by_pixel(v) for v in images]
+        parts = [_product(rows.t(), _by_pixel(v), scale) for v in images]
         grad_weight = (torch.cat(parts, 1) if second is not None else parts[0]).view(weight.shape)
     biases: list[torch.Tensor | None] = [None, None]
     if any(wants_biases) and not ctx.of_terms:
-        sums = grad.sum((2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
+        sums = grad.sum((2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)) * scale
         biases = [
             (sums if of[0] == 2 else sums.sum(0)).to(of[1]) if wants and of is not None else None
             for wants, of in zip(wants_biases, ctx.biases, strict=True)
         ]
-    return grad if wants_x else None, *grads, grad_weight, None, *biases, None, None
+    grad_x = grad if scale == 1 else grad * scale
+    return grad_x if wants_x else None, *grads, grad_weight, None, *biases, None, None
 
 
 register(
@@ -257,7 +274,8 @@ def residual_conv1x1(
         skip: [N,C,H,W] in x's dtype, or [N,C,H/2,W/2] with `up`.
         weight: of the convolution, [K,C+C2,1,1] in x's dtype.
         scale: factor of the sum.
-        bias, skip_bias: that the convolution before x has left out, and of this one, as `residual` takes them.
+        bias, skip_bias: that the convolution before x has left out, and of this one, as `residual` takes
+            them.
         second: [N,C2,...] of the same resolution as skip, joined to it along the channels; nothing writes the
             two side by side.
         up: every pixel of the convolution's result four times.
@@ -265,9 +283,9 @@ def residual_conv1x1(
             the result: `group_norm_silu(summed=True)`, `residual.of_its_terms`.
 
     Returns:
-        [N,K,H,W] in x's dtype; channels_last where a kernel runs, else in x's memory format. Sums and what is
-        between are fp32 (float64 for float64); products of fp32 are those of fp32 to 2^-20 of their magnitude,
-        or those of TF32 where convolutions may have it (`torch.backends.cudnn.allow_tf32`).
+        [N,K,H,W] in x's dtype; channels_last where a kernel runs, else in x's memory format. Sums and what
+        is between are fp32 (float64 for float64); products of fp32 are those of fp32 to 2^-20 of their
+        magnitude, or those of TF32 where convolutions may have it (`torch.backends.cudnn.allow_tf32`).
 
     Raises:
         TypeError: not floating, or dtypes that differ. ValueError: shapes or devices that do not fit.
@@ -290,6 +308,10 @@ def residual_conv1x1(
         raise ValueError(
             f"residual_conv1x1: weight must be [{k},{channels},1,1], got {list(weight.shape)}"
         )
+    if 0 in weight.shape:
+        raise ValueError(
+            f"residual_conv1x1: weight must have channels on both sides, got {list(weight.shape)}"
+        )
     for name, tensor in (images | {"weight": weight}).items():
         if tensor.dtype != x.dtype:
             raise TypeError(
@@ -298,6 +320,7 @@ def residual_conv1x1(
         if tensor.device != x.device:
             raise ValueError(f"residual_conv1x1: {name} must be on {x.device}, got {tensor.device}")
     check_sum("residual_conv1x1", x, x, bias=bias, skip_bias=skip_bias)
-    return torch.ops.tcm_fast.residual_conv1x1_fwd(
-        x, skip, second, weight, scale, bias, skip_bias, up, of_terms
-    )
+    is_served = x.dtype != torch.float64 and runs_triton("residual_conv1x1", x.device.type)
+    of_terms = of_terms and forward_ad._current_level < 0  # tangents are the result's own
+    function = torch.ops.tcm_fast.residual_conv1x1_fwd if is_served else _fwd_by_reference
+    return function(x, skip, second, weight, scale, bias, skip_bias, up, of_terms)

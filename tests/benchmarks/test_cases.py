@@ -22,7 +22,7 @@ from tcm_fast.benchmarks.cases import (
 from tcm_fast.benchmarks.check import Provider, check, check_ends, make_call, wrong
 from tcm_fast.benchmarks.optimizers import check_step
 from tcm_fast.benchmarks.peers import TORCH_KINDS, optimizer_providers, providers
-from tcm_fast.benchmarks.sites import public_operations
+from tcm_fast.benchmarks.sites import Like, Site, public_operations
 from tcm_fast.kernels._triton import assuming_kernels
 
 pytest.importorskip("triton")
@@ -118,7 +118,8 @@ def operators(case, direction, monkeypatch):
 def test_bytes_by_formula_are_those_of_the_operators(case, monkeypatch):
     """Within 2 %: the last sum over the batch of a normalisation's gradients is left out, and operators
     are given numbers on the device that the formulas round."""
-    for direction in case.directions:
+    is_library = case.operation == "residual_conv1x1"  # its backward pass; see the test of it below
+    for direction in case.directions[:1] if is_library else case.directions:
         tallies = operators(case, direction, monkeypatch).values()
         counted = sum(tally.bytes for tally in tallies)
         assert counted > 0
@@ -136,6 +137,45 @@ def test_the_rule_for_operations_without_a_formula_agrees(case, monkeypatch):
     exact = work(case, "forward").bytes
     monkeypatch.delitem(FORMULAS, case.operation)
     assert work(case, "forward").bytes == pytest.approx(exact, rel=0.05)
+
+
+def sum_of_a_convolution(up, of_terms):
+    """A site of `residual_conv1x1`."""
+    channels = Like((32,), torch.float32, True)
+    images = {
+        name: Like((None, c, size, size), None, True)
+        for name, c, size in (
+            ("x", 32, 16),
+            ("skip", 48, 8 if up else 16),
+            ("second", 16, 8 if up else 16),
+        )
+    }
+    arguments = {
+        **images, "weight": Like((32, 64, 1, 1), None, True), "scale": 0.7, "bias": channels,
+        "skip_bias": channels, "up": up, "of_terms": of_terms,
+    }  # fmt: skip
+    module = "tcm_fast.kernels.residual_conv1x1"
+    return Site("residual_conv1x1", tuple(arguments.items()), "by hand", 1, module)
+
+
+@pytest.mark.parametrize("of_terms", [False, True])
+@pytest.mark.parametrize("up", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_sum_that_a_convolution_carries_out(dtype, up, of_terms, monkeypatch):
+    """Its work forward is its operator's and plain PyTorch's products, and whoever can run is right."""
+    case = Case(sum_of_a_convolution(up, of_terms), 3, dtype)
+    assert str(case).startswith("residual_conv1x1 Nx32x16x16 ")
+    (tally,) = operators(case, "forward", monkeypatch).values()
+    assert tally.flops == work(case, "forward").flops
+    assert tally.bytes == pytest.approx(work(case, "forward").bytes, rel=0.01)
+    for direction in case.directions:
+        call = make_call(plain(case), case.inputs("cpu"), direction)
+        with FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == work(case, direction).flops
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for provider in providers(case, "cpu"):
+        assert provider.gap or not check(case, provider, "cpu"), provider.name
 
 
 ATTENTION = [
