@@ -80,7 +80,7 @@ class Case:
             if wide and x.is_floating_point():
                 x = x.double()
             # Of those that are left to whoever reads a sum there is none to ask for.
-            is_left = bool(self.site["of_terms"]) and name in ("bias", "skip_bias")
+            is_left = bool(self.site["of_terms"]) and name in ("x_bias", "skip_bias")
             found[name] = x.requires_grad_(like.requires_grad and not is_left)
         if "own" in found:  # the images that x_t is made from
             own, t, eps = (found[name].cpu().float() for name in ("own", "t", "x_t"))
@@ -200,7 +200,7 @@ def _residual_conv1x1(case: Case) -> tuple[Work, Work]:
     size, image, weight = case.dtype.itemsize, _elements(case, "x"), _elements(case, "weight")
     multiplied = _elements(case, "skip") + _elements(case, "second")
     products = 2 * multiplied * case.site["weight"].shape[0]
-    biases = 4 * (_elements(case, "bias") + _elements(case, "skip_bias"))
+    biases = 4 * (_elements(case, "x_bias") + _elements(case, "skip_bias"))
     is_scaled = case.site["scale"] != 1 and not case.site["of_terms"]
     backward = ((1 + is_scaled) * image + 2 * (multiplied + weight)) * size
     backward += 0 if case.site["of_terms"] else biases
@@ -229,7 +229,8 @@ def _each_once(case: Case) -> tuple[Work, Work]:
         inputs = case.inputs("cpu")
         results = tensors_of(plain(case)(**inputs))
     given = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
-    new = {id(x): x.nbytes for x in results if not any(x is y for y in given)}
+    old = {x.untyped_storage()._cdata for x in given}
+    new = {id(x): x.nbytes for x in results if x.untyped_storage()._cdata not in old}
     wanted = sum(x.nbytes for x in given if x.requires_grad)
     read = sum(x.nbytes for x in given)
     forward = read + sum(new.values())
@@ -287,15 +288,22 @@ def plain_merge(
 
 
 def plain_residual_conv1x1(
-    x, skip, weight, scale=1.0, bias=None, skip_bias=None, *, second=None, up=False, of_terms=False
+    x,
+    skip,
+    weight,
+    scale=1.0,
+    x_bias=None,
+    skip_bias=None,
+    *,
+    second=None,
+    up=False,
+    of_terms=False,
 ):
     """`of_terms` is not published: the same work and gradients `scale` times as large."""
-    y = F.conv2d(
-        plain_merge(skip, second=second),
-        weight,
-        skip_bias if skip_bias is None else skip_bias.to(x.dtype),
-    )
-    return plain_merge(x, F.interpolate(y, scale_factor=2.0) if up else y, scale, bias)
+    _, joined = plain_merge(skip, second=second)
+    y = F.conv2d(joined, weight, skip_bias if skip_bias is None else skip_bias.to(x.dtype))
+    y = F.interpolate(y, scale_factor=2.0) if up else y
+    return plain_merge(x, y, scale, x_bias)[1]
 
 
 def plain_qkv_attention(qkv, num_heads, *, normalize=False, scale=None):

@@ -211,6 +211,7 @@ FIRST_CASES: dict[str, Case] = {
     "step CIFAR-10 bf16x3": Case(step("ddpmpp", 128, "bf16x3", *OURS), 120),
     "group_norm_silu": Case(operation("group_norm_silu"), 120),
     "qkv_attention": Case(operation("qkv_attention"), 120),
+    "residual_conv1x1": Case(operation("residual_conv1x1"), 90),
     "step CIFAR-10 bf16 compiled": Case(step("ddpmpp", 128, "bf16", *COMPILED), 240),
     "optimizer": Case(group("optimizer"), 90),
     "sample CIFAR-10, 1": Case(sample("ddpmpp", 1, 1), 45),

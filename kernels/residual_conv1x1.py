@@ -27,14 +27,23 @@ from tcm_fast.kernels.residual import check_sum, residual_reference
 
 
 def residual_conv1x1_reference(
-    x, skip, weight, scale=1.0, bias=None, skip_bias=None, *, second=None, up=False, of_terms=False
+    x,
+    skip,
+    weight,
+    scale=1.0,
+    x_bias=None,
+    skip_bias=None,
+    *,
+    second=None,
+    up=False,
+    of_terms=False,
 ):
     wide = torch.promote_types(x.dtype, torch.float32)
     skip = skip if second is None else torch.cat([skip, second], 1)
     skip = torch.conv2d(skip.to(wide), weight.to(wide))
     if up:
         skip = F.interpolate(skip, scale_factor=2.0, mode="nearest")
-    out = residual_reference(x.to(wide), skip, scale, bias, skip_bias)
+    out = residual_reference(x.to(wide), skip, scale, x_bias, skip_bias)
     if of_terms:
         terms = x.to(wide) + skip
         out = out.detach() + (terms - terms.detach())
@@ -48,9 +57,9 @@ def residual_conv1x1_reference(
 # over the channels of both images, so that its pipeline is filled once.
 @triton.jit
 def _residual_conv1x1_kernel(
-    x, skip, second, weight, bias, skip_bias, out, pixels, scale,
+    x, skip, second, weight, x_bias, skip_bias, out, pixels, scale,
     FIRST: tl.constexpr, CHANNELS: tl.constexpr, OUT: tl.constexpr, UP_FROM: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SKIP_BIAS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr, HAS_SKIP_BIAS: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr,
     DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All in channels_last. FIRST of the CHANNELS that are multiplied are of `skip`, the others of `second`;
@@ -98,8 +107,8 @@ def _residual_conv1x1_kernel(
     inside &= (n < OUT)[None, :]
     sums += tl.load(x + first * OUT + at, mask=inside, other=0).to(tl.float32)
     b = tl.zeros([WIDTH], tl.float32)
-    if HAS_BIAS:
-        b += tl.load(bias + n, mask=n < OUT, other=0).to(tl.float32)
+    if HAS_X_BIAS:
+        b += tl.load(x_bias + n, mask=n < OUT, other=0).to(tl.float32)
     if HAS_SKIP_BIAS:
         b += tl.load(skip_bias + n, mask=n < OUT, other=0).to(tl.float32)
     sums = (sums + b[None, :]) * scale
@@ -133,18 +142,19 @@ def _last(x):
     return x if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
-def _fwd(x, skip, second, weight, scale, bias, skip_bias, up, of_terms):
+def _fwd(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms):
     if x.dtype == torch.float64 or not runs_triton("residual_conv1x1", x.device.type):
-        return _fwd_by_reference(x, skip, second, weight, scale, bias, skip_bias, up, of_terms)
+        return _fwd_by_reference(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms)
     x, skip, second, weight = map(_last, (x, skip, second, weight))
     n, c, h, w = x.shape
     out = empty(x, x.shape, torch.channels_last)
     constants, programs = _tiles(n * h * w, c, x.itemsize, _precision())
-    biases = [None if b is None else of_channels(b).contiguous() for b in (bias, skip_bias)]
+    biases = [None if b is None else of_channels(b).contiguous() for b in (x_bias, skip_bias)]
     launch(
         _residual_conv1x1_kernel, (programs,), x, skip, *given(x, second), weight,
         *given(x, *biases), out, n * h * w, scale, FIRST=skip.shape[1], CHANNELS=weight.shape[1], OUT=c,
-        UP_FROM=skip.shape[3] if up else 0, HAS_BIAS=bias is not None, HAS_SKIP_BIAS=skip_bias is not None,
+        UP_FROM=skip.shape[3] if up else 0, HAS_X_BIAS=x_bias is not None,
+        HAS_SKIP_BIAS=skip_bias is not None,
         **constants,
     )  # fmt: skip
     return out
@@ -166,11 +176,11 @@ def specialisations(capability: int) -> list[Variant]:
         constants, programs = _tiles(64 * size * size, c, dtype.itemsize, precision)
         warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
         shape = dict(
-            FIRST=first, CHANNELS=first + rest, OUT=c, UP_FROM=size // 2 if up else 0, HAS_BIAS=True,
+            FIRST=first, CHANNELS=first + rest, OUT=c, UP_FROM=size // 2 if up else 0, HAS_X_BIAS=True,
             HAS_SKIP_BIAS=first != c or rest > 0 or up,
         )  # fmt: skip
         pointers = dict.fromkeys(("x", "skip", "second", "weight", "out"), f"*{name}")
-        pointers |= {"bias": "*fp32", "skip_bias": "*fp32", "pixels": "i32", "scale": "fp32"}
+        pointers |= {"x_bias": "*fp32", "skip_bias": "*fp32", "pixels": "i32", "scale": "fp32"}
         site = f"{size}x{size} {first}{f'+{rest}' if rest else ''}->{c}{' up' if up else ''} {name}"
         variants.append(
             Variant(site, _residual_conv1x1_kernel, pointers, shape | constants, num_warps=warps,
@@ -182,9 +192,9 @@ def specialisations(capability: int) -> list[Variant]:
 # -- registration ---------------------------------------------------------------------------------
 
 
-def _fwd_by_reference(x, skip, second, weight, scale, bias, skip_bias, up, of_terms):
+def _fwd_by_reference(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms):
     out = residual_conv1x1_reference(
-        x, skip, weight, scale, bias, skip_bias, second=second, up=up, of_terms=of_terms
+        x, skip, weight, scale, x_bias, skip_bias, second=second, up=up, of_terms=of_terms
     )
     return out.contiguous(memory_format=_layout(x))
 
@@ -196,8 +206,8 @@ def _layout(x):
 
 
 def _save(ctx, inputs, output):
-    _, skip, second, weight, ctx.scale, bias, skip_bias, ctx.up, ctx.of_terms = inputs
-    ctx.biases = [None if b is None else (b.ndim, b.dtype) for b in (bias, skip_bias)]
+    _, skip, second, weight, ctx.scale, x_bias, skip_bias, ctx.up, ctx.of_terms = inputs
+    ctx.biases = [None if b is None else (b.ndim, b.dtype) for b in (x_bias, skip_bias)]
     ctx.save_for_backward(skip, second, weight)
 
 
@@ -208,7 +218,7 @@ def _by_pixel(x):
 
 def _product(a, b, scale):
     """a @ b · scale, rounded once."""
-    return a @ b if scale == 1 else torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=scale)
+    return a @ b if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 def _backward(ctx, grad):
@@ -244,7 +254,7 @@ def _backward(ctx, grad):
 
 
 register(
-    "residual_conv1x1_fwd(Tensor x, Tensor skip, Tensor? second, Tensor weight, float scale, Tensor? bias, "
+    "residual_conv1x1_fwd(Tensor x, Tensor skip, Tensor? second, Tensor weight, float scale, Tensor? x_bias, "
     "Tensor? skip_bias, bool up, bool of_terms) -> Tensor",
     _fwd, _fwd_by_reference, lambda x, *_: empty(x, x.shape, _layout(x)), save=_save, backward=_backward,
 )  # fmt: skip
@@ -258,14 +268,14 @@ def residual_conv1x1(
     skip: torch.Tensor,
     weight: torch.Tensor,
     scale: float = 1.0,
-    bias: torch.Tensor | None = None,
+    x_bias: torch.Tensor | None = None,
     skip_bias: torch.Tensor | None = None,
     *,
     second: torch.Tensor | None = None,
     up: bool = False,
     of_terms: bool = False,
 ) -> torch.Tensor:
-    """(x + bias + conv1x1([skip, second]) + skip_bias) · scale.
+    """(x + x_bias + conv1x1([skip, second]) + skip_bias) · scale.
 
     Its kernel has not been timed on a GPU: it has run in emulation only.
 
@@ -274,7 +284,7 @@ def residual_conv1x1(
         skip: [N,C,H,W] in x's dtype, or [N,C,H/2,W/2] with `up`.
         weight: of the convolution, [K,C+C2,1,1] in x's dtype.
         scale: factor of the sum.
-        bias, skip_bias: that the convolution before x has left out, and of this one, as `residual` takes
+        x_bias, skip_bias: that the convolution before x has left out, and of this one, as `residual` takes
             them.
         second: [N,C2,...] of the same resolution as skip, joined to it along the channels; nothing writes the
             two side by side.
@@ -319,8 +329,8 @@ def residual_conv1x1(
             )
         if tensor.device != x.device:
             raise ValueError(f"residual_conv1x1: {name} must be on {x.device}, got {tensor.device}")
-    check_sum("residual_conv1x1", x, x, bias=bias, skip_bias=skip_bias)
+    check_sum("residual_conv1x1", x, x, x_bias=x_bias, skip_bias=skip_bias)
     is_served = x.dtype != torch.float64 and runs_triton("residual_conv1x1", x.device.type)
     of_terms = of_terms and forward_ad._current_level < 0  # tangents are the result's own
     function = torch.ops.tcm_fast.residual_conv1x1_fwd if is_served else _fwd_by_reference
-    return function(x, skip, second, weight, scale, bias, skip_bias, up, of_terms)
+    return function(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms)

@@ -151,7 +151,7 @@ def sum_of_a_convolution(up, of_terms):
         )
     }
     arguments = {
-        **images, "weight": Like((32, 64, 1, 1), None, True), "scale": 0.7, "bias": channels,
+        **images, "weight": Like((32, 64, 1, 1), None, True), "scale": 0.7, "x_bias": channels,
         "skip_bias": channels, "up": up, "of_terms": of_terms,
     }  # fmt: skip
     module = "tcm_fast.kernels.residual_conv1x1"

@@ -418,7 +418,7 @@ def test_refuses():
         (ValueError, r"weight must be on cpu, got meta", (x, skip, weight.to("meta")), both),
         (
             ValueError,
-            r"bias must be \[7\] on cpu, or all biases .* got \[3\]",
+            r"x_bias must be \[7\] on cpu, or all biases .* got \[3\]",
             (x, skip, weight, 1.0, bias[:3]),
             both,
         ),
@@ -430,7 +430,7 @@ def test_refuses():
         ),
         (
             ValueError,
-            r"bias must be \[7\] on cpu, or all biases .* got \[3, 7\]",
+            r"x_bias must be \[7\] on cpu, or all biases .* got \[3, 7\]",
             (x, skip, weight, 1.0, bias.repeat(3, 1)),
             both,
         ),
