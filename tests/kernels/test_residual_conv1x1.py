@@ -71,6 +71,10 @@ def published(x, skip, weight, scale, *biases, second, up):
     return residual_reference(x, y, scale, *biases)
 
 
+def in_dtype(site):
+    return published if site[6] else residual_conv1x1_reference
+
+
 def pair(site, scale=0.7, reference=residual_conv1x1_reference, **more):
     return (
         lambda *tensors, f=f: call(f, site, tensors, scale, **more)
@@ -105,8 +109,31 @@ def test_the_reference_is_the_formula(site):
 @pytest.mark.parametrize("scale", [1.0, 0.7])
 @pytest.mark.parametrize("site", SITES, ids=str)
 def test_kernels(compare, dtype, scale, site):
-    reference = published if site[6] else residual_conv1x1_reference
-    compare(*pair(site, scale, reference), case(site), [shape_of(site)], dtype)
+    compare(*pair(site, scale, in_dtype(site)), case(site), [shape_of(site)], dtype)
+
+
+# Widths of DDPM++ on CIFAR-10 and of ADM at 64 x 64, at fewer pixels.
+NETWORKS = [
+    (2, 256, 256, 256, 8, 9, False),
+    (1, 256, 256, 0, 5, 8, True),
+    (1, 192, 384, 192, 11, 12, False),
+    (1, 768, 768, 0, 8, 8, False),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("site", NETWORKS, ids=str)
+def test_kernels_at_the_networks_widths(compare, monkeypatch, site, rows, dtype):
+    tiles = module._tiles
+
+    def of_a_batch(pixels, *more):
+        constants, _ = tiles(2**20 if rows == 128 else 1, *more)
+        assert constants["PIXELS"] == rows
+        return constants, -(-pixels // rows) * -(-site[1] // constants["WIDTH"])
+
+    monkeypatch.setattr(module, "_tiles", of_a_batch)
+    compare(*pair(site, reference=in_dtype(site)), case(site), [shape_of(site)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
