@@ -288,16 +288,7 @@ def plain_merge(
 
 
 def plain_residual_conv1x1(
-    x,
-    skip,
-    weight,
-    scale=1.0,
-    x_bias=None,
-    skip_bias=None,
-    *,
-    second=None,
-    up=False,
-    of_terms=False,
+    x, skip, weight, scale=1.0, x_bias=None, skip_bias=None, *, second=None, up=False, **_
 ):
     """`of_terms` is not published: the same work and gradients `scale` times as large."""
     _, joined = plain_merge(skip, second=second)

@@ -37,6 +37,7 @@ def residual_conv1x1_reference(
     second=None,
     up=False,
     of_terms=False,
+    parts=None,
 ):
     wide = torch.promote_types(x.dtype, torch.float32)
     skip = skip if second is None else torch.cat([skip, second], 1)
@@ -142,7 +143,7 @@ def _last(x):
     return x if x is None else x.contiguous(memory_format=torch.channels_last)
 
 
-def _fwd(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms):
+def _fwd(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms, parts=None):
     if x.dtype == torch.float64 or not runs_triton("residual_conv1x1", x.device.type):
         return _fwd_by_reference(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms)
     x, skip, second, weight = map(_last, (x, skip, second, weight))
@@ -192,7 +193,7 @@ def specialisations(capability: int) -> list[Variant]:
 # -- registration ---------------------------------------------------------------------------------
 
 
-def _fwd_by_reference(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms):
+def _fwd_by_reference(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms, parts=None):
     out = residual_conv1x1_reference(
         x, skip, weight, scale, x_bias, skip_bias, second=second, up=up, of_terms=of_terms
     )
@@ -206,9 +207,9 @@ def _layout(x):
 
 
 def _save(ctx, inputs, output):
-    _, skip, second, weight, ctx.scale, x_bias, skip_bias, ctx.up, ctx.of_terms = inputs
+    _, skip, second, weight, ctx.scale, x_bias, skip_bias, ctx.up, ctx.of_terms, parts = inputs
     ctx.biases = [None if b is None else (b.ndim, b.dtype) for b in (x_bias, skip_bias)]
-    ctx.save_for_backward(skip, second, weight)
+    ctx.save_for_backward(skip, second, weight, parts)
 
 
 def _by_pixel(x):
@@ -221,27 +222,44 @@ def _product(a, b, scale):
     return a @ b if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
+def _images_bwd(grad, weight, scale, parts):
+    """The gradient of both images side by side [N,C+C2,H,W]."""
+    if parts is not None:
+        return torch.ops.tcm_fast.conv_bf16x3_input_bwd(grad, parts, 1)
+    n, _, h, w = grad.shape
+    both = _product(_by_pixel(grad), weight.flatten(1), scale)
+    return both.view(n, h, w, weight.shape[1]).permute(0, 3, 1, 2)
+
+
+def _weight_bwd(grad, image, scale, parts):
+    """The gradient of an image's columns of the weight [K,C,1,1]."""
+    if parts is not None:
+        return torch.ops.tcm_fast.conv_bf16x3_weight_bwd(grad, image, 1)
+    return _product(_by_pixel(grad).t(), _by_pixel(image), scale)[..., None, None]
+
+
 def _backward(ctx, grad):
-    """Products of matrices that are a library's. Both images' gradients are slices of one."""
-    skip, second, weight = ctx.saved_tensors
+    """Products of matrices that are a library's, or with `parts` those of `conv_bf16x3`. Both images'
+    gradients are slices of one."""
+    skip, second, weight, parts = ctx.saved_tensors
     wants_x, wants_skip, wants_second, wants_weight, _, *wants_biases = ctx.needs_input_grad[:7]
     scale = 1.0 if ctx.of_terms else ctx.scale
-    low = grad = grad.contiguous(memory_format=_layout(grad))
+    grad = grad.contiguous(memory_format=_layout(grad))
+    grad_x = grad if scale == 1 else grad * scale
+    low, rest = (grad, scale) if parts is None else (grad_x, 1.0)
     if ctx.up:
         low = torch.ops.aten.upsample_nearest2d_backward(
             low, list(grad.shape[2:]), list(grad.shape[:2]) + list(skip.shape[2:]), 2.0, 2.0
         )
-    rows, images = _by_pixel(low), [v for v in (skip, second) if v is not None]
+    images = [v for v in (skip, second) if v is not None]
     grads: list[torch.Tensor | None] = [None, None]
     if wants_skip or wants_second:
-        n, _, h, w = skip.shape
-        both = _product(rows, weight.flatten(1), scale).view(n, h, w, weight.shape[1])
-        both = both.permute(0, 3, 1, 2)
+        both = _images_bwd(low, weight, rest, parts)
         grads = [*both.split([v.shape[1] for v in images], 1), None][:2]
     grad_weight = None
     if wants_weight:
-        parts = [_product(rows.t(), _by_pixel(v), scale) for v in images]
-        grad_weight = (torch.cat(parts, 1) if second is not None else parts[0]).view(weight.shape)
+        found = [_weight_bwd(low, v, rest, parts) for v in images]
+        grad_weight = torch.cat(found, 1) if second is not None else found[0]
     biases: list[torch.Tensor | None] = [None, None]
     if any(wants_biases) and not ctx.of_terms:
         sums = grad.sum((2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)) * scale
@@ -249,13 +267,12 @@ def _backward(ctx, grad):
             (sums if of[0] == 2 else sums.sum(0)).to(of[1]) if wants and of is not None else None
             for wants, of in zip(wants_biases, ctx.biases, strict=True)
         ]
-    grad_x = grad if scale == 1 else grad * scale
-    return grad_x if wants_x else None, *grads, grad_weight, None, *biases, None, None
+    return grad_x if wants_x else None, *grads, grad_weight, None, *biases, None, None, None
 
 
 register(
     "residual_conv1x1_fwd(Tensor x, Tensor skip, Tensor? second, Tensor weight, float scale, Tensor? x_bias, "
-    "Tensor? skip_bias, bool up, bool of_terms) -> Tensor",
+    "Tensor? skip_bias, bool up, bool of_terms, Tensor? parts=None) -> Tensor",
     _fwd, _fwd_by_reference, lambda x, *_: empty(x, x.shape, _layout(x)), save=_save, backward=_backward,
 )  # fmt: skip
 
@@ -274,6 +291,7 @@ def residual_conv1x1(
     second: torch.Tensor | None = None,
     up: bool = False,
     of_terms: bool = False,
+    parts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(x + x_bias + conv1x1([skip, second]) + skip_bias) · scale.
 
@@ -291,6 +309,8 @@ def residual_conv1x1(
         up: every pixel of the convolution's result four times.
         of_terms: take the gradient that arrives for that of the terms, and leave the biases' to whoever reads
             the result: `group_norm_silu(summed=True)`, `residual.of_its_terms`.
+        parts: `conv_bf16x3.split_weight(weight)` of an fp32 weight: the products of the backward pass are
+            then that operation's, where the kernel runs.
 
     Returns:
         [N,K,H,W] in x's dtype; channels_last where a kernel runs, else in x's memory format. Sums and what
@@ -329,8 +349,13 @@ def residual_conv1x1(
             )
         if tensor.device != x.device:
             raise ValueError(f"residual_conv1x1: {name} must be on {x.device}, got {tensor.device}")
+    if parts is not None and (parts.shape, parts.dtype) != ((2, k, channels), torch.bfloat16):
+        raise ValueError(
+            f"residual_conv1x1: parts must be split_weight's, [2,{k},{channels}] of bf16, got "
+            f"{list(parts.shape)} of {parts.dtype}"
+        )
     check_sum("residual_conv1x1", x, x, x_bias=x_bias, skip_bias=skip_bias)
     is_served = x.dtype != torch.float64 and runs_triton("residual_conv1x1", x.device.type)
     of_terms = of_terms and forward_ad._current_level < 0  # tangents are the result's own
     function = torch.ops.tcm_fast.residual_conv1x1_fwd if is_served else _fwd_by_reference
-    return function(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms)
+    return function(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms, parts)

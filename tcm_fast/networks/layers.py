@@ -195,8 +195,9 @@ class Conv2d(nn.Conv2d):
         if (self.up or self.down) and not repeats:
             x = self._resample(x)
         out = residual_conv1x1(
-            h, x, self.weight, scale, bias, self.bias, second=second, up=repeats, of_terms=pends
-        )
+            h, x, self.weight, scale, bias, self.bias, second=second, up=repeats, of_terms=pends,
+            parts=self.parts,
+        )  # fmt: skip
         return PendingSum(out, None, scale, bias, self.bias) if pends else out
 
     def _resample(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tcm_fast.kernels._triton import LAUNCHES, assuming_kernels
+from tcm_fast.kernels.conv_bf16x3 import split_weight
 from tcm_fast.kernels.residual import residual, residual_reference
 from tcm_fast.kernels.residual_conv1x1 import residual_conv1x1, residual_conv1x1_reference
 
@@ -464,3 +465,28 @@ def test_refuses():
     ):
         with pytest.raises(error, match=rf"^residual_conv1x1: {message}"):
             residual_conv1x1(*arguments, **more)
+
+
+@pytest.mark.parametrize("of_terms", [False, True])
+def test_gradients_of_products_in_bf16_parts(of_terms, triton_device):
+    """They are those of fp32 to what is left out, 2^-16 of the sum of magnitudes."""
+    for site in (SITES[2], SITES[4]):
+        leaves = [v.requires_grad_() for v in leaves_on(triton_device, site, biases=0)]
+        options = dict(of_terms=of_terms)
+        x, skip, weight, second = leaves
+        options |= dict(second=second, up=site[6])
+        split = split_weight(weight)
+        plain = residual_conv1x1(x, skip, weight, 0.7, **options)
+        ours = residual_conv1x1(x, skip, weight, 0.7, parts=split, **options)
+        assert torch.equal(plain, ours)
+        upstream = torch.randn_like(plain)
+        expected = torch.autograd.grad(plain, leaves, upstream)
+        found = torch.autograd.grad(ours, leaves, upstream)
+        assert torch.equal(found[0], expected[0])
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).abs().max() <= 2**-12 * b.abs().max()
+    assert not torch.equal(found[1], expected[1])
+    with pytest.raises(
+        ValueError, match=r"residual_conv1x1: parts must be split_weight's, \[2,33,137\]"
+    ):
+        residual_conv1x1(x, skip, weight, parts=split[:1], **options)
