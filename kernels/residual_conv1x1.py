@@ -131,11 +131,12 @@ def _tiles(pixels, out_channels, itemsize, precision):
     return constants, -(-pixels // rows) * -(-out_channels // width)
 
 
-def _precision():
-    """Of products in fp32: as convolutions have it, or in three parts of the tensor cores' 19 bits."""
+def _precision(dtype):
+    """Of products in fp32: as convolutions have it, or in three parts of the tensor cores' 19 bits. One
+    compiled form in 16 bits, where it says nothing."""
     if interpreting():
         return "wide"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "tf32x3"
 
 
 def _last(x):
@@ -148,7 +149,7 @@ def _fwd(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms):
     x, skip, second, weight = map(_last, (x, skip, second, weight))
     n, c, h, w = x.shape
     out = empty(x, x.shape, torch.channels_last)
-    constants, programs = _tiles(n * h * w, c, x.itemsize, _precision())
+    constants, programs = _tiles(n * h * w, c, x.itemsize, _precision(x.dtype))
     biases = [None if b is None else of_channels(b).contiguous() for b in (x_bias, skip_bias)]
     launch(
         _residual_conv1x1_kernel, (programs,), x, skip, *given(x, second), weight,

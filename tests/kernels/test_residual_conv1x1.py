@@ -367,7 +367,8 @@ def test_more_than_2_to_the_31_elements():
 def test_fp32_products_are_what_convolutions_have(monkeypatch, allowed):
     monkeypatch.setattr(module, "interpreting", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    assert module._precision() == ("tf32" if allowed else "tf32x3")
+    assert module._precision(torch.float32) == ("tf32" if allowed else "tf32x3")
+    assert module._precision(torch.bfloat16) == "tf32x3"  # one form, whatever convolutions may
 
 
 def test_refuses():
