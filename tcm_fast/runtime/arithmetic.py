@@ -38,12 +38,29 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 @contextmanager
+def _sums_in_fp32() -> Iterator[None]:
+    """Inside, a library that cuts a matrix product of 16 bits into pieces does not add these in 16 bits, as
+    torch lets it: a weight's gradient sums over all pixels of a batch."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
+
+
+@contextmanager
 def training_settings(precision: str, *, deterministic: bool) -> Iterator[None]:
-    """Inside, what training in `precision` needs: TF32 or not; cuDNN tries its algorithms out for each
-    shape, or, where the run has to be deterministic, only algorithms that are."""
+    """Inside, what training in `precision` needs: TF32 or not, sums of products in fp32; cuDNN tries its
+    algorithms out for each shape, or, where the run has to be deterministic, only algorithms that are."""
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, not deterministic
     try:
-        with tf32(precision == "tf32"), _deterministic() if deterministic else nullcontext():
+        chosen = _deterministic() if deterministic else nullcontext()
+        with tf32(precision == "tf32"), _sums_in_fp32(), chosen:
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark

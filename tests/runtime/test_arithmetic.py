@@ -12,6 +12,8 @@ def settings():
     return {
         "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
         "matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "sums of fp16": torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        "sums of bf16": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         "cudnn.benchmark": torch.backends.cudnn.benchmark,
         "deterministic": torch.get_deterministic_debug_mode(),
         "fill": torch.utils.deterministic.fill_uninitialized_memory,
@@ -42,6 +44,7 @@ def test_of_training(precision, deterministic):
         fail()
     assert settings() == before
     assert found["cudnn.allow_tf32"] is (precision == "tf32")
+    assert found["sums of fp16"] is found["sums of bf16"] is False
     assert found["cudnn.benchmark"] is not deterministic
     assert found["deterministic"] == (2 if deterministic else 0)
     assert not (deterministic and found["fill"])
