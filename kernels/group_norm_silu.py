@@ -195,26 +195,36 @@ def _parts(p, c, at, CHANNELS: tl.constexpr, HW: tl.constexpr, CHANNELS_LAST: tl
 
 
 @triton.jit
-def _load(x, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS: tl.constexpr,
-          HW: tl.constexpr, CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr, SUMS: tl.constexpr,
-          POLICY: tl.constexpr):  # fmt: skip
-    """A tile of x, or where SUMS of `residual`'s sum, which is written to `total`, and behind its FIRST
-    channels of `second`."""
-    if FIRST == CHANNELS and not SUMS:
+def _load(x, second, p, c, at, inside, CHANNELS: tl.constexpr, HW: tl.constexpr,
+          CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
+    """A tile of x, and behind its FIRST channels of `second`."""
+    if FIRST == CHANNELS:
         return tl.load(x + at, mask=inside, other=0, eviction_policy=POLICY)
+    in_first, in_second = _parts(p, c, at, CHANNELS, HW, CHANNELS_LAST, FIRST)
+    is_first = (c < FIRST)[None, :]
+    v = tl.load(x + in_first, mask=inside & is_first, other=0, eviction_policy=POLICY)
+    of_second = inside & (c >= FIRST)[None, :]
+    other = tl.load(second + in_second, mask=of_second, other=0, eviction_policy=POLICY)
+    return tl.where(is_first, v, other)
+
+
+@triton.jit
+def _load_sum(x, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS: tl.constexpr,
+              HW: tl.constexpr, CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr, SUMS: tl.constexpr,
+              POLICY: tl.constexpr):  # fmt: skip
+    """`_load`, where SUMS of `residual`'s sum in x's place, which is written to `total`."""
+    if not SUMS:
+        return _load(x, second, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, POLICY)
     in_first, in_second = _parts(p, c, at, CHANNELS, HW, CHANNELS_LAST, FIRST)
     of_first = inside
     if FIRST < CHANNELS:
         of_first = inside & (c < FIRST)[None, :]
-    if SUMS:
-        v = tl.load(x + in_first, mask=of_first, other=0, eviction_policy="evict_first")
-        other = tl.load(skip + in_first, mask=of_first, other=0, eviction_policy="evict_first")
-        sum = v.to(tl.float32) + other.to(tl.float32)
-        sum = (sum + from_biases[None, :]) * sum_scale
-        v = tl.where(of_first, sum, 0.0).to(v.dtype)
-        tl.store(total + in_first, v, mask=of_first, eviction_policy=POLICY)
-    else:
-        v = tl.load(x + in_first, mask=of_first, other=0, eviction_policy=POLICY)
+    v = tl.load(x + in_first, mask=of_first, other=0, eviction_policy="evict_first")
+    other = tl.load(skip + in_first, mask=of_first, other=0, eviction_policy="evict_first")
+    both = v.to(tl.float32) + other.to(tl.float32)
+    both = (both + from_biases[None, :]) * sum_scale
+    v = tl.where(of_first, both, 0.0).to(v.dtype)
+    tl.store(total + in_first, v, mask=of_first, eviction_policy=POLICY)
     if FIRST < CHANNELS:
         of_second = inside & (c >= FIRST)[None, :]
         other = tl.load(second + in_second, mask=of_second, other=0, eviction_policy=POLICY)
@@ -282,8 +292,8 @@ def _group_norm_silu_fwd_kernel(
         slot_sum = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(x, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
-                      CHANNELS_LAST, FIRST, SUMS, "")  # fmt: skip
+            v = _load_sum(x, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
+                          CHANNELS_LAST, FIRST, SUMS, "")  # fmt: skip
             held = held + (v,)  # noqa: RUF005
         for tile in tl.static_range(TILES):
             slot_sum += held[tile].to(tl.float32)
@@ -303,8 +313,8 @@ def _group_norm_silu_fwd_kernel(
         slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(x, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
-                      CHANNELS_LAST, FIRST, SUMS, "evict_last").to(tl.float32)  # fmt: skip
+            v = _load_sum(x, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
+                          CHANNELS_LAST, FIRST, SUMS, "evict_last").to(tl.float32)  # fmt: skip
             d = tl.where(inside, v - slot_average, 0.0)
             slot_average += d * (1.0 / (tile + 1))
             slot_spread += d * (v - slot_average)
@@ -350,8 +360,9 @@ def _group_norm_silu_fwd_kernel(
             tl.debug_barrier()
         for i in tl.range(TILES):
             p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(total, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
-                      CHANNELS_LAST, FIRST, False, "evict_first")  # fmt: skip
+            v = _load(
+                total, second, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, "evict_first"
+            )
             _finish(v, origin, y, p, at, inside, first, c, slope, offset, sample_n, seed_n, step_n, layer,
                     threshold, keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
 
@@ -451,24 +462,7 @@ def _group_norm_silu_bwd_kernel(
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(
-                x,
-                x,
-                second,
-                x,
-                r,
-                1.0,
-                p,
-                c,
-                at,
-                inside,
-                CHANNELS,
-                HW,
-                CHANNELS_LAST,
-                FIRST,
-                False,
-                "",
-            )
+            v = _load(x, second, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, "")
             held_x = held_x + (v,)  # noqa: RUF005
             held_g = held_g + (tl.load(grad_y + at, mask=inside, other=0),)  # noqa: RUF005
         raw, held_g = held_g, ()
@@ -484,8 +478,7 @@ def _group_norm_silu_bwd_kernel(
     else:
         for tile in tl.range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(x, x, second, x, r, 1.0, p, c, at, inside, CHANNELS, HW,
-                      CHANNELS_LAST, FIRST, False, "evict_last")  # fmt: skip
+            v = _load(x, second, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, "evict_last")
             v = v.to(tl.float32) - origin[None, :]
             g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_last")
             g = _drop(g, p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
@@ -526,8 +519,9 @@ def _group_norm_silu_bwd_kernel(
     else:
         for i in tl.range(TILES):
             p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(x, x, second, x, r, 1.0, p, c, at, inside, CHANNELS, HW,
-                      CHANNELS_LAST, FIRST, False, "evict_first")  # fmt: skip
+            v = _load(
+                x, second, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, "evict_first"
+            )
             v = v.to(tl.float32) - origin[None, :]
             g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_first")
             g = _drop(g, p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
@@ -1080,7 +1074,9 @@ def group_norm_silu(
     elif summed:
         check_sum("group_norm_silu", x, x, x_bias=x_bias, skip_bias=skip_bias)
     elif x_bias is not None or skip_bias is not None or sum_scale != 1:
-        raise ValueError("group_norm_silu: x_bias, skip_bias, sum_scale are of a sum, got no skip")
+        raise ValueError(
+            "group_norm_silu: x_bias, skip_bias, sum_scale are of a sum, got no skip and summed=False"
+        )
     if not isinstance(sum_scale, (int, float)):
         raise TypeError(f"group_norm_silu: sum_scale must be a number, got {sum_scale!r}")
     if second is not None:

@@ -372,8 +372,13 @@ def of_its_terms(
     bias: torch.Tensor | None = None,
     skip_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [N,C,H,W], the result of `residual_conv1x1(of_terms=True)` with this scale and these biases, as a
-    tensor of its own: gradients of it go on as those of the sum's terms, and the biases get theirs."""
+    """x [N,C,H,W], the result of `residual_conv1x1(of_terms=True)` with this scale and these biases, for any
+    reader: its gradient is multiplied by the scale on its way back, and the biases get theirs.
+
+    Raises:
+        TypeError: not floating. ValueError: biases that do not fit.
+    """
+    check_sum("of_its_terms", x, x, bias=bias, skip_bias=skip_bias)
     return _OfItsTerms.apply(x, scale, bias, skip_bias)
 
 

@@ -46,9 +46,26 @@ def residual_conv1x1_reference(
         skip = F.interpolate(skip, scale_factor=2.0, mode="nearest")
     out = residual_reference(x.to(wide), skip, scale, x_bias, skip_bias)
     if of_terms:
-        terms = x.to(wide) + skip
-        out = out.detach() + (terms - terms.detach())
+        out = _WithGradientOf.apply(out.detach(), x.to(wide) + skip)
     return out.to(x.dtype)
+
+
+class _WithGradientOf(torch.autograd.Function):
+    """The first tensor, whose gradient goes to the second."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out, terms):
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -132,12 +149,20 @@ def _tiles(pixels, out_channels, itemsize, precision):
     return constants, -(-pixels // rows) * -(-out_channels // width)
 
 
-def _precision(dtype):
+def _precision(dtype, parts):
     """Of products in fp32: as convolutions have it, or in three parts of the tensor cores' 19 bits. One
     compiled form in 16 bits, where it says nothing."""
     if interpreting():
         return "wide"
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "tf32x3"
+    is_short = dtype == torch.float32 and parts is None and _convolutions_have_tf32()
+    return "tf32" if is_short else "tf32x3"
+
+
+def _convolutions_have_tf32():
+    conv = getattr(
+        torch.backends.cudnn, "conv", None
+    )  # reading allow_tf32 fails where this one was set
+    return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
 
 
 def _last(x):
@@ -150,7 +175,7 @@ def _fwd(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms, parts=
     x, skip, second, weight = map(_last, (x, skip, second, weight))
     n, c, h, w = x.shape
     out = empty(x, x.shape, torch.channels_last)
-    constants, programs = _tiles(n * h * w, c, x.itemsize, _precision(x.dtype))
+    constants, programs = _tiles(n * h * w, c, x.itemsize, _precision(x.dtype, parts))
     biases = [None if b is None else of_channels(b).contiguous() for b in (x_bias, skip_bias)]
     launch(
         _residual_conv1x1_kernel, (programs,), x, skip, *given(x, second), weight,
@@ -308,15 +333,17 @@ def residual_conv1x1(
         second: [N,C2,...] of the same resolution as skip, joined to it along the channels; nothing writes the
             two side by side.
         up: every pixel of the convolution's result four times.
-        of_terms: take the gradient that arrives for that of the terms, and leave the biases' to whoever reads
-            the result: `group_norm_silu(summed=True)`, `residual.of_its_terms`.
+        of_terms: leave to whoever reads the result that its gradient is multiplied by `scale` and that the
+            biases get theirs. Only `group_norm_silu(summed=True)` and `residual.of_its_terms` do: read
+            otherwise, gradients are wrong.
         parts: `conv_bf16x3.split_weight(weight)` of an fp32 weight: the products of the backward pass are
             then that operation's, where the kernel runs.
 
     Returns:
         [N,K,H,W] in x's dtype; channels_last where a kernel runs, else in x's memory format. Sums and what
         is between are fp32 (float64 for float64); products of fp32 are those of fp32 to 2^-20 of their
-        magnitude, or those of TF32 where convolutions may have it (`torch.backends.cudnn.allow_tf32`).
+        magnitude, or those of TF32 where convolutions may have it and no `parts` are given. (Those of
+        the backward pass are TF32's where `torch.backends.cuda.matmul` has it.)
 
     Raises:
         TypeError: not floating, or dtypes that differ. ValueError: shapes or devices that do not fit.
@@ -350,10 +377,13 @@ def residual_conv1x1(
             )
         if tensor.device != x.device:
             raise ValueError(f"residual_conv1x1: {name} must be on {x.device}, got {tensor.device}")
-    if parts is not None and (parts.shape, parts.dtype) != ((2, k, channels), torch.bfloat16):
+    if parts is not None and (
+        (parts.shape, parts.dtype, parts.device) != ((2, k, channels), torch.bfloat16, x.device)
+        or x.dtype != torch.float32
+    ):
         raise ValueError(
-            f"residual_conv1x1: parts must be split_weight's, [2,{k},{channels}] of bf16, got "
-            f"{list(parts.shape)} of {parts.dtype}"
+            f"residual_conv1x1: parts must be split_weight's of an fp32 weight, [2,{k},{channels}] of bf16 "
+            f"on {x.device}, got {list(parts.shape)} of {parts.dtype} on {parts.device} with {x.dtype}"
         )
     check_sum("residual_conv1x1", x, x, x_bias=x_bias, skip_bias=skip_bias)
     is_served = x.dtype != torch.float64 and runs_triton("residual_conv1x1", x.device.type)

@@ -29,7 +29,6 @@ from tcm_fast.drop_in.known_blocks import (
     Block,
     attends_to_tokens,
     attention_obstacle,
-    has_hooks,
     known_attention,
     known_block,
     sub_modules,
@@ -39,6 +38,7 @@ from tcm_fast.drop_in.norm_silu import (
     sequential_forward,
     sequential_runs,
 )
+from tcm_fast.networks.layers import has_hooks
 
 # What a fused block may differ from its original in the trial, relatively: fp32 rounding is a
 # thousandth of it, a different formula is off by tens of percent.

@@ -23,6 +23,7 @@ from tcm_fast.kernels.pixel_norm_mp_silu import pixel_norm_mp_silu
 from tcm_fast.kernels.qkv_attention import qkv_attention
 from tcm_fast.kernels.resample import resample
 from tcm_fast.kernels.residual import residual
+from tcm_fast.networks.layers import has_hooks
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,6 @@ def original_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def has(module: nn.Module, *names: str) -> bool:
     return all(hasattr(module, name) for name in names)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has forward or backward hooks."""
-    return any(
-        getattr(module, f"_{kind}")
-        for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    )
 
 
 # ---- normalisations -----------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from tcm_fast.drop_in.known_blocks import (
     NORM_NAMES,
     activates,
     dropped,
-    has_hooks,
     known_block,
     norm_obstacle,
     normalise,
 )
+from tcm_fast.networks.layers import has_hooks
 
 
 def is_norm(module: Any) -> bool:

@@ -73,6 +73,14 @@ def carried_out(x: torch.Tensor | PendingSum) -> torch.Tensor:
     return residual(x.x, x.skip, *x[2:])
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward or backward hooks."""
+    return any(
+        getattr(module, f"_{kind}")
+        for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    )
+
+
 class Linear(nn.Linear):
     """A linear layer with one of EDM's initialisations (`initialise`)."""
 
@@ -170,10 +178,13 @@ class Conv2d(nn.Conv2d):
         return self.kernel_size in ((1, 1), (3, 3)) and not self.fused
 
     def ends_sums(self, x: torch.Tensor) -> bool:
-        """Whether `added_to` takes what is like x: a 1x1 convolution, where a kernel multiplies."""
+        """Whether `added_to` may stand for a call with what is like x: a 1x1 convolution that nobody watches
+        or has replaced, where the fused kernel runs."""
         return (
             self.kernel_size == (1, 1)
             and not self.fused
+            and not has_hooks(self)
+            and type(self).forward is Conv2d.forward
             and x.dtype == self.weight.dtype
             and not (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
             and _is_matrix(x)
@@ -194,6 +205,7 @@ class Conv2d(nn.Conv2d):
         repeats = self.up and self.is_box
         if (self.up or self.down) and not repeats:
             x = self._resample(x)
+            second = None if second is None else self._resample(second)
         out = residual_conv1x1(
             h, x, self.weight, scale, bias, self.bias, second=second, up=repeats, of_terms=pends,
             parts=self.parts,

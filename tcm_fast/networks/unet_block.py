@@ -100,9 +100,11 @@ class UNetBlock(Block):
     ) -> Any:
         if self.recompute_norms:  # which keeps what is normalised, and not its parts
             x = carried_out(x)
+        assert second is None or not returns_x
         first = x.x if isinstance(x, PendingSum) else x
+        is_kernel = runs_triton("residual", first.device.type)
         ends_skip = isinstance(self.skip, Conv2d) and self.skip.ends_sums(first)
-        if second is not None and (self.recompute_norms or not ends_skip):
+        if second is not None and (self.recompute_norms or not is_kernel):
             x, second = torch.cat([carried_out(x), second], 1), None
         # Where x also goes past a normalisation, its gradients meet in that one's kernel.
         run = partial(after_norm, recompute=self.recompute_norms)
@@ -110,10 +112,11 @@ class UNetBlock(Block):
         h, skip, *past = run(norm0, self.conv0, x, with_bias=False)
         if second is not None:
             second = past.pop()
+            if not ends_skip:
+                skip, second = torch.cat([skip, second], 1), None
         # Where a sum is a kernel, the biases of the layers before go in there, and it waits for the
         # normalisation after it, or a 1x1 convolution carries it out; elsewhere the convolutions add them
         # for nothing, and nothing is gained.
-        is_kernel = runs_triton("residual", h.device.type)
         waits = is_kernel and not self.recompute_norms
         skip_bias = None
         if isinstance(self.skip, Conv2d):
@@ -139,7 +142,7 @@ class UNetBlock(Block):
             between = end if waits else carried_out(end)
             qkv, skip = run(self.norm2.fused(silu=False, with_x=True), self.qkv, between)
             attended = qkv_attention(qkv, num_heads=self.num_heads)
-            if self.proj.ends_sums(attended):
+            if isinstance(self.proj, Conv2d) and self.proj.ends_sums(attended):
                 end = self.proj.added_to(skip, attended, self.skip_scale, None, pends=pends)
             else:
                 h = self.proj(attended, with_bias=not is_kernel)

@@ -368,8 +368,11 @@ def test_more_than_2_to_the_31_elements():
 def test_fp32_products_are_what_convolutions_have(monkeypatch, allowed):
     monkeypatch.setattr(module, "interpreting", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    assert module._precision(torch.float32) == ("tf32" if allowed else "tf32x3")
-    assert module._precision(torch.bfloat16) == "tf32x3"  # one form, whatever convolutions may
+    assert module._precision(torch.float32, None) == ("tf32" if allowed else "tf32x3")
+    assert module._precision(torch.float32, torch.empty(0)) == "tf32x3"
+    assert (
+        module._precision(torch.bfloat16, None) == "tf32x3"
+    )  # one form, whatever convolutions may
 
 
 def test_refuses():
@@ -488,6 +491,7 @@ def test_gradients_of_products_in_bf16_parts(of_terms, triton_device):
             assert (a - b).abs().max() <= 2**-12 * b.abs().max()
     assert not torch.equal(found[1], expected[1])
     with pytest.raises(
-        ValueError, match=r"residual_conv1x1: parts must be split_weight's, \[2,33,137\]"
+        ValueError,
+        match=r"residual_conv1x1: parts must be split_weight's of an fp32 weight, \[2,33,137\]",
     ):
         residual_conv1x1(x, skip, weight, parts=split[:1], **options)
