@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tcm_fast.kernels._triton import LAUNCHES, assuming_kernels
 from tcm_fast.kernels.conv_bf16x3 import split_weight
-from tcm_fast.kernels.residual import residual, residual_reference
+from tcm_fast.kernels.residual import of_its_terms, residual, residual_reference
 from tcm_fast.kernels.residual_conv1x1 import residual_conv1x1, residual_conv1x1_reference
 
 module = importlib.import_module(
@@ -495,3 +495,15 @@ def test_gradients_of_products_in_bf16_parts(of_terms, triton_device):
         match=r"residual_conv1x1: parts must be split_weight's of an fp32 weight, \[2,33,137\]",
     ):
         residual_conv1x1(x, skip, weight, parts=split[:1], **options)
+
+
+def test_what_is_infinite_stays_so_where_only_the_terms_have_gradients(triton_device, monkeypatch):
+    x, skip, weight, second = leaves_on(triton_device, biases=0)
+    x.data[0, 0, 0, 0] = math.inf
+    ours = residual_conv1x1(x, skip, weight, second=second, of_terms=True)
+    monkeypatch.setenv("TCM_FAST_BACKEND", "reference")
+    plain = residual_conv1x1(x, skip, weight, second=second, of_terms=True)
+    assert ours[0, 0, 0, 0] == plain[0, 0, 0, 0] == math.inf
+    assert ours.isinf().sum() == plain.isinf().sum() == 1
+    with pytest.raises(ValueError, match=r"of_its_terms: bias must be \[7\]"):
+        of_its_terms(plain, 0.7, torch.zeros(3))

@@ -89,6 +89,42 @@ def test_who_asks_for_no_pending_sum_gets_none(triton_device, monkeypatch):
     assert isinstance(block(x, emb, pends=True), torch.Tensor)
 
 
+class Wrapped(torch.nn.Module):
+    """A layer in another module's hands."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def bias(self):
+        return self.layer.bias
+
+    def forward(self, x, **options):
+        return self.layer(x, **options)
+
+
+def test_a_convolution_that_is_watched_or_replaced_is_called(triton_device, monkeypatch):
+    monkeypatch.delenv("TCM_FAST_BACKEND")
+    net = network("ddpmpp", triton_device)
+    plain = step(net, triton_device)
+    called, handles = [], []
+    for block in net.model.blocks():
+        for layer in (block.skip, *([block.proj] if block.attention else [])):
+            if isinstance(layer, Conv2d):
+                handles.append(layer.register_forward_hook(lambda layer, *_: called.append(layer)))
+    before = _triton.LAUNCHES["_residual_conv1x1_kernel"]
+    close(step(net, triton_device), plain)
+    assert len(set(called)) == len(handles) > 0
+    assert _triton.LAUNCHES["_residual_conv1x1_kernel"] == before
+    for handle in handles:
+        handle.remove()
+    block = net.model.dec["2x2_in0"]
+    block.proj = Wrapped(block.proj)
+    found = step(net, triton_device)
+    close({name.replace("proj.layer", "proj"): v for name, v in found.items()}, plain)
+
+
 @pytest.mark.slow
 def test_compiled_and_with_other_weights(triton_device, monkeypatch):
     monkeypatch.delenv("TCM_FAST_BACKEND")
