@@ -296,8 +296,9 @@ def named_ranges(net: torch.nn.Module, prefix: str = "") -> Iterator[None]:
             torch.cuda.nvtx.range_pop()
 
     for path, module in net.named_modules():
-        # Watched by a hook, a 1x1 convolution would no longer carry out the sum that it ends.
-        if path and not (isinstance(module, Conv2d) and module.kernel_size == (1, 1)):
+        # Watched by a hook, a convolution would no longer carry out the sum that it ends.
+        ends_sum = isinstance(module, Conv2d) and path.endswith((".skip", ".proj"))
+        if path and not ends_sum:
             handles.append(module.register_forward_pre_hook(enter(prefix + path)))
             handles.append(module.register_forward_hook(leave, always_call=True))
     try:

@@ -551,7 +551,9 @@ def _constants(
     drops = threshold > 0
     # A slab starts at a multiple of 16 bytes, and of the channels that share a block of Philox.
     unit = 8 if drops else 16 // x.itemsize
-    plan = plan_slabs(c, h * w, num_groups, x.itemsize, unit, channels_last, backward)
+    plan = plan_slabs(
+        c, h * w, num_groups, x.itemsize, unit, channels_last, backward, c > x.shape[1]
+    )
     by_eight = c % 8 == 0 and plan.groups * (c // num_groups) % 8 == 0
     constants = dict(
         CHANNELS=c, HW=h * w, NUM_GROUPS=num_groups, GROUPS=plan.groups, SLAB=plan.slab,

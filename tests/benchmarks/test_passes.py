@@ -111,7 +111,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("family", ["ddpmpp", "adm", "edm2"])
 def test_small_passes_are_no_more_for_more_blocks(family):
     """Products of the embedding, sums for small parameters' gradients, sums of two gradients, additions of
-    biases, concatenations: as many for two blocks a level as for one."""
+    biases, concatenations: as many for two blocks a level as for one, products of feature maps apart."""
     config = load_preset("cifar10-tiny")
     phase = dataclasses.replace(config.tcm, batch_size=16, images=1 << 24)
     counts = []
@@ -132,6 +132,14 @@ def test_small_passes_are_no_more_for_more_blocks(family):
                 if kind in kinds
             }
         )
+    # A decoder block has a 1x1 convolution: a product for the gradient of its two images, one for that of
+    # each one's part of the weight, and the parts are joined.
+    more = [
+        {"matrix product": 0, "concatenation": 0},
+        {"matrix product": 3 * 2, "concatenation": 2},
+    ]
+    for kind, number in more[family != "edm2"].items():
+        assert counts[1].pop(kind) - counts[0].pop(kind) == number
     assert counts[0] == counts[1]
 
 
