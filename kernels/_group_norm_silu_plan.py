@@ -57,8 +57,8 @@ def plan_slabs(
     each = 32 if is_wide else 64
     warps = min(16, max(4, power_of_2(pixels * slab) // (32 * each))) if holds else 16
     # A tile is 8 or 16 values of a thread, one to four accesses: few live at once, enough in flight. 4
-    # where two slabs of fp32 leave a thread little of its 128 registers (8 where whole slabs are of two images:
-    # found by compiling both).
+    # where two slabs of fp32 leave a thread little of its 128 registers (8 where whole slabs are of two
+    # images: found by compiling both).
     values = 16 if (is_wide if holds else not backward) else 8
     if holds and is_wide and backward and warps == 16:
         values = 8 if joins and slab == groups * cpg else 4
