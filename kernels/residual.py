@@ -254,6 +254,14 @@ def _is_dense(x):
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
+def _of_biases(ctx, grad_bias, wanted):
+    """The gradient that the biases share, for each that wants one in its own dtype."""
+    return [
+        grad_bias.to(dtype) if wants else None
+        for wants, dtype in zip(wanted, ctx.bias_dtypes, strict=True)
+    ]
+
+
 def _backward(ctx, grad_out):
     wanted = ctx.needs_input_grad[3:]
     wants_bias = any(wanted)
@@ -264,11 +272,7 @@ def _backward(ctx, grad_out):
         )
     elif wants_bias:
         grad_bias = torch.ops.tcm_fast.residual_bias_bwd(grad_out, ctx.by_sample)
-    biases = [
-        grad_bias.to(dtype) if wants else None
-        for wants, dtype in zip(wanted, ctx.bias_dtypes, strict=True)
-    ]
-    return grad_x, grad_x, None, *biases
+    return grad_x, grad_x, None, *_of_biases(ctx, grad_bias, wanted)
 
 
 def _fake_bias(grad_out, by_sample=False):
@@ -316,11 +320,7 @@ class _OfItsTerms(torch.autograd.Function):
             grad_x = grad * ctx.scale
             wide = torch.promote_types(grad.dtype, torch.float32)
             sums = grad_x.sum((2, 3) if ctx.by_sample else (0, 2, 3), dtype=wide)
-        biases = [
-            sums.to(dtype) if wants else None
-            for wants, dtype in zip(wanted, ctx.bias_dtypes, strict=True)
-        ]
-        return grad_x, None, *biases
+        return grad_x, None, *_of_biases(ctx, sums, wanted)
 
 
 _fwd = register(
