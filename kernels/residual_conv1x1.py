@@ -226,13 +226,13 @@ def _fwd_by_reference(x, skip, second, weight, scale, x_bias, skip_bias, up, of_
     return out.contiguous(memory_format=_layout(x))
 
 
-def _runs_kernel(x):
+def _takes(x):
     return x.dtype != torch.float64 and runs_triton("residual_conv1x1", x.device.type)
 
 
 def _layout(x):
     """channels_last where the kernel runs, else x's own."""
-    return torch.channels_last if _runs_kernel(x) else layout_of(x)
+    return torch.channels_last if _takes(x) else layout_of(x)
 
 
 def _save(ctx, inputs, output):
@@ -390,5 +390,5 @@ def residual_conv1x1(
         )
     check_sum("residual_conv1x1", x, x, x_bias=x_bias, skip_bias=skip_bias)
     of_terms = of_terms and forward_ad._current_level < 0  # tangents are the result's own
-    function = torch.ops.tcm_fast.residual_conv1x1_fwd if _runs_kernel(x) else _fwd_by_reference
+    function = torch.ops.tcm_fast.residual_conv1x1_fwd if _takes(x) else _fwd_by_reference
     return function(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms, parts)
