@@ -20,7 +20,7 @@ class Plan(NamedTuple):
 @functools.cache
 def plan_slabs(
     channels: int, pixels: int, num_groups: int, itemsize: int, unit: int, channels_last: bool,
-    backward: bool, joins: bool = False,
+    backward: bool,
 ) -> Plan:  # fmt: skip
     """The tiles of a shape; a slab is a multiple of `unit` channels where it can be.
 
@@ -57,11 +57,10 @@ def plan_slabs(
     each = 32 if is_wide else 64
     warps = min(16, max(4, power_of_2(pixels * slab) // (32 * each))) if holds else 16
     # A tile is 8 or 16 values of a thread, one to four accesses: few live at once, enough in flight. 4
-    # where two slabs of fp32 leave a thread little of its 128 registers (8 where whole slabs are of two
-    # images: found by compiling both).
+    # where two slabs of fp32 leave a thread little of its 128 registers.
     values = 16 if (is_wide if holds else not backward) else 8
     if holds and is_wide and backward and warps == 16:
-        values = 8 if joins and slab == groups * cpg else 4
+        values = 4
     tile = 32 * warps * values
     rows = min(power_of_2(pixels), max(1, tile // slab))
     return Plan(groups, slab, rows, bool(holds), warps)

@@ -185,50 +185,46 @@ def _where(tile, c, own, CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.co
 
 
 @triton.jit
-def _parts(p, c, at, CHANNELS: tl.constexpr, HW: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-           FIRST: tl.constexpr):  # fmt: skip
-    """Offsets of a tile within a sample of FIRST channels, and of one of those that follow them."""
-    if CHANNELS_LAST:
-        rest = p[:, None] * (CHANNELS - FIRST) + (c - FIRST)[None, :]
-        return p[:, None] * FIRST + c[None, :], rest
-    return at, at - FIRST * HW
-
-
-@triton.jit
-def _load(x, second, p, c, at, inside, CHANNELS: tl.constexpr, HW: tl.constexpr,
-          CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
-    """A tile of x, and behind its FIRST channels of `second`."""
-    if FIRST == CHANNELS:
-        return tl.load(x + at, mask=inside, other=0, eviction_policy=POLICY)
-    in_first, in_second = _parts(p, c, at, CHANNELS, HW, CHANNELS_LAST, FIRST)
-    is_first = (c < FIRST)[None, :]
-    v = tl.load(x + in_first, mask=inside & is_first, other=0, eviction_policy=POLICY)
-    of_second = inside & (c >= FIRST)[None, :]
-    other = tl.load(second + in_second, mask=of_second, other=0, eviction_policy=POLICY)
-    return tl.where(is_first, v, other)
-
-
-@triton.jit
-def _load_sum(x, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS: tl.constexpr,
-              HW: tl.constexpr, CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr, SUMS: tl.constexpr,
-              POLICY: tl.constexpr):  # fmt: skip
-    """`_load`, where SUMS of `residual`'s sum in x's place, which is written to `total`."""
-    if not SUMS:
-        return _load(x, second, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, POLICY)
-    in_first, in_second = _parts(p, c, at, CHANNELS, HW, CHANNELS_LAST, FIRST)
-    of_first = inside
+def _images(first, second, n, c, CHANNELS: tl.constexpr, HW: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+            FIRST: tl.constexpr):  # fmt: skip
+    """To each of the channels c of sample n the address that its offsets (`_within`) are added to: in a
+    tensor of FIRST channels, or in one of those that follow them, which both start at 16 bytes."""
+    start = first + n * (FIRST * HW)
     if FIRST < CHANNELS:
-        of_first = inside & (c < FIRST)[None, :]
-    v = tl.load(x + in_first, mask=of_first, other=0, eviction_policy="evict_first")
-    other = tl.load(skip + in_first, mask=of_first, other=0, eviction_policy="evict_first")
+        second += n * ((CHANNELS - FIRST) * HW) - (FIRST if CHANNELS_LAST else FIRST * HW)
+        # Triton 3.9 does not see that a power of two which divides both divides a choice between them.
+        BITS: tl.constexpr = (FIRST | CHANNELS) * first.dtype.element_ty.primitive_bitwidth | 128
+        start = tl.multiple_of(tl.where(c < FIRST, start, second), (BITS & -BITS) // 8)[None, :]
+    return start
+
+
+@triton.jit
+def _within(p, c, at, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr):
+    """Offsets of a tile from the addresses of `_images`."""
+    if FIRST == CHANNELS or not CHANNELS_LAST:
+        return at
+    BOTH: tl.constexpr = FIRST | CHANNELS
+    row = tl.multiple_of(tl.where(c < FIRST, FIRST, CHANNELS - FIRST), BOTH & -BOTH)
+    return p[:, None] * row[None, :] + c[None, :]
+
+
+@triton.jit
+def _load_sum(x, skip, total, from_biases, sum_scale, c, at, inside, CHANNELS: tl.constexpr,
+              FIRST: tl.constexpr, SUMS: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
+    """A tile of x, where SUMS of `residual`'s sum, written to `total`, in place of its first channels."""
+    if not SUMS:
+        return tl.load(x + at, mask=inside, other=0, eviction_policy=POLICY)
+    v = tl.load(
+        x + at, mask=inside, other=0, eviction_policy="evict_first" if FIRST == CHANNELS else POLICY
+    )
+    is_summed = inside
+    if FIRST < CHANNELS:
+        is_summed = inside & (c < FIRST)[None, :]
+    other = tl.load(skip + at, mask=is_summed, other=0, eviction_policy="evict_first")
     both = v.to(tl.float32) + other.to(tl.float32)
     both = (both + from_biases[None, :]) * sum_scale
-    v = tl.where(of_first, both, 0.0).to(v.dtype)
-    tl.store(total + in_first, v, mask=of_first, eviction_policy=POLICY)
-    if FIRST < CHANNELS:
-        of_second = inside & (c >= FIRST)[None, :]
-        other = tl.load(second + in_second, mask=of_second, other=0, eviction_policy=POLICY)
-        v = tl.where((c < FIRST)[None, :], v, other)
+    v = tl.where(is_summed, both, v.to(tl.float32)).to(v.dtype)
+    tl.store(total + at, v, mask=is_summed, eviction_policy=POLICY)
     return v
 
 
@@ -275,11 +271,11 @@ def _group_norm_silu_fwd_kernel(
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
     n, first, c, own, group, has, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
-    x += n * (FIRST * HW)
+    x = _images(x, second, n, c, CHANNELS, HW, CHANNELS_LAST, FIRST)
+    again = _images(total, second, n, c, CHANNELS, HW, CHANNELS_LAST, FIRST)
     skip += n * (FIRST * HW)
-    second += n * ((CHANNELS - FIRST) * HW)
-    y += n * (CHANNELS * HW)
     total += n * (FIRST * HW)
+    y += n * (CHANNELS * HW)
     from_biases = tl.zeros([SLAB], tl.float32)
     if HAS_X_BIAS:
         from_biases = tl.load(x_bias + c, mask=own & (c < FIRST), other=0).to(tl.float32)
@@ -292,8 +288,10 @@ def _group_norm_silu_fwd_kernel(
         slot_sum = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load_sum(x, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
-                          CHANNELS_LAST, FIRST, SUMS, "")  # fmt: skip
+            at = _within(p, c, at, CHANNELS, CHANNELS_LAST, FIRST)
+            v = _load_sum(
+                x, skip, total, from_biases, sum_scale, c, at, inside, CHANNELS, FIRST, SUMS, ""
+            )
             held = held + (v,)  # noqa: RUF005
         for tile in tl.static_range(TILES):
             slot_sum += held[tile].to(tl.float32)
@@ -313,8 +311,9 @@ def _group_norm_silu_fwd_kernel(
         slot_spread = tl.zeros([PIXELS, SLAB], tl.float32)
         for tile in tl.range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load_sum(x, skip, second, total, from_biases, sum_scale, p, c, at, inside, CHANNELS, HW,
-                          CHANNELS_LAST, FIRST, SUMS, "evict_last").to(tl.float32)  # fmt: skip
+            at = _within(p, c, at, CHANNELS, CHANNELS_LAST, FIRST)
+            v = _load_sum(x, skip, total, from_biases, sum_scale, c, at, inside, CHANNELS, FIRST, SUMS,
+                          "evict_last").to(tl.float32)  # fmt: skip
             d = tl.where(inside, v - slot_average, 0.0)
             slot_average += d * (1.0 / (tile + 1))
             slot_spread += d * (v - slot_average)
@@ -360,9 +359,8 @@ def _group_norm_silu_fwd_kernel(
             tl.debug_barrier()
         for i in tl.range(TILES):
             p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(
-                total, second, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, "evict_first"
-            )
+            source = again + _within(p, c, at, CHANNELS, CHANNELS_LAST, FIRST)
+            v = tl.load(source, mask=inside, other=0, eviction_policy="evict_first")
             _finish(v, origin, y, p, at, inside, first, c, slope, offset, sample_n, seed_n, step_n, layer,
                     threshold, keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
 
@@ -389,12 +387,12 @@ def _grad_z(v, grad, slope, offset, SILU: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _hand_back(out, slot_add, slot_sums, grad_past, grad_twin, grad_x, grad_second, sum_scale, p, c, at,
-               inside, CHANNELS: tl.constexpr, HW: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-               FIRST: tl.constexpr, HAS_ADD: tl.constexpr, SCALES: tl.constexpr, WANTS_SUMS: tl.constexpr,
+def _hand_back(out, slot_add, slot_sums, grad_past, grad_twin, grad_x, sum_scale, p, c, at, inside,
+               CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr,
+               HAS_ADD: tl.constexpr, SCALES: tl.constexpr, WANTS_SUMS: tl.constexpr,
                HAS_PAST: tl.constexpr, TWIN_ROW: tl.constexpr):  # fmt: skip
     """Adds what reached x past the normalisation to its gradient `out` and stores it, its first channels for
-    the sum's terms, the others for `second`. -> what `add` and the sum's biases get, added to the slots."""
+    the sum's terms. -> what `add` and the sum's biases get, added to the slots."""
     if HAS_ADD:
         slot_add += tl.where(inside, out, 0.0)
     if HAS_PAST:
@@ -404,17 +402,12 @@ def _hand_back(out, slot_add, slot_sums, grad_past, grad_twin, grad_x, grad_seco
         if CHANNELS_LAST:
             source = p[:, None] * TWIN_ROW + c[None, :]
         out += tl.load(grad_twin + source, mask=inside, other=0).to(tl.float32)
-    in_first, in_second = _parts(p, c, at, CHANNELS, HW, CHANNELS_LAST, FIRST)
-    of_first = inside
-    if FIRST < CHANNELS:
-        of_first = inside & (c < FIRST)[None, :]
-        of_second = inside & (c >= FIRST)[None, :]
-        tl.store(grad_second + in_second, out.to(grad_second.dtype.element_ty), mask=of_second)
     if SCALES:
-        out *= sum_scale
-    tl.store(grad_x + in_first, out.to(grad_x.dtype.element_ty), mask=of_first)
+        out *= sum_scale if FIRST == CHANNELS else tl.where(c < FIRST, sum_scale, 1.0)[None, :]
+    at = _within(p, c, at, CHANNELS, CHANNELS_LAST, FIRST)
+    tl.store(grad_x + at, out.to(grad_x.dtype.element_ty), mask=inside)
     if WANTS_SUMS:
-        slot_sums += tl.where(of_first, out, 0.0)
+        slot_sums += tl.where(inside, out, 0.0)
     return slot_add, slot_sums
 
 
@@ -435,11 +428,9 @@ def _group_norm_silu_bwd_kernel(
     CPG: tl.constexpr = CHANNELS // NUM_GROUPS
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
     n, first, c, own, group, has, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
-    x += n * (FIRST * HW)
-    second += n * ((CHANNELS - FIRST) * HW)
+    x = _images(x, second, n, c, CHANNELS, HW, CHANNELS_LAST, FIRST)
+    grad_x = _images(grad_x, grad_second, n, c, CHANNELS, HW, CHANNELS_LAST, FIRST)
     grad_y += n * (CHANNELS * HW)
-    grad_x += n * (FIRST * HW)
-    grad_second += n * ((CHANNELS - FIRST) * HW)
     grad_past += n * (CHANNELS * HW)
     grad_twin += n * (TWIN_ROW * HW)
     group_mean = tl.load(mean + n * NUM_GROUPS + group, mask=has, other=0)
@@ -462,7 +453,7 @@ def _group_norm_silu_bwd_kernel(
     if HOLDS:
         for tile in tl.static_range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(x, second, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, "")
+            v = tl.load(x + _within(p, c, at, CHANNELS, CHANNELS_LAST, FIRST), mask=inside, other=0)
             held_x = held_x + (v,)  # noqa: RUF005
             held_g = held_g + (tl.load(grad_y + at, mask=inside, other=0),)  # noqa: RUF005
         raw, held_g = held_g, ()
@@ -478,7 +469,8 @@ def _group_norm_silu_bwd_kernel(
     else:
         for tile in tl.range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(x, second, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, "evict_last")
+            source = x + _within(p, c, at, CHANNELS, CHANNELS_LAST, FIRST)
+            v = tl.load(source, mask=inside, other=0, eviction_policy="evict_last")
             v = v.to(tl.float32) - origin[None, :]
             g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_last")
             g = _drop(g, p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
@@ -487,8 +479,12 @@ def _group_norm_silu_bwd_kernel(
             slot_b += g
             slot_a += g * v
     sum_b, sum_a = _sums(slot_b, slot_a, ASM)
-    sum_b *= keep_scale
-    sum_a *= keep_scale * r
+    to_x = slope
+    sum_a *= r
+    if DROPS:
+        to_x *= keep_scale
+        sum_a *= keep_scale
+        sum_b *= keep_scale
 
     # grad_x = rstd·(w·gain·g - mean of it over the group - xhat · mean of (w·gain·g·xhat)).
     to_a = _to_channels(_to_groups(w * gain * sum_a, member), member) / (CPG * HW)
@@ -511,26 +507,25 @@ def _group_norm_silu_bwd_kernel(
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             v = _reload_barrier(held_x[tile], PACKS).to(tl.float32) - origin[None, :]
             g = _grad_z(v, _reload_barrier(held_g[tile], PACKS), slope, offset, SILU, ASM)
-            out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
+            out = g * to_x[None, :] - from_all[None, :] - v * from_v[None, :]
             slot_add, slot_sums = _hand_back(
-                out, slot_add, slot_sums, grad_past, grad_twin, grad_x, grad_second, sum_scale, p, c, at,
-                inside, CHANNELS, HW, CHANNELS_LAST, FIRST, HAS_ADD, SCALES, WANTS_SUMS, HAS_PAST, TWIN_ROW,
+                out, slot_add, slot_sums, grad_past, grad_twin, grad_x, sum_scale, p, c, at, inside, CHANNELS,
+                CHANNELS_LAST, FIRST, HAS_ADD, SCALES, WANTS_SUMS, HAS_PAST, TWIN_ROW,
             )  # fmt: skip
     else:
         for i in tl.range(TILES):
             p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            v = _load(
-                x, second, p, c, at, inside, CHANNELS, HW, CHANNELS_LAST, FIRST, "evict_first"
-            )
+            source = x + _within(p, c, at, CHANNELS, CHANNELS_LAST, FIRST)
+            v = tl.load(source, mask=inside, other=0, eviction_policy="evict_first")
             v = v.to(tl.float32) - origin[None, :]
             g = tl.load(grad_y + at, mask=inside, other=0, eviction_policy="evict_first")
             g = _drop(g, p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
                       SLAB, DROPS, BY_EIGHT)  # fmt: skip
             g = _grad_z(v, g, slope, offset, SILU, ASM)
-            out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
+            out = g * to_x[None, :] - from_all[None, :] - v * from_v[None, :]
             slot_add, slot_sums = _hand_back(
-                out, slot_add, slot_sums, grad_past, grad_twin, grad_x, grad_second, sum_scale, p, c, at,
-                inside, CHANNELS, HW, CHANNELS_LAST, FIRST, HAS_ADD, SCALES, WANTS_SUMS, HAS_PAST, TWIN_ROW,
+                out, slot_add, slot_sums, grad_past, grad_twin, grad_x, sum_scale, p, c, at, inside, CHANNELS,
+                CHANNELS_LAST, FIRST, HAS_ADD, SCALES, WANTS_SUMS, HAS_PAST, TWIN_ROW,
             )  # fmt: skip
     if HAS_ADD:
         total = tl.sum(slot_add, 0)
@@ -551,9 +546,7 @@ def _constants(
     drops = threshold > 0
     # A slab starts at a multiple of 16 bytes, and of the channels that share a block of Philox.
     unit = 8 if drops else 16 // x.itemsize
-    plan = plan_slabs(
-        c, h * w, num_groups, x.itemsize, unit, channels_last, backward, c > x.shape[1]
-    )
+    plan = plan_slabs(c, h * w, num_groups, x.itemsize, unit, channels_last, backward)
     by_eight = c % 8 == 0 and plan.groups * (c // num_groups) % 8 == 0
     constants = dict(
         CHANNELS=c, HW=h * w, NUM_GROUPS=num_groups, GROUPS=plan.groups, SLAB=plan.slab,
@@ -572,6 +565,7 @@ def _launch_fwd(
 ):  # fmt: skip
     layout = layout_of(x)
     x, second, skip = laid_out(layout, x, second, skip)
+    x, second = _at_16_bytes(x, second)
     add, scale, shift = rows(add), rows(scale), rows(shift)
     n, first, *size = x.shape
     c = first + _width(second)
@@ -600,6 +594,13 @@ def _fwd(*arguments):
 
 def _width(second):
     return 0 if second is None else second.shape[1]
+
+
+def _at_16_bytes(x, second):
+    """Both images, copied where one starts elsewhere; x alone may start anywhere."""
+    if second is None:
+        return x, None
+    return [v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, second)]
 
 
 def _side_by_side(x, second, past, past_second):
@@ -631,6 +632,7 @@ def _bwd(
     layout = layout_of(x)
     grad_past = _side_by_side(x, second, grad_past, past_second)
     x, second, grad_y, grad_past = laid_out(layout, x, second, grad_y, grad_past)
+    x, second = _at_16_bytes(x, second)
     n, first, *size = x.shape
     width = _width(second)
     c = first + width

@@ -539,6 +539,29 @@ def test_kernel_joins_two(site, dtype, layout, triton_device, check_against_orac
         check_against_oracle(*found, name, terms=0.0 if name in names[:3] else over_pixels)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_joined_images_start_anywhere(layout, triton_device, monkeypatch):
+    """Two images that lie a number from where they could be read in pieces of 16 bytes."""
+    monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
+    n, first, second, size, groups = 2, 12, 20, 4, 4
+    x, affine, _ = on(triton_device, n, first + second, size, size, torch.float32, layout)
+    parts = [v.contiguous(memory_format=layout) for v in x.split([first, second], 1)]
+    moved = []
+    for v in parts:
+        room = v.new_empty(v.numel() + 1)[1:]
+        moved.append(room.as_strided(v.shape, v.stride(), room.storage_offset()).copy_(v))
+        assert moved[-1].data_ptr() % 16 == 4
+
+    def results(a, b):
+        tensors = [v.detach().requires_grad_() for v in (a, b, *affine)]
+        a, b, weight, bias = tensors
+        y = group_norm_silu(a, groups, weight, bias, second=b)
+        return [y, *torch.autograd.grad(y, tensors, y.detach().cos())]
+
+    for u, v in zip(results(*parts), results(*moved), strict=True):
+        assert torch.equal(u, v)
+
+
 # n, channels, of `second`, height, width, groups; factor, biases, whether the sum goes past twice.
 SUM_SITES = [
     (2, 24, 0, 5, 3, 4, 0.7, 2, True),
