@@ -185,22 +185,25 @@ def _where(tile, c, own, CHANNELS: tl.constexpr, HW: tl.constexpr, PIXELS: tl.co
 
 
 @triton.jit
-def _images(first, second, n, c, CHANNELS: tl.constexpr, HW: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+def _images(x, second, n, c, CHANNELS: tl.constexpr, HW: tl.constexpr, CHANNELS_LAST: tl.constexpr,
             FIRST: tl.constexpr):  # fmt: skip
-    """To each of the channels c of sample n the address that its offsets (`_within`) are added to: in a
-    tensor of FIRST channels, or in one of those that follow them, which both start at 16 bytes."""
-    start = first + n * (FIRST * HW)
+    """The address to which the offsets (`_within`) of sample n are added: of x, or with two images, whose
+    addresses are multiples of 16, of the one that each of the channels c is in, [1, SLAB]. `second` is
+    moved back by FIRST channels, so that c counts from x's first."""
+    start = x + n * (FIRST * HW)
     if FIRST < CHANNELS:
         second += n * ((CHANNELS - FIRST) * HW) - (FIRST if CHANNELS_LAST else FIRST * HW)
-        # Triton 3.9 does not see that a power of two which divides both divides a choice between them.
-        BITS: tl.constexpr = (FIRST | CHANNELS) * first.dtype.element_ty.primitive_bitwidth | 128
-        start = tl.multiple_of(tl.where(c < FIRST, start, second), (BITS & -BITS) // 8)[None, :]
+        # Triton 3.9 forgets what both operands of tl.where are multiples of.
+        WIDTHS: tl.constexpr = (FIRST | CHANNELS) * (1 if CHANNELS_LAST else HW)
+        BYTES: tl.constexpr = WIDTHS * (x.dtype.element_ty.primitive_bitwidth // 8) | 16
+        start = tl.multiple_of(tl.where(c < FIRST, start, second), BYTES & -BYTES)[None, :]
     return start
 
 
 @triton.jit
 def _within(p, c, at, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr):
-    """Offsets of a tile from the addresses of `_images`."""
+    """Offsets of a tile from the addresses of `_images`; in channels_last a pixel of an image is FIRST or
+    CHANNELS - FIRST elements long."""
     if FIRST == CHANNELS or not CHANNELS_LAST:
         return at
     BOTH: tl.constexpr = FIRST | CHANNELS
@@ -211,7 +214,8 @@ def _within(p, c, at, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, FIRST
 @triton.jit
 def _load_sum(x, skip, total, from_biases, sum_scale, c, at, inside, CHANNELS: tl.constexpr,
               FIRST: tl.constexpr, SUMS: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
-    """A tile of x, where SUMS of `residual`'s sum, written to `total`, in place of its first channels."""
+    """A tile of what `_images` addresses, x. With SUMS its first FIRST channels are `residual`'s sum of them
+    and `skip`, which is stored to `total` too."""
     if not SUMS:
         return tl.load(x + at, mask=inside, other=0, eviction_policy=POLICY)
     v = tl.load(
@@ -272,9 +276,8 @@ def _group_norm_silu_fwd_kernel(
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
     n, first, c, own, group, has, member = _slab(CHANNELS, NUM_GROUPS, GROUPS, SLAB)
     x = _images(x, second, n, c, CHANNELS, HW, CHANNELS_LAST, FIRST)
-    again = _images(total, second, n, c, CHANNELS, HW, CHANNELS_LAST, FIRST)
     skip += n * (FIRST * HW)
-    total += n * (FIRST * HW)
+    sums = total + n * (FIRST * HW)
     y += n * (CHANNELS * HW)
     from_biases = tl.zeros([SLAB], tl.float32)
     if HAS_X_BIAS:
@@ -290,7 +293,7 @@ def _group_norm_silu_fwd_kernel(
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             at = _within(p, c, at, CHANNELS, CHANNELS_LAST, FIRST)
             v = _load_sum(
-                x, skip, total, from_biases, sum_scale, c, at, inside, CHANNELS, FIRST, SUMS, ""
+                x, skip, sums, from_biases, sum_scale, c, at, inside, CHANNELS, FIRST, SUMS, ""
             )
             held = held + (v,)  # noqa: RUF005
         for tile in tl.static_range(TILES):
@@ -312,7 +315,7 @@ def _group_norm_silu_fwd_kernel(
         for tile in tl.range(TILES):
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             at = _within(p, c, at, CHANNELS, CHANNELS_LAST, FIRST)
-            v = _load_sum(x, skip, total, from_biases, sum_scale, c, at, inside, CHANNELS, FIRST, SUMS,
+            v = _load_sum(x, skip, sums, from_biases, sum_scale, c, at, inside, CHANNELS, FIRST, SUMS,
                           "evict_last").to(tl.float32)  # fmt: skip
             d = tl.where(inside, v - slot_average, 0.0)
             slot_average += d * (1.0 / (tile + 1))
@@ -357,9 +360,10 @@ def _group_norm_silu_fwd_kernel(
     else:
         if SUMS:  # what other threads wrote is read
             tl.debug_barrier()
+            x = _images(total, second, n, c, CHANNELS, HW, CHANNELS_LAST, FIRST)
         for i in tl.range(TILES):
             p, at, inside = _where(TILES - 1 - i, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
-            source = again + _within(p, c, at, CHANNELS, CHANNELS_LAST, FIRST)
+            source = x + _within(p, c, at, CHANNELS, CHANNELS_LAST, FIRST)
             v = tl.load(source, mask=inside, other=0, eviction_policy="evict_first")
             _finish(v, origin, y, p, at, inside, first, c, slope, offset, sample_n, seed_n, step_n, layer,
                     threshold, keep_scale, CHANNELS, SLAB, SILU, DROPS, BY_EIGHT, ASM)  # fmt: skip
@@ -391,8 +395,9 @@ def _hand_back(out, slot_add, slot_sums, grad_past, grad_twin, grad_x, sum_scale
                CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, FIRST: tl.constexpr,
                HAS_ADD: tl.constexpr, SCALES: tl.constexpr, WANTS_SUMS: tl.constexpr,
                HAS_PAST: tl.constexpr, TWIN_ROW: tl.constexpr):  # fmt: skip
-    """Adds what reached x past the normalisation to its gradient `out` and stores it, its first channels for
-    the sum's terms. -> what `add` and the sum's biases get, added to the slots."""
+    """Adds what reached x past the normalisation to its gradient `out` and stores it, with SCALES the first
+    FIRST channels times sum_scale: the gradient of a sum's terms. -> what `add` and the sum's biases get,
+    added to the slots."""
     if HAS_ADD:
         slot_add += tl.where(inside, out, 0.0)
     if HAS_PAST:
@@ -479,12 +484,8 @@ def _group_norm_silu_bwd_kernel(
             slot_b += g
             slot_a += g * v
     sum_b, sum_a = _sums(slot_b, slot_a, ASM)
-    to_x = slope
-    sum_a *= r
-    if DROPS:
-        to_x *= keep_scale
-        sum_a *= keep_scale
-        sum_b *= keep_scale
+    sum_b *= keep_scale
+    sum_a *= keep_scale * r
 
     # grad_x = rstd·(w·gain·g - mean of it over the group - xhat · mean of (w·gain·g·xhat)).
     to_a = _to_channels(_to_groups(w * gain * sum_a, member), member) / (CPG * HW)
@@ -507,7 +508,7 @@ def _group_norm_silu_bwd_kernel(
             p, at, inside = _where(tile, c, own, CHANNELS, HW, PIXELS, CHANNELS_LAST)
             v = _reload_barrier(held_x[tile], PACKS).to(tl.float32) - origin[None, :]
             g = _grad_z(v, _reload_barrier(held_g[tile], PACKS), slope, offset, SILU, ASM)
-            out = g * to_x[None, :] - from_all[None, :] - v * from_v[None, :]
+            out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
             slot_add, slot_sums = _hand_back(
                 out, slot_add, slot_sums, grad_past, grad_twin, grad_x, sum_scale, p, c, at, inside, CHANNELS,
                 CHANNELS_LAST, FIRST, HAS_ADD, SCALES, WANTS_SUMS, HAS_PAST, TWIN_ROW,
@@ -522,7 +523,7 @@ def _group_norm_silu_bwd_kernel(
             g = _drop(g, p, first, c, sample_n, seed_n, step_n, layer, threshold, CHANNELS,
                       SLAB, DROPS, BY_EIGHT)  # fmt: skip
             g = _grad_z(v, g, slope, offset, SILU, ASM)
-            out = g * to_x[None, :] - from_all[None, :] - v * from_v[None, :]
+            out = g * (slope * keep_scale)[None, :] - from_all[None, :] - v * from_v[None, :]
             slot_add, slot_sums = _hand_back(
                 out, slot_add, slot_sums, grad_past, grad_twin, grad_x, sum_scale, p, c, at, inside, CHANNELS,
                 CHANNELS_LAST, FIRST, HAS_ADD, SCALES, WANTS_SUMS, HAS_PAST, TWIN_ROW,
@@ -597,10 +598,12 @@ def _width(second):
 
 
 def _at_16_bytes(x, second):
-    """Both images, copied where one starts elsewhere; x alone may start anywhere."""
+    """Both images, each copied if its address is no multiple of 16, which `_images` tells the compiler of
+    two. (What the kernels write is allocated here, so it is one.)"""
     if second is None:
         return x, None
-    return [v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, second)]
+    x, second = (v if v.data_ptr() % 16 == 0 else v.clone() for v in (x, second))
+    return x, second
 
 
 def _side_by_side(x, second, past, past_second):

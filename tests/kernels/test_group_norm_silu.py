@@ -539,27 +539,35 @@ def test_kernel_joins_two(site, dtype, layout, triton_device, check_against_orac
         check_against_oracle(*found, name, terms=0.0 if name in names[:3] else over_pixels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_joined_images_start_anywhere(layout, triton_device, monkeypatch):
-    """Two images that lie a number from where they could be read in pieces of 16 bytes."""
+def test_joined_images_start_anywhere(layout, dtype, triton_device, monkeypatch):
+    """Images that start one number past a multiple of 16 bytes: on a GPU or emulated an access of 16 bytes
+    would be an error."""
     monkeypatch.setenv("TCM_FAST_BACKEND", "kernel")
-    n, first, second, size, groups = 2, 12, 20, 4, 4
-    x, affine, _ = on(triton_device, n, first + second, size, size, torch.float32, layout)
-    parts = [v.contiguous(memory_format=layout) for v in x.split([first, second], 1)]
-    moved = []
-    for v in parts:
-        room = v.new_empty(v.numel() + 1)[1:]
-        moved.append(room.as_strided(v.shape, v.stride(), room.storage_offset()).copy_(v))
-        assert moved[-1].data_ptr() % 16 == 4
+    n, first, second, size, groups = 2, 16, 24, 4, 4
+    x, affine, _ = on(triton_device, n, first + second, size, size, dtype, layout)
+    images = [v.contiguous(memory_format=layout) for v in x.split([first, second], 1)]
 
-    def results(a, b):
+    def moved(v):
+        room = v.new_empty(v.numel() + 1)[1:]
+        v = room.as_strided(v.shape, v.stride(), room.storage_offset()).copy_(v)
+        assert v.data_ptr() % 16 == v.itemsize
+        return v
+
+    def results(a, b, sums):
         tensors = [v.detach().requires_grad_() for v in (a, b, *affine)]
         a, b, weight, bias = tensors
-        y = group_norm_silu(a, groups, weight, bias, second=b)
+        skip = {"skip": images[0].flip(0)} if sums else {}
+        y = group_norm_silu(a, groups, weight, bias, second=b, **skip)
         return [y, *torch.autograd.grad(y, tensors, y.detach().cos())]
 
-    for u, v in zip(results(*parts), results(*moved), strict=True):
-        assert torch.equal(u, v)
+    for sums in (False, True):
+        expected = results(*images, sums)
+        for which in ((0, 1), (0,), (1,)):
+            parts = [moved(v) if i in which else v for i, v in enumerate(images)]
+            for u, v in zip(expected, results(*parts, sums), strict=True):
+                assert torch.equal(u, v)
 
 
 # n, channels, of `second`, height, width, groups; factor, biases, whether the sum goes past twice.
