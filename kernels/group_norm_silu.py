@@ -40,6 +40,8 @@ from tcm_fast.kernels._triton import (
 from tcm_fast.kernels.dropout import PhiloxKey, check_dropout, dropout, key_arguments, key_of
 from tcm_fast.kernels.residual import (
     check_sum,
+    note_biases,
+    of_biases,
     of_its_terms,
     residual,
     residual_reference,
@@ -873,10 +875,10 @@ def _save(ctx, inputs, output):
     x, *tensors = inputs[:9]
     ctx.num_groups, _, ctx.silu, ctx.layer, ctx.threshold, *merged = inputs[9:]
     *_, mean, rstd = output
-    second, ctx.sum_scale, ctx.biases = None, 1.0, None
+    second, ctx.sum_scale, ctx.merges = None, 1.0, bool(merged)
     if merged:
         second, skip, ctx.sum_scale, *biases = merged
-        ctx.biases = [b if b is None else (b.ndim, b.dtype) for b in biases]
+        note_biases(ctx, *biases)
         if skip is not None:
             x = output[1]
     ctx.save_for_backward(x, *tensors, mean, rstd, second)
@@ -889,10 +891,10 @@ def _grads(bwd, ctx, grad_y, past, twin, past_second):
     added to theirs."""
     x, weight, bias, add, scale, shift, sample, seed, step, mean, rstd, second = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    wants_sums = ctx.biases is not None and any(needs[17:19])
+    wants_sums = ctx.merges and any(needs[17:19])
     if past is None:
         past, twin = twin, None
-    if grad_y is None and twin is None and ctx.biases is None:
+    if grad_y is None and twin is None and not ctx.merges:
         return past, *[None] * 13
     if grad_y is None:
         grad_y = torch.zeros_like(_joined(x, second))
@@ -906,13 +908,9 @@ def _grads(bwd, ctx, grad_y, past, twin, past_second):
     found = iter(rest)
     modulations = [None if v is None else next(found) for v in (add, scale, shift)]
     grads = [grad_x, *affine.unbind(), *modulations, *[None] * 8]
-    if ctx.biases is not None:
+    if ctx.merges:
         grads += [next(found) if _width(second) else None, grad_x, None]
-        sums = next(found, None)
-        grads += [
-            None if of is None or sums is None else (sums if of[0] == 2 else sums.sum(0)).to(of[1])
-            for of in ctx.biases
-        ]
+        grads += of_biases(ctx, next(found, None), needs[17:19])
     return tuple(g if need else None for g, need in zip(grads, needs, strict=False))
 
 

@@ -246,18 +246,26 @@ def _bias_bwd_by_reference(grad_out, by_sample=False):
 
 def _save(ctx, inputs, output):
     _, _, ctx.scale, *biases = inputs
-    ctx.bias_dtypes = [None if b is None else b.dtype for b in biases]
-    ctx.by_sample = any(b is not None and b.ndim == 2 for b in biases)
+    note_biases(ctx, *biases)
 
 
 def _is_dense(x):
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _of_biases(ctx, grad_bias, wanted):
-    """The gradient that the biases share, for each that wants one in its own dtype."""
+def note_biases(ctx, *biases):
+    """Keeps what `of_biases` goes by: a sum's biases' dtypes, and whether they are expanded to [N,C]."""
+    ctx.bias_dtypes = [None if b is None else b.dtype for b in biases]
+    ctx.by_sample = any(b is not None and b.ndim == 2 for b in biases)
+
+
+def of_biases(ctx, sums, wanted):
+    """The gradient that the biases share, for each that wants one in its own dtype, from a gradient's sums
+    over the pixels, [N,C], or [C] over the samples too."""
+    if any(wanted) and sums.ndim == 2 and not ctx.by_sample:
+        sums = sums.sum(0)
     return [
-        grad_bias.to(dtype) if wants else None
+        sums.to(dtype) if wants else None
         for wants, dtype in zip(wanted, ctx.bias_dtypes, strict=True)
     ]
 
@@ -272,7 +280,7 @@ def _backward(ctx, grad_out):
         )
     elif wants_bias:
         grad_bias = torch.ops.tcm_fast.residual_bias_bwd(grad_out, ctx.by_sample)
-    return grad_x, grad_x, None, *_of_biases(ctx, grad_bias, wanted)
+    return grad_x, grad_x, None, *of_biases(ctx, grad_bias, wanted)
 
 
 def _fake_bias(grad_out, by_sample=False):
@@ -320,7 +328,7 @@ class _OfItsTerms(torch.autograd.Function):
             grad_x = grad * ctx.scale
             wide = torch.promote_types(grad.dtype, torch.float32)
             sums = grad_x.sum((2, 3) if ctx.by_sample else (0, 2, 3), dtype=wide)
-        return grad_x, None, *_of_biases(ctx, sums, wanted)
+        return grad_x, None, *of_biases(ctx, sums, wanted)
 
 
 _fwd = register(

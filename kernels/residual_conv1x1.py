@@ -21,7 +21,7 @@ from tcm_fast.kernels._common import (
 )
 from tcm_fast.kernels._triton import Variant, interpreting, launch, runs_triton, tl, triton
 from tcm_fast.kernels.qkv_attention import _dot
-from tcm_fast.kernels.residual import check_sum, residual_reference
+from tcm_fast.kernels.residual import check_sum, note_biases, of_biases, residual_reference
 
 # -- reference ------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ def _last(x):
 
 
 def _fwd(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms, parts=None):
-    if x.dtype == torch.float64 or not runs_triton("residual_conv1x1", x.device.type):
+    if not _takes(x):
         return _fwd_by_reference(x, skip, second, weight, scale, x_bias, skip_bias, up, of_terms)
     x, skip, second, weight = map(_last, (x, skip, second, weight))
     n, c, h, w = x.shape
@@ -227,6 +227,7 @@ def _fwd_by_reference(x, skip, second, weight, scale, x_bias, skip_bias, up, of_
 
 
 def _takes(x):
+    """Whether the kernel takes x."""
     return x.dtype != torch.float64 and runs_triton("residual_conv1x1", x.device.type)
 
 
@@ -237,7 +238,7 @@ def _layout(x):
 
 def _save(ctx, inputs, output):
     _, skip, second, weight, ctx.scale, x_bias, skip_bias, ctx.up, ctx.of_terms, parts = inputs
-    ctx.biases = [None if b is None else (b.ndim, b.dtype) for b in (x_bias, skip_bias)]
+    note_biases(ctx, x_bias, skip_bias)
     ctx.save_for_backward(skip, second, weight, parts)
 
 
@@ -292,10 +293,7 @@ def _backward(ctx, grad):
     biases: list[torch.Tensor | None] = [None, None]
     if any(wants_biases) and not ctx.of_terms:
         sums = grad.sum((2, 3), dtype=torch.promote_types(grad.dtype, torch.float32)) * scale
-        biases = [
-            (sums if of[0] == 2 else sums.sum(0)).to(of[1]) if wants and of is not None else None
-            for wants, of in zip(wants_biases, ctx.biases, strict=True)
-        ]
+        biases = of_biases(ctx, sums, wants_biases)
     return grad_x if wants_x else None, *grads, grad_weight, None, *biases, None, None, None
 
 
